@@ -1,0 +1,72 @@
+"""shapadapter: fine-tuned vision models that predict and explain themselves in one forward pass.
+
+Importing the package registers the PEFT method `SHAPLEY` and does nothing else. Do it before an adapter is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+from .adapter import ShapleyConfig, ShapleyModel, register
+
+register()
+
+if TYPE_CHECKING:
+    from .errors import (
+        CheckpointError,
+        ClassNotFoundError,
+        ImageError,
+        ShapleyCollapseWarning,
+        ShapleyError,
+        UnsupportedModelError,
+    )
+    from .explain import explain
+    from .explanation import Explanation
+    from .game import PatchGame
+    from .outputs import ShapleyOutput
+    from .training import ShapleyTrainer, ShapleyTrainingArguments
+
+# Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
+_LAZY = {
+    "CheckpointError": "errors",
+    "ClassNotFoundError": "errors",
+    "Explanation": "explanation",
+    "ImageError": "errors",
+    "PatchGame": "game",
+    "ShapleyCollapseWarning": "errors",
+    "ShapleyError": "errors",
+    "ShapleyOutput": "outputs",
+    "ShapleyTrainer": "training",
+    "ShapleyTrainingArguments": "training",
+    "UnsupportedModelError": "errors",
+    "explain": "explain",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ClassNotFoundError",
+    "Explanation",
+    "ImageError",
+    "PatchGame",
+    "ShapleyCollapseWarning",
+    "ShapleyConfig",
+    "ShapleyError",
+    "ShapleyModel",
+    "ShapleyOutput",
+    "ShapleyTrainer",
+    "ShapleyTrainingArguments",
+    "UnsupportedModelError",
+    "__version__",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,8 @@
+"""The PEFT adapter: configuration, layer (token and head), tuner, registration."""
+
+from .config import ShapleyConfig
+from .layer import ShapleyLayer
+from .model import ShapleyModel
+from .registration import register
+
+__all__ = ["ShapleyConfig", "ShapleyLayer", "ShapleyModel", "register"]

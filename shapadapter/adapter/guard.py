@@ -1,0 +1,173 @@
+"""Checks on an adapter and its base: at wrapping, at loading, and before saving what could not be restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..backbone import Anatomy
+from ..backbone.carrier import original_name
+from ..errors import CheckpointError, UnsupportedModelError
+from .config import ShapleyConfig
+from .layer import ShapleyLayer
+
+# Casting to bf16 moves a block's norm by about 1e-5, another training of it by far more.
+_TOLERANCE = 2e-4
+
+
+def refuse_stacking(model: nn.Module, known: set[str]) -> None:
+    """Refuse a model that holds adapters other than Shapley ones: the checkpoint would not describe them.
+
+    Args:
+        model: the base model.
+        known: names of the Shapley adapters it may hold.
+
+    Raises:
+        UnsupportedModelError: another adapter is there.
+    """
+    if isinstance(model, PeftModel):
+        raise UnsupportedModelError(
+            "The model is a PeftModel already. Wrap the bare model: get_peft_model(model.unload(), ShapleyConfig(...)); "
+            "ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
+        )
+    foreign = sorted(_adapter_names(model) - known)
+    if foreign:
+        raise UnsupportedModelError(
+            f"The model already holds other adapters {foreign}, which the Shapley adapter's checkpoint would not "
+            "describe. Merge them first (merge_and_unload) and wrap the result; ShapleyConfig trains LoRA itself."
+        )
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ShapleyLayer):
+            names |= module._get_available_adapters()
+    return names
+
+
+def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
+    """Write down what the adapter is made for or, if that is written already, check it against the base model.
+
+    Raises:
+        CheckpointError: the adapter was made for another number of classes or another base.
+    """
+    fingerprint = base_fingerprint(model, anatomy)
+    if config.num_classes is None:
+        config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
+        config.id2label = {int(index): str(label) for index, label in model.config.id2label.items()}
+        return
+    if config.num_classes != anatomy.classes:
+        raise CheckpointError(
+            f"The adapter predicts {config.num_classes} classes ({_some(config.id2label)}), the base model has "
+            f"{anatomy.classes}. Load the base with AutoModelForImageClassification.from_pretrained("
+            f"{config.base_model_name_or_path!r}, num_labels={config.num_classes}, ignore_mismatched_sizes=True)."
+        )
+    if not same_fingerprint(config.base_fingerprint, fingerprint):
+        raise CheckpointError(
+            f"The adapter was made for another base model than this {type(model).__name__}: the weights of its blocks "
+            f"differ. Load the base it was trained on: {config.base_model_name_or_path!r}."
+        )
+    if config.id2label:
+        model.config.id2label = dict(config.id2label)
+        model.config.label2id = {label: index for index, label in config.id2label.items()}
+
+
+def _some(labels: dict[int, str] | None) -> str:
+    names = list((labels or {}).values())
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module, anatomy: Anatomy) -> list[float] | None:
+    """L2 norms of the base weights of the patch embedding and of each block; None where they are not all at hand."""
+    squares = dict.fromkeys((anatomy.embedding, *anatomy.blocks), 0.0)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save." in name or "lora_" in name or not name.endswith("weight"):
+            continue
+        own = original_name(name)
+        part = next((part for part in squares if own.startswith(f"{part}.")), None)
+        if part is None:
+            continue
+        if parameter.device.type == "meta" or not parameter.is_floating_point() or parameter.numel() == 0:
+            return None
+        squares[part] += parameter.double().square().sum().item()
+    return [square**0.5 for square in squares.values()]
+
+
+def same_fingerprint(one: list[float] | None, other: list[float] | None) -> bool:
+    """Whether two fingerprints can belong to the same base; unknown ones can."""
+    if one is None or other is None:
+        return True
+    close = (abs(a - b) <= _TOLERANCE * max(abs(a), abs(b), 1e-12) for a, b in zip(one, other, strict=False))
+    return len(one) == len(other) and all(close)
+
+
+def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfig, saved: dict[str, Any]) -> None:
+    """Refuse to save an adapter from which the model's state could not be restored.
+
+    Args:
+        model: the model that is saved, with or without PEFT's wrapper.
+        layer: its Shapley layer.
+        config: the adapter's config.
+        saved: the adapter's state dict as it would be written.
+
+    Raises:
+        CheckpointError: base parameters are trained, or changed, or other adapters are stacked on the model.
+    """
+    foreign = sorted(_adapter_names(model) - set(layer.settings))
+    if foreign:
+        raise CheckpointError(
+            f"Not saved: the model also holds adapters {foreign} that are no Shapley adapters; loading this checkpoint "
+            "would not bring them back. Delete or merge them first."
+        )
+    auxiliary = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    loose = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in saved and "lora_" not in name and not name.startswith(auxiliary)
+    ]
+    if loose and config.bias == "none":
+        raise CheckpointError(
+            f"Not saved: {len(loose)} parameters of the base model are trainable but would not be in the checkpoint, "
+            f"e.g. {loose[0]}. To train the whole backbone wrap the model with ShapleyConfig(tune='full'); to train "
+            "parts of it use modules_to_save=[...]; else freeze them."
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    merged = any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+    if not merged and not same_fingerprint(config.base_fingerprint, base_fingerprint(base, layer.anatomy)):
+        raise CheckpointError(
+            "Not saved: the base model's own weights have changed since it was wrapped, and the checkpoint would not "
+            "contain them. Train the backbone with ShapleyConfig(tune='full') or modules_to_save=[...]."
+        )
+
+
+def check_complete(layer: ShapleyLayer, name: str, state: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint in which part of token or head is missing: it would stay random, silently.
+
+    Raises:
+        CheckpointError: with the missing names.
+    """
+    expected = {
+        f"{leaf}{'.' + rest if rest else ''}"
+        for leaf in layer.adapter_layer_names
+        for rest in _leaf_keys(getattr(layer, leaf), name)
+    }
+    present = {key.rpartition("shapley.")[2] for key in state}
+    missing = sorted(expected - present)
+    if missing:
+        raise CheckpointError(
+            f"The adapter's weight file lacks {len(missing)} of {len(expected)} tensors of token and head, e.g. "
+            f"{missing[0]}. It was not written by shapadapter, or not with this configuration."
+        )
+
+
+def _leaf_keys(leaf: nn.ModuleDict | nn.ParameterDict, name: str) -> list[str]:
+    if name not in leaf:
+        return []
+    return [""] if isinstance(leaf, nn.ParameterDict) else list(leaf[name].state_dict())

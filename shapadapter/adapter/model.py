@@ -1,0 +1,168 @@
+"""The PEFT tuner: it puts a `ShapleyLayer` beside LoRA on the base model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+
+from .. import __version__
+from ..backbone import Anatomy, choose_removal, default_targets, examine, linear_layers
+from ..errors import ShapleyError, UnsupportedModelError
+from .config import ShapleyConfig
+from .guard import check_base, check_complete, check_restorable, refuse_stacking
+from .layer import Settings, ShapleyLayer
+
+CHILD = "shapley"
+
+
+class ShapleyModel(LoraModel):
+    """LoRA with a Shapley token and a projection head; made by `get_peft_model(model, ShapleyConfig(...))`.
+
+    Nothing lives on this object: PEFT throws it away on several roads. See `ShapleyLayer`.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = (LoraLayer, ShapleyLayer)  # type: ignore[assignment]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put adapter `adapter_name` into `model`, in place, and prove that it is harmless.
+
+        Raises:
+            UnsupportedModelError: the model's parts were not found, the self-test failed, or other adapters are there.
+            CheckpointError: the config was saved for another base or class count.
+        """
+        # PEFT hands the user's own object in; what is written here belongs to this model alone.
+        config: ShapleyConfig = copy.deepcopy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        layer = getattr(model, CHILD, None)
+        refuse_stacking(model, set(layer.settings) if layer is not None else set())
+        anatomy = examine(model) if layer is None else layer.anatomy
+        check_base(model, anatomy, config)
+        _resolve_training(model, anatomy, config)
+        config.shapadapter_version = __version__
+        with _without_layer(model, layer):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if layer is None:
+            # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
+            layer = ShapleyLayer(anatomy)
+            setattr(model, CHILD, layer)
+        self._add_to_layer(model, layer, adapter_name, config)
+
+    def _add_to_layer(self, model: nn.Module, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
+        active = self.active_adapters
+        try:
+            layer.add(name, config, _blocks_device(model, layer.anatomy))
+            # The self-test is about the new adapter, whether or not it will be the active one.
+            layer.set_adapter(name)
+            layer.detach()
+            config.removal = choose_removal(model, layer.carrier, config.removal)
+        except ShapleyError:
+            layer.detach()
+            delattr(model, CHILD)
+            raise
+        layer.settings[name] = Settings(config.prediction, config.removal)
+        layer.attach(model)
+        layer.set_adapter([a for a in active if a in layer.settings], inference_mode=config.inference_mode)
+        layer.train(model.training)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layer = getattr(self.model, CHILD)
+        if merge and layer.active is not None and layer.settings[layer.active].prediction == "vote":
+            warnings.warn(
+                "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
+                "the merged model predicts with the base model's own classifier, which was not trained. Keep the "
+                "adapter, or train with prediction='classifier'.",
+                stacklevel=3,
+            )
+        layer.detach()
+        delattr(self.model, CHILD)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        check_restorable(model, _layer_of(model), config, saved)
+        return saved
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        check_complete(_layer_of(model), adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _layer_of(model: nn.Module) -> ShapleyLayer:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layer = getattr(base, CHILD, None)
+    if not isinstance(layer, ShapleyLayer):
+        raise UnsupportedModelError(f"{type(base).__name__} has no Shapley adapter.")
+    return layer
+
+
+@contextmanager
+def _without_layer(model: nn.Module, layer: ShapleyLayer | None) -> Iterator[None]:
+    """Take an existing layer and its hooks off while PEFT works: it would match target names in it and copy hooks."""
+    if layer is None:
+        yield
+        return
+    layer.detach()
+    delattr(model, CHILD)
+    try:
+        yield
+    finally:
+        setattr(model, CHILD, layer)
+
+
+def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
+    """Say in PEFT's words what `tune` means for this model."""
+    if config.tune != "lora":
+        if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
+            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
+        config.target_modules = DUMMY_TARGET_MODULES
+    elif config.target_modules is None:
+        config.target_modules = set(default_targets(model, anatomy))
+    elif config.target_modules == "all-linear":
+        # PEFT's own meaning would include the classifier.
+        config.target_modules = set(linear_layers(model, anatomy))
+    if config.tune == "full":
+        parts = _trainable_parts(model, anatomy, config.prediction)
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
+
+
+def _is_dummy(targets: Any) -> bool:
+    return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
+
+
+def _trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str) -> list[str]:
+    """The model's top-level children that full training trains: the backbone, and the classifier if it predicts."""
+    backbone = anatomy.blocks[0].split(".")[0]
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name not in (backbone, CHILD) and any(True for _ in child.parameters())
+    ]
+    return [backbone, *(heads if prediction == "classifier" else [])]
+
+
+def _blocks_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
+    """Where the blocks' weights are."""
+    return next(model.get_submodule(anatomy.embedding).parameters()).device
+

@@ -1,0 +1,123 @@
+"""Self-attention with a read-only token: it reads every token, and no other token reads it.
+
+transformers looks attention functions up by the name in the attention module's config. Each attention module of an
+adapted model is given a private copy of that config which names `attend_with_token`; the model's own config stays as
+it is, so that a later `set_attn_implementation` still decides which kernel the base tokens use.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "shapadapter_token"
+_PROBE = "shapadapter_probe"
+
+
+class Carrier(Protocol):
+    """What the attention function needs to know of the object that moves the token."""
+
+    def has_token(self) -> bool:
+        """Whether index 0 of every block's sequence is the Shapley token."""
+
+    def count_split(self) -> None:
+        """Note that one attention call has hidden the token, for the check of effects."""
+
+
+class _Seat:
+    """What hangs on an attention module while it is adapted: its carrier and its own config."""
+
+    def __init__(self, carrier: Carrier | None, config: PretrainedConfig, seen: list[nn.Module] | None = None) -> None:
+        self.carrier = carrier
+        self.config = config
+        self.seen = seen
+
+
+def _base_attention(module: nn.Module, config: PretrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function the model itself asks for, e.g. sdpa, or the eager one of its own source file."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+
+
+def attend_with_token(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over (B, heads, 1 + T, d) in which index 0 is the Shapley token.
+
+    The T base tokens attend to each other through the model's own kernel, with tensors of the shapes they have
+    without an adapter; the token attends to everything. `attention_mask` is None or an additive (B, 1, 1, 1 + T).
+    """
+    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
+    base = _base_attention(module, seat.config)
+    if seat.carrier is None or not seat.carrier.has_token():
+        return base(module, query, key, value, attention_mask, **kwargs)
+    seat.carrier.count_split()
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(query.dtype)
+    base_mask = None if attention_mask is None else attention_mask[..., 1:]  # (B, 1, 1, T)
+    output, weights = base(module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], base_mask, **kwargs)  # (B, T, h, d)
+    token = F.scaled_dot_product_attention(
+        query[:, :, :1], key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )  # (B, h, 1, d)
+    return torch.cat([token.transpose(1, 2), output], dim=1), weights  # (B, 1 + T, h, d)
+
+
+def _probe(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Note which module called, then do what it asked for."""
+    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
+    assert seat.seen is not None
+    seat.seen.append(module)
+    return _base_attention(module, seat.config)(module, *args, **kwargs)
+
+
+def seat_token(module: nn.Module, carrier: Carrier) -> None:
+    """Let `module` attend through `attend_with_token`, with the state of `carrier`."""
+    _seat(module, NAME, carrier=carrier)
+
+
+def unseat_token(module: nn.Module) -> None:
+    """Give `module` its own config back."""
+    module.config = module.__dict__.pop("_shapadapter_seat").config
+
+
+def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: list[nn.Module] | None = None) -> None:
+    own: PretrainedConfig = module.config  # type: ignore[assignment]
+    private = copy.copy(own)
+    # The public setter would hand the name on to sub-configs, which the shallow copy shares with the original.
+    private._attn_implementation_internal = name
+    module._shapadapter_seat = _Seat(carrier, own, seen)  # type: ignore[assignment]
+    module.config = private  # type: ignore[assignment]
+
+
+@contextmanager
+def recorded_attention(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Collect the modules that really call transformers' attention interface, in call order.
+
+    Asking the classes would not do: several families accept a custom attention function and never call it.
+    """
+    seen: list[nn.Module] = []
+    seated = [
+        m
+        for m in model.modules()
+        if not isinstance(m, PreTrainedModel) and isinstance(getattr(m, "config", None), PretrainedConfig)
+    ]
+    for module in seated:
+        _seat(module, _PROBE, seen=seen)
+    try:
+        yield seen
+    finally:
+        for module in seated:
+            unseat_token(module)
+
+
+AttentionInterface.register(NAME, attend_with_token)
+AttentionInterface.register(_PROBE, _probe)

@@ -1,0 +1,347 @@
+"""What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
+
+import difflib
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from shapadapter.errors import CheckpointError, ClassNotFoundError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "shapadapter.explanation"
+FORMAT_VERSION = 1
+TENSORS_NAME = "explanation.safetensors"
+JSON_NAME = "explanation.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image.
+
+    Attributes:
+        label: The name of the class.
+        index: Its index among the model's K classes.
+        logit: Its logit.
+        probability: Its probability, in 0..1.
+    """
+
+    label: str
+    index: int
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """The predictions for B images and what each player contributed to them.
+
+    For every shown class, null value + attributions = logit. All tensors are detached and on the CPU.
+
+    Attributes:
+        attributions: (B, rows, cols, C) float32, the contribution of each player to each shown class, in logits.
+        classes: (B, C) int64, the class index of each column; columns may differ from image to image.
+        logits: (B, K) float32.
+        null_values: (B, K) float32, the logits with no player present.
+        probabilities: (B, K) float32, in 0..1.
+        labels: The K class names.
+        images: (B, H, W, 3) uint8, what the model saw; the grid lies exactly over it.
+
+    Raises:
+        ValueError: If a shape, dtype or class index does not fit the others.
+    """
+
+    attributions: Tensor
+    classes: Tensor
+    logits: Tensor
+    null_values: Tensor
+    probabilities: Tensor
+    labels: tuple[str, ...]
+    images: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(value.shape) for value in (self.attributions, self.logits, self.images)]
+        if [len(shape) for shape in shapes] != [4, 2, 4]:
+            raise ValueError(
+                "Expected attributions (B, rows, cols, C), logits (B, K) and images (B, H, W, 3), but got shapes "
+                f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
+            )
+        (_, *players, shown), (batch, classes), (_, *pixels, _) = shapes
+        _check("attributions", self.attributions, (batch, *players, shown), torch.float32)
+        _check("classes", self.classes, (batch, shown), torch.int64)
+        for name in ("logits", "null_values", "probabilities"):
+            _check(name, getattr(self, name), (batch, classes), torch.float32)
+        _check("images", self.images, (batch, *pixels, 3), torch.uint8)
+        if len(self.labels) != classes:
+            raise ValueError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
+        if 0 in (*players, shown, *pixels):
+            raise ValueError("Expected at least one player, one shown class and one pixel.")
+        ordered = self.classes.sort(dim=1).values  # (B, C)
+        if ((ordered < 0) | (ordered >= classes)).any() or (ordered.diff(dim=1) == 0).any():
+            raise ValueError(
+                f"Expected different class indices in 0..{classes - 1}, but got {_some(ordered.tolist())}."
+            )
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    def __getitem__(self, item: int | slice) -> "Explanation":
+        if isinstance(item, slice):
+            chosen = item
+        elif -len(self) <= item < len(self):
+            chosen = slice(item % len(self), item % len(self) + 1)
+        else:
+            raise IndexError(f"There is no image {item} among {len(self)}.")
+        parts = {name: value[chosen] for name, value in self._tensors().items()}  # (B, ...) -> (b, ...)
+        return Explanation(**parts, labels=self.labels)
+
+    def __repr__(self) -> str:
+        rows, cols, shown = self.attributions.shape[1:]
+        gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) else ""
+        return f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes{gap})"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+
+    @property
+    def efficiency_gap(self) -> Tensor:
+        """(B,) float64: how far null value + attributions are from the logit, at most, over the shown classes."""
+        # Summed in double precision, so that the gap is that of the numbers and not of this sum.
+        total = self.attributions.double().sum(dim=(1, 2))  # (B, rows, cols, C) -> (B, C)
+        rest = (self.null_values.double() - self.logits.double()).gather(1, self.classes)  # (B, K) -> (B, C)
+        return (total + rest).abs().amax(dim=1)  # (B, C) -> (B,)
+
+    def class_index(self, name_or_id: str | int) -> int:
+        """Find a class by its name, or check its index.
+
+        Args:
+            name_or_id: A class name, exactly as in `labels`, or a class index.
+
+        Returns:
+            The class index, in 0..K-1.
+
+        Raises:
+            ClassNotFoundError: If there is no such class, or several classes share the name.
+        """
+        if not isinstance(name_or_id, str):
+            if 0 <= name_or_id < len(self.labels):
+                return int(name_or_id)
+            raise ClassNotFoundError(f"There is no class {name_or_id}: the classes are 0..{len(self.labels) - 1}.")
+        found = [index for index, label in enumerate(self.labels) if label == name_or_id]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
+        close = difflib.get_close_matches(name_or_id, self.labels, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {_some(self.labels)}."
+        raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
+
+    def for_label(self, name_or_id: str | int) -> Tensor:
+        """The attributions of one class.
+
+        Args:
+            name_or_id: A class name or a class index.
+
+        Returns:
+            (B, rows, cols) float32, in logits.
+
+        Raises:
+            ClassNotFoundError: If the model has no such class.
+            ValueError: If the class was not among the columns computed for every image.
+        """
+        index = self.class_index(name_or_id)
+        found = self.classes == index  # (B, C)
+        missing = (~found.any(dim=1)).nonzero().flatten().tolist()  # (B, C) -> (B,) -> list
+        if missing:
+            raise ValueError(
+                f"Class {self.labels[index]!r} was not among the columns computed for image {_some(missing)}. Explain "
+                f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
+            )
+        column = found.int().argmax(dim=1)  # (B, C) -> (B,)
+        return self.attributions[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+
+    def top(self, k: int = 3) -> list[list[Prediction]]:
+        """The classes with the largest logits, best first.
+
+        Args:
+            k: How many per image; at most K are returned.
+
+        Returns:
+            For each image, a list of predictions.
+        """
+        best = self.logits.argsort(dim=1, descending=True, stable=True)[:, : max(k, 0)]  # (B, K) -> (B, k)
+        return [
+            [Prediction(self.labels[c], c, float(self.logits[b, c]), float(self.probabilities[b, c])) for c in row]
+            for b, row in enumerate(best.tolist())
+        ]
+
+    def heatmap(
+        self, label: str | int | None = None, *, index: int = 0, smooth: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """The attributions of one class, enlarged to the size of the image.
+
+        Args:
+            label: A class name or index; None takes the image's shown class with the largest logit.
+            index: Which image.
+            smooth: Interpolate bicubically, instead of giving every pixel of a player the player's value.
+
+        Returns:
+            (H, W) float32, in logits per player.
+
+        Raises:
+            ClassNotFoundError: If the model has no such class.
+            ValueError: If the class was not among the columns computed for this image.
+            IndexError: If there is no such image.
+        """
+        one = self[index]
+        if label is None:
+            shown = one.classes[0]  # (1, C) -> (C,)
+            label = int(shown[one.logits[0, shown].argmax()])
+        values = one.for_label(label)[None]  # (1, rows, cols) -> (1, 1, rows, cols)
+        mode = "bicubic" if smooth else "nearest-exact"
+        heat = interpolate(values, size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
+        return heat[0, 0].numpy()  # (H, W)
+
+    def figure(
+        self, index: int = 0, *, labels: Sequence[str | int] | None = None, smooth: bool = False, max_classes: int = 3
+    ) -> "Figure":
+        """Draw one image and its maps with matplotlib; see `shapadapter.visual.draw_explanation`."""
+        from shapadapter.visual import draw_explanation
+
+        return draw_explanation(self, index, labels=labels, smooth=smooth, max_classes=max_classes)
+
+    def save_html(self, path: str | Path, *, title: str = "Explanation") -> Path:
+        """Write one self-contained page; see `shapadapter.visual.write_page`. Returns its path."""
+        from shapadapter.visual import write_page
+
+        return write_page(self, path, title=title)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the explanation as `explanation.safetensors` and `explanation.json`.
+
+        Other files of the directory stay; an explanation saved there before is replaced, once both files are complete.
+
+        Args:
+            directory: Created if missing.
+
+        Returns:
+            The directory.
+
+        Raises:
+            FileExistsError: If a file of one of the two names is there that is not part of an explanation.
+        """
+        directory = Path(directory)
+        taken = [name for name in (TENSORS_NAME, JSON_NAME) if (directory / name).exists()]
+        if taken and _read_json(directory / JSON_NAME).get("format") != FORMAT:
+            raise FileExistsError(f"{directory / taken[0]} is not part of an Explanation: move it or save elsewhere.")
+        # Cloned, because safetensors refuses tensors that share memory.
+        data = save_tensors({name: value.clone().contiguous() for name, value in self._tensors().items()})
+        about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "shapadapter_version": _version(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "labels": self.labels,
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        write_together({directory / JSON_NAME: json.dumps(about, indent=2).encode(), directory / TENSORS_NAME: data})
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Explanation":
+        """Read what `save` wrote, bit for bit.
+
+        Args:
+            directory: The directory given to `save`.
+
+        Returns:
+            The explanation.
+
+        Raises:
+            CheckpointError: If a file is missing, damaged, of a newer version or does not belong to the other.
+        """
+        about, path = _read_json(Path(directory) / JSON_NAME), Path(directory) / TENSORS_NAME
+        if about.get("format") != FORMAT or not path.is_file():
+            raise CheckpointError(
+                f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
+            )
+        version, writer = about.get("format_version"), about.get("shapadapter_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"Expected format_version {FORMAT_VERSION} in {directory}, but shapadapter {writer} wrote "
+                f"{version!r}: pip install --upgrade shapadapter"
+            )
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != about.get("sha256"):
+            raise CheckpointError(
+                f"{path} ({len(data)} bytes) is not the file that {JSON_NAME} describes: it was cut short, changed or "
+                "belongs to another explanation."
+            )
+        try:
+            return cls(**load_tensors(data), labels=tuple(about["labels"]))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files so that none is ever seen half-written: each takes its name when all are complete.
+
+    Args:
+        contents: What to write, by path. The parent directories must exist.
+
+    Raises:
+        OSError: If a file could not be written; those that were there before are then unchanged.
+    """
+    staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
+    try:
+        for path, temporary in staged.items():
+            temporary.write_bytes(contents[path])
+        for path, temporary in staged.items():
+            temporary.replace(path)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain = value.dtype == dtype and value.device.type == "cpu" and not value.requires_grad
+    if tuple(value.shape) != shape or not plain:
+        raise ValueError(
+            f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {value.dtype} on "
+            f"{value.device} of shape {tuple(value.shape)}{', requiring grad' if value.requires_grad else ''}."
+        )
+
+
+def _some(values: Iterable[object]) -> str:
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:10]) + (f", ... ({len(texts)} in all)" if len(texts) > 10 else "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("shapadapter")
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,147 @@
+"""The Shapley objective as pure arithmetic on attributions and coalition values.
+
+Shapes throughout: B images, N players, K classes, M coalitions per image. All sums are taken in float32 at least,
+whatever the dtype of the inputs and inside autocast too: efficiency is a matter of 1e-5, bfloat16 of 1e-2.
+"""
+
+import torch
+from torch import Tensor
+
+SCALE_FLOOR = 1e-8
+"""The least mean square of `v(S) - v(empty)` to divide by, so that a model that says nothing yet does not explode."""
+
+
+def _precise(values: Tensor) -> Tensor:
+    """The same values in float32, or in float64 if they are so already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def coalition_sums(attributions: Tensor, coalitions: Tensor) -> Tensor:
+    """Sum the attributions of the present players: what the attributions predict for `v(S) - v(empty)`.
+
+    Args:
+        attributions: (B, N, K) attribution of each player to each class.
+        coalitions: (B, M, N) bool, True = present.
+
+    Returns:
+        (B, M, K) in the unit of the attributions, float32 or float64.
+    """
+    attributions = _precise(attributions)
+    with torch.autocast(attributions.device.type, enabled=False):  # it would multiply in bfloat16
+        return coalitions.to(attributions.dtype) @ attributions  # (B, M, N) @ (B, N, K) -> (B, M, K)
+
+
+def coalition_residuals(
+    attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor
+) -> Tensor:
+    """What the attributions leave unexplained of each coalition: `v(S) - v(empty) - sum_{n in S} phi_n`.
+
+    The null values are a constant here. In `vote` prediction they are a parameter that stands on both sides of the
+    difference; a gradient into them leads the model to say the same about every image, the trivial minimum.
+
+    Args:
+        attributions: (B, N, K) attribution of each player to each class.
+        coalitions: (B, M, N) bool, True = present.
+        coalition_values: (B, M, K) values `v(S)`. A gradient flows through them unless the caller detaches them.
+        null_values: (B, K) values `v(empty)`; no gradient flows through them.
+
+    Returns:
+        (B, M, K) in the unit of the values. Its mean square is the Shapley loss in that unit, squared.
+    """
+    gains = _precise(coalition_values) - _precise(null_values.detach())[:, None]  # (B, K) -> (B, 1, K) -> (B, M, K)
+    return gains - coalition_sums(attributions, coalitions)
+
+
+def coalition_scale(coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """The mean square of `v(S) - v(empty)`: the yardstick of the Shapley loss, without a gradient.
+
+    Args:
+        coalition_values: (B, M, K) values `v(S)`.
+        null_values: (B, K) values `v(empty)`.
+
+    Returns:
+        Scalar, in the squared unit of the values, at least `SCALE_FLOOR`.
+    """
+    gains = _precise(coalition_values.detach()) - _precise(null_values.detach())[:, None]  # (B, M, K)
+    return gains.square().mean().clamp(min=SCALE_FLOOR)
+
+
+def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """The Shapley loss: how far the attributions are from explaining the coalitions, relative to their values.
+
+    The mean of the squared `coalition_residuals`, divided by `coalition_scale`. For coalitions of the kernel law and
+    attributions that obey efficiency, its minimiser is the Shapley value (Charnes et al. 1988; Lundberg & Lee 2017;
+    as a loss to train with: FastSHAP, Jethani et al. 2022). The division makes it free of the scale of the logits;
+    the divisor has no gradient, or larger coalition values alone would lower the loss.
+
+    Args:
+        attributions: (B, N, K) attributions that obey efficiency (`project_on_efficiency`, or by construction).
+        coalitions: (B, M, N) bool, True = present, drawn from the kernel law (`shapley.sample_pairs`).
+        coalition_values: (B, M, K) values `v(S)`. A gradient flows through them unless the caller detaches them.
+        null_values: (B, K) values `v(empty)`; no gradient flows through them (`coalition_residuals` says why).
+
+    Returns:
+        Scalar without a unit: 0 for a perfect fit, 1 for attributions that are all zero.
+    """
+    residuals = coalition_residuals(attributions, coalitions, coalition_values, null_values)  # (B, M, K)
+    return residuals.square().mean() / coalition_scale(coalition_values, null_values)
+
+
+@torch.no_grad()
+def coalition_fit(
+    attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor, full_values: Tensor
+) -> Tensor:
+    """How much of the coalition values the attributions explain beyond the mere size of the coalition (R squared).
+
+    Where `v(S)` grows with the number of present players, equal shares of `v(all) - v(empty)` make the Shapley loss
+    small already. Here they are the zero of the scale.
+
+    Args:
+        attributions: (B, N, K) attribution of each player to each class.
+        coalitions: (B, M, N) bool, True = present.
+        coalition_values: (B, M, K) values `v(S)`.
+        null_values: (B, K) values `v(empty)`.
+        full_values: (B, K) values `v(all)`.
+
+    Returns:
+        Scalar without a unit or gradient: 1 for a perfect fit, 0 for one no better than equal shares, negative for a
+        worse one, not finite where equal shares explain everything.
+    """
+    total = _precise(full_values) - _precise(null_values)  # (B, K)
+    players = attributions.shape[1]
+    equal = (total / players)[:, None].expand(-1, players, -1)  # (B, K) -> (B, N, K)
+    left, left_by_equal = (
+        coalition_residuals(shares, coalitions, coalition_values, null_values).square().mean()
+        for shares in (attributions, equal)
+    )
+    return 1 - left / left_by_equal
+
+
+def project_on_efficiency(raw: Tensor, full_values: Tensor, null_values: Tensor) -> Tensor:
+    """Move attributions to the nearest point at which they sum to `v(all) - v(empty)`: every player gets the same.
+
+    Args:
+        raw: (B, N, K) attributions of any sum.
+        full_values: (B, K) values `v(all)`.
+        null_values: (B, K) values `v(empty)`.
+
+    Returns:
+        (B, N, K) attributions in the unit of the values, float32 or float64.
+    """
+    raw = _precise(raw)
+    missing = _precise(full_values) - _precise(null_values) - raw.sum(dim=1)  # (B, K)
+    return raw + missing[:, None] / raw.shape[1]  # (B, N, K)
+
+
+def warmup_weight(weight: float, progress: float, warmup: float) -> float:
+    """The weight of the Shapley loss at a point of the training: a linear ramp from 0, then constant.
+
+    Args:
+        weight: The weight after the ramp.
+        progress: Share of the training that is done, 0 to 1.
+        warmup: Share of the training that the ramp takes; 0 for none.
+
+    Returns:
+        The weight at this point, 0 to `weight`.
+    """
+    return weight * min(1.0, progress / warmup) if warmup > 0 else weight

@@ -1,0 +1,90 @@
+"""Signed numbers as colours over a picture: red speaks for a class, blue against it, zero is transparent."""
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+# The two hues of the SHAP plots, so that the maps look familiar.
+RED = (255, 13, 87)
+BLUE = (30, 136, 229)
+
+# How much of the picture's contrast is left under a map: enough to find one's way, too little to compete.
+PICTURE_CONTRAST = 0.3
+
+Floats = npt.NDArray[np.floating]
+Bytes = npt.NDArray[np.uint8]
+
+
+def symmetric_limit(values: npt.ArrayLike, percentile: float = 100.0) -> float:
+    """The number that gets the full colour, on both sides of zero.
+
+    Args:
+        values: Numbers of any shape, at least one: those of all maps that are to be compared by eye.
+        percentile: 100 for the largest absolute value; less lets a few extreme values be cut off.
+
+    Returns:
+        The limit, not negative; 0 if all values are.
+
+    Raises:
+        ValueError: If there is no value, or one is NaN or infinite.
+    """
+    array = _finite(values)
+    if array.size == 0:
+        raise ValueError("Expected at least one value to find a limit for.")
+    return float(np.percentile(np.abs(array), percentile))
+
+
+def signed_colors(values: npt.ArrayLike, limit: float) -> Bytes:
+    """Colour signed numbers: the sign gives the hue, the size the opacity.
+
+    Args:
+        values: (...) numbers.
+        limit: The absolute value that is fully opaque, and above which nothing changes. With 0, all is transparent.
+
+    Returns:
+        (..., 4) uint8 RGBA, not premultiplied.
+
+    Raises:
+        ValueError: If a value is NaN or infinite, or the limit is negative.
+    """
+    array = _finite(values)
+    if not limit >= 0:
+        raise ValueError(f"Expected a limit of at least 0, but got {limit}.")
+    strength = np.clip(np.abs(array) / limit, 0, 1) if limit > 0 else np.zeros_like(array)
+    colors = np.empty((*array.shape, 4), dtype=np.uint8)
+    colors[..., :3] = np.where(array[..., None] > 0, RED, BLUE)  # (...) -> (..., 3)
+    colors[..., 3] = np.rint(255 * strength)
+    return colors
+
+
+def overlay(image: npt.ArrayLike, heat: npt.ArrayLike, limit: float) -> Bytes:
+    """Lay a map over a faint grey copy of its picture.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        heat: (H, W) signed numbers, such as `Explanation.heatmap` gives.
+        limit: The absolute value that gets the full colour; see `symmetric_limit`.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: If the shapes do not fit, a number is NaN or infinite, or the limit is negative.
+    """
+    picture, heat = np.asarray(image), np.asarray(heat)
+    if picture.dtype != np.uint8 or picture.shape != (*heat.shape, 3) or heat.ndim != 2:
+        raise ValueError(
+            "Expected an image (H, W, 3) uint8 and a map (H, W), but got "
+            f"{picture.shape} {picture.dtype} and {heat.shape}."
+        )
+    grey = Image.fromarray(picture).convert("L")
+    faint = grey.point(lambda level: 255 - PICTURE_CONTRAST * (255 - level)).convert("RGBA")
+    colors = Image.fromarray(signed_colors(heat, limit))
+    return np.asarray(Image.alpha_composite(faint, colors).convert("RGB"))
+
+
+def _finite(values: npt.ArrayLike) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("Expected finite numbers to colour, but some are NaN or infinite.")
+    return array

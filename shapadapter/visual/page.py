@@ -1,0 +1,94 @@
+"""An explanation as one HTML file that needs nothing else: no network, no server, no library."""
+
+import base64
+import io
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from shapadapter.explanation import Explanation, write_together
+from shapadapter.visual.maps import BLUE, PICTURE_CONTRAST, RED, symmetric_limit
+from shapadapter.visual.wording import UNIT, columns, number, one_line
+
+TEMPLATE = "page.html.j2"
+
+
+def write_page(
+    explanation: Explanation,
+    path: str | Path,
+    *,
+    title: str = "Explanation",
+    table: Sequence[tuple[str, str]] | None = None,
+    max_classes: int = 10,
+) -> Path:
+    """Write an explanation as a self-contained HTML page.
+
+    Each image comes with a button per class, the map of the chosen class over the picture, the value of any patch on
+    hover, tap or arrow key, one colour scale per image and the sum check. Class names may hold anything.
+
+    Args:
+        explanation: Any explanation.
+        path: The file to write; it is never seen half-written. Its directory must exist.
+        title: The heading.
+        table: Rows of (name, value) shown above the images.
+        max_classes: How many of the shown classes each image offers, those with the largest logits.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If an attribution is not finite, or `max_classes` is less than one.
+        OSError: If the file cannot be written.
+    """
+    # jinja's `tojson` filter escapes <, > and & and leaves nothing but ASCII, so that no name can end the script.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("shapadapter.visual").joinpath(TEMPLATE).read_text("utf-8"))
+    page = template.render(
+        title=title,
+        table=table or (),
+        images=[_image(explanation, index, max_classes) for index in range(len(explanation))],
+        unit=UNIT,
+        red=",".join(map(str, RED)),
+        blue=",".join(map(str, BLUE)),
+        contrast=PICTURE_CONTRAST,
+    )
+    write_together({Path(path): page.encode()})
+    return Path(path)
+
+
+def _image(explanation: Explanation, index: int, max_classes: int) -> dict[str, Any]:
+    """What the template needs for one image; `data` is what the script reads."""
+    shown = columns(explanation, index, max_classes=max_classes)
+    limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))  # (k, rows, cols) -> one number
+    best = explanation[index].top(1)[0][0]
+    pixels = explanation.images[index].numpy()  # (H, W, 3)
+    classes = [
+        {
+            "label": column.label,
+            "probability": column.probability,
+            "total": column.total,
+            "check": column.check,
+            "values": [[float(f"{value:.5g}") for value in row] for row in column.values.tolist()],
+        }
+        for column in shown
+    ]
+    return {
+        "source": _data_uri(pixels),
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "predicted": f"{one_line(best.label)} (p={best.probability:.2f})",
+        "limits": (number(-limit), number(limit, sign=True)) if limit else ("0", "0"),
+        "data": {"limit": limit, "classes": classes},
+    }
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    """Pixels (H, W, 3) uint8 as a lossless picture inside a link."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

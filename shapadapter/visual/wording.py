@@ -1,0 +1,99 @@
+"""The words and numbers under a map, the same in figures and pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shapadapter.explanation import Explanation
+
+MINUS = "\N{MINUS SIGN}"
+UNIT = "contribution to the logit"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One class of one image, ready to be drawn.
+
+    Attributes:
+        index: The class index.
+        label: The class name on one line.
+        probability: Such as `p=0.83`.
+        total: The sum of its attributions, such as `Σφ=+4.10`.
+        check: Two lines: the sum of null value and attributions, then the logit and the distance between them.
+        values: (rows, cols) float32, the attributions, in logits.
+    """
+
+    index: int
+    label: str
+    probability: str
+    total: str
+    check: str
+    values: Tensor
+
+
+def columns(
+    explanation: Explanation, index: int, *, labels: Sequence[str | int] | None = None, max_classes: int
+) -> list[Column]:
+    """What to show for one image.
+
+    Args:
+        explanation: Any explanation.
+        index: Which image.
+        labels: Class names or indices, in the order wanted; None takes the shown classes, largest logit first.
+        max_classes: How many at most; ignored if `labels` are given.
+
+    Returns:
+        One column per class.
+
+    Raises:
+        ClassNotFoundError: If the model has no such class.
+        ValueError: If a class was not computed for this image, no class is left, or a number is not finite.
+        IndexError: If there is no such image.
+    """
+    one = explanation[index]
+    if labels is None:
+        shown = one.classes[0]  # (1, C) -> (C,)
+        best = one.logits[0, shown].argsort(descending=True, stable=True)[: max(max_classes, 0)]  # (k,)
+        labels = shown[best].tolist()
+    if not labels:
+        raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
+    return [_column(one, one.class_index(label)) for label in labels]
+
+
+def _column(one: Explanation, class_id: int) -> Column:
+    values = one.for_label(class_id)[0]  # (1, rows, cols) -> (rows, cols)
+    if not values.isfinite().all():
+        raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
+    null, logit = float(one.null_values[0, class_id]), float(one.logits[0, class_id])
+    total = float(values.double().sum())
+    gap = f"{abs(null + total - logit):.0e}".replace("-", MINUS)
+    return Column(
+        index=class_id,
+        label=one_line(one.labels[class_id]),
+        probability=f"p={float(one.probabilities[0, class_id]):.2f}",
+        total=f"Σφ={number(total, sign=True)}",
+        check=f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}\n"
+        f"(logit {number(logit)}, gap {gap})",
+        values=values,
+    )
+
+
+def one_line(label: str) -> str:
+    """A class name without line breaks and doubled blanks."""
+    return " ".join(label.split())
+
+
+def number(value: float, *, sign: bool = False) -> str:
+    """Write a number for people.
+
+    Args:
+        value: Any finite number.
+        sign: Write a plus before positive ones.
+
+    Returns:
+        Two decimals where they say something, else two digits and an exponent; with a true minus sign.
+    """
+    short = value == 0 or 0.01 <= abs(value) < 1e5
+    text = format(value, ("+" if sign else "") + (".2f" if short else ".1e"))
+    return text.replace("-", MINUS)

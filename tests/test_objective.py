@@ -1,0 +1,190 @@
+"""Laws of the Shapley objective: what it is minimised by, what it is free of and where gradients flow."""
+
+import math
+
+import pytest
+import torch
+
+from shapadapter.objective import (
+    coalition_fit,
+    coalition_residuals,
+    coalition_scale,
+    coalition_sums,
+    project_on_efficiency,
+    shapley_loss,
+    warmup_weight,
+)
+from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def expected_coalitions(players):
+    """The kernel law as a list: each coalition as often as its probability says, (1, M, N)."""
+    present = all_coalitions(players)[1:-1]
+    rarity = [size * (players - size) * math.comb(players, size) for size in range(1, players)]
+    copies = torch.tensor([0, *(math.lcm(*rarity) // rare for rare in rarity)])
+    return present.repeat_interleave(copies[present.sum(-1)], dim=0)[None]
+
+
+def look_up(game, coalitions):
+    return game[(coalitions.long() << torch.arange(coalitions.shape[-1])).sum(-1)]
+
+
+def minimise(game, start):
+    """Free attributions (1, N, K) under efficiency that minimise the expected Shapley loss of a game."""
+    players = start.shape[1]
+    coalitions = expected_coalitions(players)
+    values, null, full = look_up(game, coalitions), game[None, 0], game[None, -1]
+    raw = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([raw], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = shapley_loss(project_on_efficiency(raw, full, null), coalitions, values, null)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return project_on_efficiency(raw.detach(), full, null)[0]
+
+
+def example(batch=3, players=7, pairs=5, classes=4, dtype=torch.float32):
+    coalitions = sample_pairs(batch, players, pairs, seeded())
+    shapes = (batch, players, classes), (batch, 2 * pairs, classes), (batch, classes)
+    attributions, values, null = (normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
+    return attributions, coalitions, values, null
+
+
+# --- the minimiser
+
+
+@pytest.mark.parametrize("players", [2, 3, 6, 10])
+def test_the_minimiser_is_the_shapley_value(players):
+    game = normal(2**players, 3, dtype=torch.float64)
+    found = minimise(game, normal(1, players, 3, seed=1, dtype=torch.float64))
+    assert (found - exact_shapley_values(game)).abs().max() < 1e-3
+
+
+def test_the_minimiser_knows_dummies_symmetry_and_linear_games():
+    players, start = 5, normal(1, 5, 3, seed=1, dtype=torch.float64)
+    game = normal(32, 3, dtype=torch.float64)
+    dummy = game[torch.arange(32) & 0b10111]
+    assert minimise(dummy, start)[3].abs().max() < 1e-3
+    symmetric = game + look_up(game, all_coalitions(players)[:, [1, 0, 2, 3, 4]])
+    found = minimise(symmetric, start)
+    assert torch.allclose(found[0], found[1], atol=1e-3)
+    shares = normal(5, 3, seed=2, dtype=torch.float64)
+    assert torch.allclose(minimise(all_coalitions(players).double() @ shares + 4, start), shares, atol=1e-3)
+
+
+# --- the loss
+
+
+def test_sums_residuals_and_loss_by_hand():
+    attributions = torch.tensor([[[1.0], [2.0], [4.0]]])
+    coalitions = torch.tensor([[[True, False, True], [False, True, False]]])
+    values, null = torch.tensor([[[16.0], [11.0]]]), torch.tensor([[10.0]])
+    assert coalition_sums(attributions, coalitions).flatten().tolist() == [5, 2]
+    assert coalition_residuals(attributions, coalitions, values, null).flatten().tolist() == [1, -1]
+    assert coalition_scale(values, null).item() == pytest.approx(37 / 2)
+    assert shapley_loss(attributions, coalitions, values, null).item() == pytest.approx(2 / 37)
+
+
+def test_the_loss_is_free_of_scale_and_shift():
+    attributions, coalitions, values, null = example()
+    loss = shapley_loss(attributions, coalitions, values, null)
+    assert torch.allclose(shapley_loss(50 * attributions, coalitions, 50 * values, 50 * null), loss, rtol=1e-4)
+    assert torch.allclose(shapley_loss(attributions, coalitions, values + 2, null + 2), loss, rtol=1e-4)
+    assert torch.allclose(shapley_loss(torch.zeros_like(attributions), coalitions, values, null), torch.tensor(1.0))
+
+
+def test_a_silent_model_has_a_finite_loss_and_gradient():
+    attributions, coalitions, values, null = example()
+    attributions = torch.zeros_like(attributions).requires_grad_()
+    loss = shapley_loss(attributions, coalitions, null[:, None].expand_as(values), null)
+    loss.backward()
+    assert loss.item() == 0
+    assert attributions.grad.isfinite().all()
+
+
+def test_gradients_reach_attributions_and_coalition_values_but_never_the_null():
+    attributions, coalitions, values, null = (
+        tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in example()
+    )
+    shapley_loss(attributions, coalitions, values, null).backward()
+    assert attributions.grad.abs().max() > 0
+    assert values.grad.abs().max() > 0
+    assert null.grad is None
+    assert not coalition_fit(attributions, coalitions, values, null, null + 1).requires_grad
+
+
+def test_the_divisor_has_no_gradient():
+    _, coalitions, values, null = example()
+    values.requires_grad_()
+    shapley_loss(torch.zeros(3, 7, 4), coalitions, values, null).backward()
+    gains = (values - null[:, None]).detach()
+    assert (values.grad * gains).sum().item() == pytest.approx(2, rel=1e-5)  # 0 if it had one
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_lifted_before_anything_is_summed(autocast):
+    low = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in example(players=64)]
+    high = [tensor.double() if tensor.is_floating_point() else tensor for tensor in low]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, sums = shapley_loss(*low), coalition_sums(low[0], low[1])
+        projected = project_on_efficiency(low[0], low[3] + 3, low[3])
+    assert loss.dtype == sums.dtype == projected.dtype == torch.float32
+    assert torch.allclose(loss.double(), shapley_loss(*high), rtol=1e-5)
+    assert torch.allclose(sums.double(), coalition_sums(high[0], high[1]), atol=1e-5)
+    target = (low[3] + 3).double() - high[3]
+    assert torch.allclose(projected.double().sum(1), target, atol=1e-5)
+
+
+# --- the fit
+
+
+def test_the_fit_is_one_for_the_truth_of_a_linear_game_and_zero_for_equal_shares():
+    shares, null = normal(2, 6, 3, dtype=torch.float64), normal(2, 3, seed=1, dtype=torch.float64)
+    coalitions = sample_pairs(2, 6, 8, seeded())
+    values, full = null[:, None] + coalitions.double() @ shares, null + shares.sum(1)
+    equal = shares.mean(1, keepdim=True).expand_as(shares)
+    arguments = coalitions, values, null, full
+    assert coalition_fit(shares, *arguments).item() == pytest.approx(1)
+    assert coalition_fit(equal, *arguments).item() == pytest.approx(0)
+    assert coalition_fit((shares + equal) / 2, *arguments).item() == pytest.approx(0.75)
+    assert coalition_fit(-shares, *arguments).item() < 0
+
+
+def test_the_fit_sees_what_a_small_loss_hides():
+    """Values that grow with the number of players: equal shares have a tiny loss and no fit."""
+    shares = 10 + normal(1, 16, 2)
+    coalitions = sample_pairs(1, 16, 50, seeded())
+    values, null, full = coalition_sums(shares, coalitions), torch.zeros(1, 2), shares.sum(1)
+    equal = shares.mean(1, keepdim=True).expand_as(shares)
+    assert shapley_loss(equal, coalitions, values, null) < 0.01
+    assert coalition_fit(equal, coalitions, values, null, full).item() == pytest.approx(0, abs=1e-4)
+
+
+# --- efficiency and warm-up
+
+
+def test_projection_is_the_nearest_efficient_point():
+    raw, full, null = normal(3, 7, 4), normal(3, 4, seed=1), normal(3, 4, seed=2)
+    projected = project_on_efficiency(raw, full, null)
+    assert torch.allclose(null + projected.sum(1), full, atol=1e-5)
+    assert torch.allclose(project_on_efficiency(projected, full, null), projected, atol=1e-6)
+    moved = projected - raw
+    assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-6)  # along the normal of the plane
+
+
+def test_the_weight_rises_linearly_and_stays():
+    ramp = [warmup_weight(2.0, progress, 0.4) for progress in (0, 0.1, 0.2, 0.4, 0.7, 1)]
+    assert ramp == pytest.approx([0, 0.5, 1, 2, 2, 2])
+    assert warmup_weight(2.0, 0, 0) == 2.0
