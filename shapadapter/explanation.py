@@ -127,29 +127,8 @@ class Explanation:
         return (total + rest).abs().amax(dim=1)  # (B, C) -> (B,)
 
     def class_index(self, name_or_id: str | int) -> int:
-        """Find a class by its name, or check its index.
-
-        Args:
-            name_or_id: A class name, exactly as in `labels`, or a class index.
-
-        Returns:
-            The class index, in 0..K-1.
-
-        Raises:
-            ClassNotFoundError: If there is no such class, or several classes share the name.
-        """
-        if not isinstance(name_or_id, str):
-            if 0 <= name_or_id < len(self.labels):
-                return int(name_or_id)
-            raise ClassNotFoundError(f"There is no class {name_or_id}: the classes are 0..{len(self.labels) - 1}.")
-        found = [index for index, label in enumerate(self.labels) if label == name_or_id]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
-        close = difflib.get_close_matches(name_or_id, self.labels, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {_some(self.labels)}."
-        raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
+        """The index of a class, 0..K-1, from its name or index; see `find_class`."""
+        return find_class(self.labels, name_or_id)
 
     def for_label(self, name_or_id: str | int) -> Tensor:
         """The attributions of one class.
@@ -296,6 +275,33 @@ class Explanation:
             return cls(**load_tensors(data), labels=tuple(about["labels"]))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
+
+
+def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
+    """Find a class by its name, or check its index.
+
+    Args:
+        labels: The K class names.
+        name_or_id: A class name, exactly as in `labels`, or a class index.
+
+    Returns:
+        The class index, in 0..K-1.
+
+    Raises:
+        ClassNotFoundError: If there is no such class, or several classes share the name.
+    """
+    if not isinstance(name_or_id, str):
+        if 0 <= name_or_id < len(labels):
+            return int(name_or_id)
+        raise ClassNotFoundError(f"There is no class {name_or_id}: the classes are 0..{len(labels) - 1}.")
+    found = [index for index, label in enumerate(labels) if label == name_or_id]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
+    close = difflib.get_close_matches(name_or_id, labels, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {_some(labels)}."
+    raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:

@@ -84,8 +84,8 @@ def sample_pairs(
     elif sizes.shape != (pairs,) or not bool(((sizes >= 1) & (sizes < players)).all()):
         raise ValueError(f"sizes must be {pairs} numbers in 1 .. {players - 1}, but got {sizes.tolist()}")
     noise = torch.rand(batch, pairs, players, generator=generator, device=generator.device)  # (B, P, N)
-    ranks = noise.argsort(dim=-1).argsort(dim=-1)  # a uniform permutation of 0 .. N - 1 in each row
-    present = ranks < sizes.to(generator.device)[:, None]  # (B, P, N)
+    order = noise.argsort(dim=-1)  # (B, P, N): a uniform permutation of 0 .. N - 1 in each row
+    present = order < sizes.to(generator.device)[:, None]  # (B, P, N)
     return torch.stack([present, ~present], dim=2).flatten(1, 2)  # (B, P, 2, N) -> (B, 2 P, N)
 
 

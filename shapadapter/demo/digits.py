@@ -22,6 +22,9 @@ DIGIT_EXTENT = (34.0, 46.0)  # pixels of the longer side of a digit
 FRAGMENTS = 4  # pieces of other digits in a scene
 FRAGMENT_SIZE = 9  # pixels, each way: a piece of a stroke, never a digit
 BLOBS = 3
+DARK = 110  # brightest background, of 255
+DIM = 140  # brightest blob
+BRIGHT = 110  # least channel of a digit's colour, the largest being 255
 CHUNK = 500  # scenes composed at a time, to bound the memory
 TEST_SHARE = 5  # one digit of five is for testing
 
@@ -140,12 +143,12 @@ def _backgrounds(count: int, rng: np.random.Generator) -> Floats:
     axis = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
     slope = 0.5 + (np.sin(angle) * axis[:, None] + np.cos(angle) * axis) / np.sqrt(2)  # (count, 64, 64) in 0..1
-    ends = rng.uniform(0, 110, (2, count, 1, 1, 3)).astype(np.float32)
+    ends = rng.uniform(0, DARK, (2, count, 1, 1, 3)).astype(np.float32)
     scenes = ends[0] + slope[..., None] * (ends[1] - ends[0])
     for _ in range(BLOBS):
         centre, width = rng.uniform(-0.5, 0.5, (2, count, 1)), rng.uniform(0.05, 0.15, (count, 1))
         rows, columns = np.exp(-((axis - centre) ** 2) / (2 * width**2)).astype(np.float32)  # (count, 64) each
-        _paint(scenes, rows[:, :, None] * columns[:, None, :], rng.uniform(20, 140, (count, 3)))
+        _paint(scenes, rows[:, :, None] * columns[:, None, :], rng.uniform(0, DIM, (count, 3)))
     return scenes
 
 
@@ -200,7 +203,7 @@ def _paint(scenes: Floats, ink: Floats, colours: NDArray[np.floating]) -> None:
 
 def _bright_colours(count: int, rng: np.random.Generator) -> NDArray[np.floating]:
     """Draw colours that stand out from every background: one channel full, none dark."""
-    colours = rng.uniform(110, 255, (count, 3))
+    colours = rng.uniform(BRIGHT, 255, (count, 3))
     colours[np.arange(count), rng.integers(3, size=count)] = 255
     return colours
 

@@ -1,0 +1,82 @@
+"""A wrapped model and an image as a cooperative game: its values, and its Shapley values the slow way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import ShapleyLayer
+from .backbone import evaluating
+from .errors import ShapleyError
+from .shapley import all_coalitions, exact_shapley_values, kernel_shap, kernel_shap_error, sample_paired_coalitions
+
+
+def active_layer(model: nn.Module) -> ShapleyLayer:
+    """The Shapley layer of a wrapped model.
+
+    Raises:
+        ShapleyError: the model has none, or no adapter in it is active.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
+    if len(layers) != 1 or layers[0].active is None:
+        raise ShapleyError(
+            f"Expected a model with an active Shapley adapter, got {type(model).__name__}"
+            + (" whose adapters are disabled." if layers else ". Wrap it: get_peft_model(model, ShapleyConfig()).")
+        )
+    return layers[0]
+
+
+class PatchGame:
+    """The game of one image: players are its patches, v(S) the logits with only S present.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: (C, H, W) or (1, C, H, W), prepared by the image processor.
+        batch_size: coalitions evaluated at a time.
+        **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
+    """
+
+    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int = 256, **options: Any) -> None:
+        self.model = model
+        self.pixel_values = pixel_values[None] if pixel_values.ndim == 3 else pixel_values  # (1, C, H, W)
+        self.batch_size = batch_size
+        self.options = options
+        rows, cols = active_layer(model).anatomy.grid(self.pixel_values)
+        self.players = rows * cols
+        with torch.inference_mode(), evaluating(model):
+            output = model(pixel_values=self.pixel_values, **options)
+        self.full_values: Tensor = output.logits[0].float()  # (K,)
+        self.null_values: Tensor = output.null_values[0].float()  # (K,)
+        self.attributions: Tensor = output.attributions[0]  # (N, K)
+
+    def values(self, coalitions: Tensor) -> Tensor:
+        """v(S) of coalitions (M, N) bool: (M, K) fp32."""
+        # Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
+        order = coalitions.sum(dim=1).argsort(stable=True)  # (M,)
+        values = []
+        with torch.inference_mode(), evaluating(self.model):
+            for part in order.split(self.batch_size):
+                chosen = coalitions[part][None].to(self.pixel_values.device)  # (1, m, N)
+                output = self.model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
+                values.append(output.coalition_values[0])  # (m, K)
+        return torch.cat(values)[order.argsort().to(self.pixel_values.device)]
+
+    def exact(self) -> Tensor:
+        """The Shapley values by enumeration of all 2^N coalitions, (N, K) float64; at most 16 players."""
+        return exact_shapley_values(self.values(all_coalitions(self.players)).cpu())
+
+    def kernel_shap(self, evaluations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The Shapley values estimated from sampled coalitions.
+
+        Args:
+            evaluations: M, coalitions evaluated; a multiple of 4.
+            generator: source of the coalitions.
+
+        Returns:
+            estimate (N, K) float64, and its relative L2 error (K,), itself estimated by the difference of two halves.
+        """
+        coalitions = sample_paired_coalitions(self.players, evaluations, generator)  # (M, N)
+        arguments = (coalitions, self.values(coalitions).cpu(), self.null_values.cpu(), self.full_values.cpu())
+        return kernel_shap(*arguments), kernel_shap_error(*arguments)

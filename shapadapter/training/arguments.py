@@ -1,0 +1,63 @@
+"""Training arguments of the Shapley objective."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ShapleyTrainingArguments(TrainingArguments):
+    """`TrainingArguments` plus the weight and form of the Shapley loss.
+
+    Changed inherited default: `remove_unused_columns=False`, because the collator turns the data set's `image` column
+    into `pixel_values`; columns it has no use for are named in a warning. With gradient checkpointing,
+    `use_reentrant=False` is enforced.
+    """
+
+    shapley_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the Shapley loss beside the task loss, after the warm-up."}
+    )
+    shapley_warmup: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the training steps over which the weight of the Shapley loss rises linearly from 0. A "
+            "model that has not learned its task yet can satisfy the Shapley loss by becoming a constant."
+        },
+    )
+    coalition_pairs: int = field(
+        default=1, metadata={"help": "Coalitions, each with its complement, evaluated per image and step."}
+    )
+    coalition_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the Shapley loss also changes the coalitions' values (about twice the step's cost). By "
+            "default they are targets."
+        },
+    )
+    coalition_task_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the task loss on the coalitions' own predictions: an augmentation that teaches the "
+            "model to predict from part of an image (about twice the step's cost)."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns that neither collator nor model use from the data sets."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.shapley_warmup <= 1:
+            raise ValueError(f"shapley_warmup is a share of the steps, from 0 to 1; got {self.shapley_warmup}.")
+        if self.coalition_pairs < 1:
+            raise ValueError(f"coalition_pairs must be at least 1, got {self.coalition_pairs}.")
+        if min(self.shapley_weight, self.coalition_task_weight) < 0:
+            raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
+        if self.gradient_checkpointing:
+            options = dict(self.gradient_checkpointing_kwargs or {})
+            if options.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant=True loses the gradient of the Shapley token; leave it out of "
+                    "gradient_checkpointing_kwargs."
+                )
+            self.gradient_checkpointing_kwargs = {**options, "use_reentrant": False}

@@ -1,0 +1,78 @@
+"""From rows of a data set to a batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import ImageError
+
+IMAGE_COLUMNS = ("pixel_values", "image", "img")
+LABEL_COLUMNS = ("labels", "label")
+
+
+class ImageCollator:
+    """Turn rows with `image` and `label` columns into `pixel_values` (B, C, H, W) and `labels` (B,).
+
+    Images may be PIL images, arrays, or paths; rows that already hold `pixel_values` tensors (a transform made them)
+    are stacked. Labels may be missing. Columns it has no use for are named in one warning.
+
+    Args:
+        processor: the image processor; needed unless rows hold `pixel_values`.
+    """
+
+    def __init__(self, processor: Any | None = None) -> None:
+        self.processor = processor
+        self._warned = False
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate.
+
+        Raises:
+            ImageError: no image column, an unreadable image, or no processor to prepare it.
+        """
+        image, label = find_column(rows[0], IMAGE_COLUMNS), find_column(rows[0], LABEL_COLUMNS)
+        self._warn_unused(set(rows[0]) - {image, label})
+        if image is None:
+            raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(rows[0])}.")
+        batch = {"pixel_values": self._pixels([row[image] for row in rows], prepared=image == "pixel_values")}
+        if label is not None:
+            batch["labels"] = torch.as_tensor([row[label] for row in rows])  # (B,)
+        return batch
+
+    def _pixels(self, images: list[Any], prepared: bool) -> Tensor:
+        if prepared:
+            return torch.stack([torch.as_tensor(image) for image in images])  # (B, C, H, W)
+        if self.processor is None:
+            raise ImageError("Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...).")
+        return self.processor([as_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+
+    def _warn_unused(self, unused: set[str]) -> None:
+        if unused and not self._warned:
+            warnings.warn(f"The collator does not use the columns {sorted(unused)}.", stacklevel=3)
+            self._warned = True
+
+
+def find_column(row: dict[str, Any], names: Sequence[str]) -> str | None:
+    """The first of `names` that `row` has."""
+    return next((name for name in names if name in row), None)
+
+
+def as_rgb(image: Any) -> Any:
+    """Open a path and bring a PIL image to RGB; arrays pass.
+
+    Raises:
+        ImageError: the file is missing or is no image.
+    """
+    try:
+        if isinstance(image, str) or hasattr(image, "__fspath__"):
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        return image.convert("RGB") if isinstance(image, Image.Image) else image
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(f"Cannot read image {image!r}: {error}") from error

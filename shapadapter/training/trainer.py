@@ -1,0 +1,216 @@
+"""`Trainer` with the Shapley objective."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..adapter import ShapleyLayer
+from ..errors import ShapleyCollapseWarning, ShapleyError
+from ..objective import coalition_fit, shapley_loss, warmup_weight
+from ..outputs import ShapleyOutput
+from ..shapley import sample_pairs
+from .arguments import ShapleyTrainingArguments
+from .collator import ImageCollator
+
+# A classifier whose logits differ by less than this between images says the same about all of them.
+_CONSTANT_SPREAD = 0.05
+
+
+class ShapleyTrainer(Trainer):
+    """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
+
+    Takes what `Trainer` takes. A data set with `image` and `label` columns and `processing_class=` an image processor
+    are enough. Every step is one call of the wrapped model. The loss is
+
+        task_loss + shapley_weight * shapley_loss [+ coalition_task_weight * coalition_task_loss]
+
+    and its terms are logged by name, with `coalition_fit`: the share of what distinguishes coalitions of equal size
+    that the attributions explain, 1 at best. In `eval_*` all terms are measured on held-out images and coalitions.
+    `compute_metrics` receives the logits.
+
+    Raises:
+        ShapleyError: the model holds no Shapley adapter, or the data set has more classes than the model.
+    """
+
+    # The terms are means over the micro-batch, so the Trainer has to divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+    args: ShapleyTrainingArguments
+
+    def __init__(self, model: Any = None, args: ShapleyTrainingArguments | None = None, **kwargs: Any) -> None:
+        layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
+        if len(layers) != 1:
+            raise ShapleyError(
+                f"Expected a model with a Shapley adapter, got {type(model).__name__}. "
+                "Wrap it first: get_peft_model(model, ShapleyConfig())."
+            )
+        self.layer = layers[0]
+        args = args or ShapleyTrainingArguments("trainer_output")
+        if not isinstance(args, ShapleyTrainingArguments):
+            raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
+        kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(kwargs.get("processing_class"))
+        for name in ("train_dataset", "eval_dataset"):
+            check_classes(kwargs.get(name), self.layer.anatomy.classes)
+        super().__init__(model, args, **kwargs)
+        self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._draws: dict[str, int] = {"train": 0, "eval": 0}
+        self._drawn_at = -1
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
+        if inputs.get("coalitions") is None:
+            inputs = {**inputs, "coalitions": self._draw_coalitions(inputs["pixel_values"], model.training)}
+        gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
+        outputs: ShapleyOutput = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
+        terms = self._loss_terms(outputs, inputs, num_items_in_batch)
+        self._note(outputs, inputs, terms, "train" if model.training else "eval")
+        weights = {
+            "shapley_loss": self._weight() if model.training else self.args.shapley_weight,
+            "coalition_task_loss": self.args.coalition_task_weight,
+        }
+        loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_terms(
+        self, outputs: ShapleyOutput, inputs: dict[str, Any], items: Tensor | int | None
+    ) -> dict[str, Tensor]:
+        """The terms of the loss, not yet weighted, by their names in the logs."""
+        labels, values = inputs.get("labels"), outputs.coalition_values
+        assert values is not None and outputs.attributions is not None and outputs.null_values is not None
+        targets = values if self.args.coalition_gradients else values.detach()
+        terms = {
+            "shapley_loss": shapley_loss(outputs.attributions, inputs["coalitions"], targets, outputs.null_values)
+        }
+        if labels is None:
+            return terms
+        terms["task_loss"] = self._task_loss(outputs, labels, items)
+        if self.args.coalition_task_weight > 0:
+            flat = values.flatten(0, 1)  # (B * M, K)
+            repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,)
+            base = self.accelerator.unwrap_model(self.model)
+            partial = ShapleyOutput(loss=base.loss_function(repeated, flat, base.config), logits=flat)
+            terms["coalition_task_loss"] = self._task_loss(partial, repeated, items)
+        return terms
+
+    def _task_loss(self, outputs: ShapleyOutput, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=items)
+        if self.label_smoother is not None:
+            return self.label_smoother(outputs, labels)
+        assert outputs.loss is not None
+        return outputs.loss
+
+    def _weight(self) -> float:
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        return warmup_weight(self.args.shapley_weight, progress, self.args.shapley_warmup)
+
+    def _draw_coalitions(self, pixel_values: Tensor, training: bool) -> Tensor:
+        """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone, so a resumed run repeats them."""
+        mode = "train" if training else "eval"
+        if training and self._drawn_at != self.state.global_step:
+            self._drawn_at, self._draws["train"] = self.state.global_step, 0
+        key = [self.args.seed, int(training), self.state.global_step * training, self._draws[mode], self.args.process_index]
+        self._draws[mode] += 1
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        rows, cols = self.layer.anatomy.grid(pixel_values)
+        pairs = sample_pairs(pixel_values.shape[0], rows * cols, self.args.coalition_pairs, generator)
+        return pairs.to(pixel_values.device)
+
+    # -- evaluation and logs -----------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits and labels of a batch; the attributions of a whole data set are not gathered."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs.logits.detach(), inputs.get("labels")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """`Trainer`'s loop, with the loss's terms and the coalition fit among the metrics."""
+        self._draws["eval"] = 0
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._gather("eval").items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the mean of each term since the last log."""
+        if "loss" in logs and self._terms["train"]:
+            means = self._gather("train")
+            self._warn_if_collapsed(means.pop("logit_spread"))
+            logs = {**logs, **means, "shapley_weight": self._weight()}
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _note(self, outputs: ShapleyOutput, inputs: dict[str, Any], terms: dict[str, Tensor], mode: str) -> None:
+        # Tensors are kept as they are and read at the next log: reading one here would halt the device every step.
+        notes = self._terms[mode]
+        for name, term in terms.items():
+            notes[name].append(term.detach())
+        fit = coalition_fit(
+            outputs.attributions, inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits
+        )
+        notes["coalition_fit"].append(fit)
+        if mode == "train":
+            notes["logit_spread"].append(outputs.logits.float().std(dim=0, correction=0).mean())
+
+    def _gather(self, mode: str) -> dict[str, float]:
+        """Means over batches and processes, and a fresh start."""
+        notes, self._terms[mode] = self._terms[mode], defaultdict(list)
+        return {
+            name: self.accelerator.gather(torch.stack([v.float() for v in values]).mean()[None]).mean().item()
+            for name, values in sorted(notes.items())
+        }
+
+    def _warn_if_collapsed(self, spread: float) -> None:
+        warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
+        if self.args.shapley_weight > 0 and warmed_up and is_constant(spread, self.layer.anatomy.classes):
+            warnings.warn(
+                f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. The "
+                "Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, now "
+                f"{self.args.shapley_warmup}), lower shapley_weight (now {self.args.shapley_weight}) or the learning rate.",
+                ShapleyCollapseWarning,
+                stacklevel=2,
+            )
+
+
+def is_constant(spread: float, classes: int) -> bool:
+    """Whether logits that vary by `spread` between images (standard deviation, mean over classes) are a constant's.
+
+    A single output is a regression, whose unit is the user's.
+    """
+    return classes > 1 and spread < _CONSTANT_SPREAD
+
+
+def check_classes(dataset: Any, classes: int) -> None:
+    """Refuse a data set whose label feature names more classes than the model has.
+
+    Raises:
+        ShapleyError: it does.
+    """
+    for column, feature in (getattr(dataset, "features", None) or {}).items():
+        count = getattr(feature, "num_classes", None)
+        if column in ("label", "labels") and count is not None and count > classes:
+            raise ShapleyError(
+                f"The data set's column {column!r} has {count} classes, the model {classes}. Load the base with "
+                f"AutoModelForImageClassification.from_pretrained(..., num_labels={count}, ignore_mismatched_sizes=True)."
+            )
