@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -93,9 +93,7 @@ class Explanation:
             raise ValueError("Expected at least one player, one shown class and one pixel.")
         ordered = self.classes.sort(dim=1).values  # (B, C)
         if ((ordered < 0) | (ordered >= classes)).any() or (ordered.diff(dim=1) == 0).any():
-            raise ValueError(
-                f"Expected different class indices in 0..{classes - 1}, but got {_some(ordered.tolist())}."
-            )
+            raise ValueError(f"Expected different classes in 0..{classes - 1}, but got {_some(ordered.tolist())}.")
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -169,9 +167,7 @@ class Explanation:
             for b, row in enumerate(best.tolist())
         ]
 
-    def heatmap(
-        self, label: str | int | None = None, *, index: int = 0, smooth: bool = False
-    ) -> npt.NDArray[np.float32]:
+    def heatmap(self, label: str | int | None = None, *, index: int = 0, smooth: bool = False) -> NDArray[np.float32]:
         """The attributions of one class, enlarged to the size of the image.
 
         Args:

@@ -53,26 +53,27 @@ def coalition_residuals(
 
 
 def coalition_scale(coalition_values: Tensor, null_values: Tensor) -> Tensor:
-    """The mean square of `v(S) - v(empty)`: the yardstick of the Shapley loss, without a gradient.
+    """The mean square of `v(S) - v(empty)` of each image: the yardstick of the Shapley loss, without a gradient.
 
     Args:
         coalition_values: (B, M, K) values `v(S)`.
         null_values: (B, K) values `v(empty)`.
 
     Returns:
-        Scalar, in the squared unit of the values, at least `SCALE_FLOOR`.
+        (B,), in the squared unit of the values, at least `SCALE_FLOOR`.
     """
     gains = _precise(coalition_values.detach()) - _precise(null_values.detach())[:, None]  # (B, M, K)
-    return gains.square().mean().clamp(min=SCALE_FLOOR)
+    return gains.square().mean(dim=(1, 2)).clamp(min=SCALE_FLOOR)  # (B,)
 
 
 def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
     """The Shapley loss: how far the attributions are from explaining the coalitions, relative to their values.
 
-    The mean of the squared `coalition_residuals`, divided by `coalition_scale`. For coalitions of the kernel law and
-    attributions that obey efficiency, its minimiser is the Shapley value (Charnes et al. 1988; Lundberg & Lee 2017;
-    as a loss to train with: FastSHAP, Jethani et al. 2022). The division makes it free of the scale of the logits;
-    the divisor has no gradient, or larger coalition values alone would lower the loss.
+    For each image the mean of the squared `coalition_residuals`, divided by `coalition_scale`; then the mean over
+    images. For coalitions of the kernel law and attributions that obey efficiency, its minimiser is the Shapley value
+    (Charnes et al. 1988; Lundberg & Lee 2017; as a loss to train with: FastSHAP, Jethani et al. 2022). The division
+    makes it free of the scale of the logits, image by image, so that accumulated micro-batches add up to the whole
+    batch. The divisor has no gradient, or larger coalition values alone would lower the loss.
 
     Args:
         attributions: (B, N, K) attributions that obey efficiency (`project_on_efficiency`, or by construction).
@@ -84,7 +85,7 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Ten
         Scalar without a unit: 0 for a perfect fit, 1 for attributions that are all zero.
     """
     residuals = coalition_residuals(attributions, coalitions, coalition_values, null_values)  # (B, M, K)
-    return residuals.square().mean() / coalition_scale(coalition_values, null_values)
+    return (residuals.square().mean(dim=(1, 2)) / coalition_scale(coalition_values, null_values)).mean()
 
 
 @torch.no_grad()

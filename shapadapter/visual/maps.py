@@ -9,7 +9,7 @@ RED = (255, 13, 87)
 BLUE = (30, 136, 229)
 
 # How much of the picture's contrast is left under a map: enough to find one's way, too little to compete.
-PICTURE_CONTRAST = 0.3
+PICTURE_CONTRAST = 0.2
 
 Floats = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]

@@ -1,0 +1,120 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["shapadapter[train,plot]"]
+# ///
+"""Fine-tune an image classifier that explains itself, on a Hub data set or on a folder of images.
+
+python examples/finetune.py \
+    --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --output_dir vit-beans \
+    --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 1e-3 --logging_steps 10 --eval_strategy epoch
+
+A folder has one subfolder per class, in `train/` and `test/` (or `validation/`, `val/`) or without any split:
+
+python examples/finetune.py \
+    --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos --learning_rate 1e-3
+
+On several GPUs: `accelerate launch --num_processes 2 examples/finetune.py ...` (without them, `torchrun
+--nproc_per_node 2 examples/finetune.py --use_cpu ...`). `--help` lists every argument.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import ClassLabel, DatasetDict, Image, load_dataset
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+
+from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain
+from shapadapter.visual import gallery
+
+
+@dataclass
+class ScriptArguments:
+    """Model, data and adapter; everything else is a training argument."""
+
+    model_name_or_path: str = field(metadata={"help": "Vision model, on the Hub or in a local folder."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    image_folder: str | None = field(default=None, metadata={"help": "Local folder, one subfolder per class."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on: 'test', 'validation', or a fifth of the training."}
+    )
+    prediction: Literal["vote", "classifier"] = field(
+        default="vote", metadata={"help": "The logits: sum of the attributions, or the model's own classifier."}
+    )
+    tune: Literal["lora", "frozen", "full"] = field(default="lora", metadata={"help": "How the backbone is trained."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA updates."})
+    explained_images: int = field(default=8, metadata={"help": "Held-out images to explain at the end."})
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.image_folder is None):
+            raise ValueError("Pass either --dataset_name or --image_folder.")
+
+
+def load_images(args: ScriptArguments, seed: int) -> DatasetDict:
+    """Splits `train` and `test` with the columns `image` and `label`."""
+    splits = load_dataset(args.dataset_name or "imagefolder", data_dir=args.image_folder)
+    held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
+    if held_out is not None:
+        splits = DatasetDict(train=splits[args.train_split], test=splits[held_out])
+    features = splits[args.train_split].features
+    image = next(name for name, feature in features.items() if isinstance(feature, Image))
+    label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
+    splits = splits.select_columns([image, label])
+    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    if held_out is not None:
+        return splits
+    return splits[args.train_split].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
+
+
+def accuracy(evaluation: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Share of correct predictions."""
+    logits, labels = evaluation
+    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == labels))}
+
+
+def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+    """Train, save, evaluate, explain."""
+    set_seed(training_args.seed)  # adapter and classifier start from random numbers
+    with training_args.main_process_first(desc="loading the images"):
+        images = load_images(args, training_args.seed)
+    names = images["train"].features["label"].names
+    # Without torchvision this is the processor's PIL version, which resizes slightly differently.
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    base = AutoModelForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+    )
+    # A new classifier that predicts has to be trained; with `vote` the adapter's own head predicts.
+    head = ["classifier"] if args.prediction == "classifier" and args.tune != "full" else None
+    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, modules_to_save=head)
+    trainer = ShapleyTrainer(
+        get_peft_model(base, config),
+        training_args,
+        train_dataset=images["train"],
+        eval_dataset=images["test"],
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # the adapter, with the processor beside it
+    for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    if trainer.is_world_process_zero():
+        held_out = images["test"].shuffle(seed=training_args.seed)[: args.explained_images]["image"]
+        explanation = explain(trainer.model, held_out, processor, top_k=3)
+        explanation.save_html(Path(training_args.output_dir, "explanations.html"))
+        gallery(explanation).savefig(Path(training_args.output_dir, "attributions.png"))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=args.dataset_name)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser((ScriptArguments, ShapleyTrainingArguments)).parse_args_into_dataclasses())

@@ -1,0 +1,5 @@
+"""`python -m shapadapter`."""
+
+from .cli import main
+
+main()

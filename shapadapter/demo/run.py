@@ -1,0 +1,119 @@
+"""The demo from the first digit to the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, set_seed
+
+from ..errors import CheckpointError
+from ..explain import explain
+from ..explanation import Explanation, write_together
+from ..visual import gallery, write_page
+from .digits import DigitScenes, build_digits
+from .folders import whole_folder
+from .models import pretrain, tune
+from .scale import FULL, QUICK, Scale
+from .scorecard import as_text, cost_of_explaining, faithfulness, localisation
+
+SHOWN = 6
+
+
+def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str]]:
+    """Train, wrap, fine-tune, save, load in a new process, measure, draw; returns the rows of the table it prints.
+
+    Args:
+        output: folder for everything the demo writes.
+        seed: seed of data, training and estimates.
+        quick: a smoke run under a minute; its numbers mean little.
+    """
+    scale = QUICK if quick else FULL
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    set_seed(seed)
+    print("1/6  Real digits in cluttered scenes, with the digit's pixels as ground truth")
+    scenes = build_digits(seed, scale.digits, scale.placements)
+    train, test = (scenes.to_dataset(indices) for indices in scenes.split())
+    print(f"     {len(train)} for training, {len(test)} for testing")
+    print("2/6  The user's pretrained model: a small ViT, trained the ordinary way")
+    base_accuracy = pretrain(train, test, output / "pretrained", scale, seed)
+    print("3/6  Loaded from disk, wrapped, fine-tuned with the Shapley objective")
+    model, accuracy = tune(train, test, output / "pretrained", output / "adapter", scale, seed)
+    print("4/6  The adapter is loaded again in a new process")
+    explanation = _explain_test(model, scenes, output)
+    _check_reload(explanation[:SHOWN], scenes, output)
+    print("5/6  Compared with the truth")
+    rows = _measure(model, explanation, scenes, (base_accuracy, accuracy), (output, scale, seed))
+    print(as_text(rows))
+    print("6/6  Pictures")
+    _draw(explanation[:SHOWN], rows, output)
+    print(f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}")
+    return rows
+
+
+def _test_images(scenes: DigitScenes) -> list[Image.Image]:
+    return [Image.fromarray(scenes.images[index]) for index in scenes.split()[1]]
+
+
+def _explain_test(model: PeftModel, scenes: DigitScenes, output: Path) -> Explanation:
+    processor = AutoImageProcessor.from_pretrained(output / "pretrained")
+    return explain(model, _test_images(scenes), processor, batch_size=100)
+
+
+def _check_reload(expected: Explanation, scenes: DigitScenes, output: Path) -> None:
+    """Let a new process load the adapter and explain; its numbers must be the same to the last bit."""
+    with whole_folder(output / "explanation") as folder, whole_folder(output / "images") as images:
+        for number, image in enumerate(_test_images(scenes)[: len(expected)]):
+            image.save(images / f"{number}.png")
+        arguments = [output / "adapter", output / "pretrained", images, folder]
+        subprocess.run([sys.executable, "-m", "shapadapter.demo.reload", *map(str, arguments)], check=True)
+        again = Explanation.load(folder)
+    gap = (again.attributions - expected.attributions).abs().max().item()
+    if gap > 1e-5:
+        raise CheckpointError(f"The reloaded adapter explains differently: attributions differ by {gap:.1e}.")
+    print(f"     same attributions, largest difference {gap:.0e}")
+
+
+def _measure(
+    model: PeftModel,
+    explanation: Explanation,
+    scenes: DigitScenes,
+    accuracies: tuple[float, float],
+    settings: tuple[Path, Scale, int],
+) -> list[tuple[str, str]]:
+    output, scale, seed = settings
+    processor = AutoImageProcessor.from_pretrained(output / "pretrained")
+    pixels = processor(_test_images(scenes)[:100], return_tensors="pt")["pixel_values"]  # (100, C, H, W)
+    errors = faithfulness(model, pixels[: scale.truth_images], scale, seed)
+    inside, area = localisation(explanation, torch.from_numpy(scenes.masks[scenes.split()[1]]))
+    ratio = cost_of_explaining(model, pixels)
+    rows = [
+        ("accuracy of the base model", f"{accuracies[0]:.3f}"),
+        ("accuracy of the adapted model", f"{accuracies[1]:.3f}"),
+        ("largest efficiency gap |null + sum - logit|", f"{explanation.efficiency_gap.max().item():.0e}"),
+        ("error of the attributions, one forward pass", f"{errors['one pass']:.2f}"),
+        *((f"error of KernelSHAP, {budget} evaluations", f"{errors[str(budget)]:.2f}") for budget in scale.budgets),
+        (f"   (relative L2, {scale.truth_images} images; the truth is good to)", f"{errors['truth']:.2f}"),
+        ("positive attribution inside the digit", f"{inside:.0%}"),
+        ("   (share of the digit's area)", f"{area:.0%}"),
+        ("time to predict and explain / to predict", f"{ratio:.2f}x"),
+    ]
+    report: dict[str, Any] = {"seed": seed, "rows": rows}
+    write_together({output / "table.json": json.dumps(report, indent=2).encode()})
+    return rows
+
+
+def _draw(explanation: Explanation, rows: list[tuple[str, str]], output: Path) -> None:
+    figure = gallery(explanation)
+    unfinished = output / ".attributions.png"
+    figure.savefig(unfinished, format="png")
+    unfinished.replace(output / "attributions.png")
+    write_page(explanation, output / "report.html", title="shapadapter demo", table=rows)

@@ -1,0 +1,319 @@
+import base64
+import builtins
+import io
+import json
+import re
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shapadapter.errors import ClassNotFoundError
+from shapadapter.explanation import Explanation
+from shapadapter.visual import draw_explanation, gallery, overlay, signed_colors, symmetric_limit, write_page
+from shapadapter.visual.wording import MINUS, columns, number
+
+RED, BLUE = (255, 13, 87), (30, 136, 229)
+HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "two", "a\u2028b\nc", "x" * 500)
+
+
+def make(side=32, rows=4, batch=2, labels=("zero", "one", "two", "seven", "eight"), scale=1.0):
+    """`batch` square images, rows x rows players, 3 of 5 classes; the image's number scales its attributions."""
+    generator = torch.Generator().manual_seed(1)
+    scales = scale * torch.arange(1, batch + 1).view(-1, 1, 1, 1)
+    attributions = torch.randn(batch, rows, rows, 3, generator=generator) * scales
+    classes, null_values = torch.tensor([[3, 1, 0]] * batch), torch.randn(batch, 5, generator=generator)
+    sums = null_values.gather(1, classes) + attributions.sum(dim=(1, 2))
+    logits = torch.full((batch, 5), -99.0).scatter(1, classes, sums)
+    images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
+    return Explanation(attributions, classes, logits, null_values, logits.softmax(1), tuple(labels), images)
+
+
+# maps
+
+
+def test_opposite_numbers_give_the_two_hues_at_one_strength():
+    values = np.array([[0.5, 2.0], [1.0, 9.0]])
+    plus, minus = signed_colors(values, 2.0), signed_colors(-values, 2.0)
+    assert (plus[..., :3] == RED).all()
+    assert (minus[..., :3] == BLUE).all()
+    assert plus[..., 3].tolist() == minus[..., 3].tolist() == [[64, 255], [128, 255]]
+
+
+def test_zero_is_transparent_even_without_a_scale():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (signed_colors(np.zeros((2, 3)), 1.0)[..., 3] == 0).all()
+        assert (signed_colors(np.zeros((2, 3)), symmetric_limit(np.zeros((2, 3))))[..., 3] == 0).all()
+
+
+def test_limit_is_the_same_on_both_sides():
+    assert symmetric_limit([-3.0, 1.0]) == symmetric_limit([3.0, -1.0]) == 3.0
+    assert symmetric_limit(np.r_[np.ones(999), 100.0], percentile=99) == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(bad):
+    for refuse in (symmetric_limit, lambda v: signed_colors(v, 1.0)):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            refuse([0.0, bad])
+    attributions = make().attributions.clone()
+    attributions[0, 0, 0, 0] = bad
+    with pytest.raises(ValueError, match="'seven' hold NaN"):
+        draw_explanation(replace(make(), attributions=attributions))
+
+
+def test_limit_of_nothing_or_below_zero_is_refused():
+    with pytest.raises(ValueError, match="at least one value"):
+        symmetric_limit([])
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="limit"):
+            signed_colors([1.0], wrong)
+
+
+def test_overlay_is_faint_grey_under_zero_and_full_colour_at_the_limit():
+    image = np.zeros((1, 4, 3), np.uint8)
+    image[0, 1] = (200, 10, 60)
+    shown = overlay(image, np.array([[0.0, 0.0, 5.0, -5.0]]), 5.0)
+    assert shown.dtype == np.uint8
+    assert shown[0, 2].tolist() == list(RED)
+    assert shown[0, 3].tolist() == list(BLUE)
+    assert len(set(shown[0, 1].tolist())) == 1  # grey
+    assert 150 < shown[0, 0, 0] < shown[0, 1, 0] < 255  # faint, and lighter where the picture is
+
+
+def test_overlay_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="image \\(H, W, 3\\) uint8"):
+        overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2)), 1.0)
+    with pytest.raises(ValueError, match="float"):
+        overlay(np.zeros((2, 2, 3)), np.zeros((2, 2)), 1.0)
+
+
+# wording
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3.976, "3.98"), (-4.1, "~4.10"), (0.0, "0.00"), (2e-7, "2.0e~07"), (1234567.0, "1.2e+06")]
+)
+def test_numbers_are_written_for_people(value, text):
+    assert number(value) == text.replace("~", MINUS)
+
+
+def test_sum_check_adds_up():
+    one = make()[:1]
+    one = replace(
+        one,
+        attributions=torch.full((1, 2, 2, 3), 1.025),
+        null_values=torch.full((1, 5), -0.12),
+        logits=torch.tensor([[3.98, 3.5, -9, 3.98, -9]]),
+    )
+    exact, off = columns(one, 0, labels=["seven", "one"], max_classes=9)
+    assert exact.total == "Σφ=+4.10"
+    first, second = exact.check.replace(MINUS, "-").split("\n")
+    assert first == "v(∅) -0.12 + Σφ +4.10 = 3.98"
+    assert re.fullmatch(r"\(logit 3\.98, gap \de-0[78]\)", second)
+    assert off.check.replace(MINUS, "-").endswith("(logit 3.50, gap 5e-01)")
+
+
+# figures
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_figure_shows_picture_first_then_best_classes_with_their_sum_check():
+    explanation = make()
+    figure = explanation.figure(1, max_classes=2)
+    maps = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(maps) == 4  # picture, two classes, scale
+    assert np.array_equal(maps[0], explanation.images[1].numpy())
+    shown = columns(explanation, 1, max_classes=2)
+    limit = symmetric_limit([column.values.numpy() for column in shown])
+    for pixels, column in zip(maps[1:3], shown, strict=True):
+        expected = overlay(explanation.images[1].numpy(), explanation.heatmap(column.index, index=1), limit)
+        assert np.array_equal(pixels, expected)
+        assert column.check in texts(figure)
+        assert f"{column.label}  {column.probability}\n{column.total}" in texts(figure)
+    logits = [float(explanation.logits[1, column.index]) for column in shown]
+    assert logits == sorted(explanation.logits[1].tolist(), reverse=True)[:2]
+    assert {number(-limit), number(limit, sign=True), "contribution to the logit"} <= set(texts(figure))
+
+
+def test_asked_labels_are_drawn_in_the_asked_order():
+    found = " ".join(texts(draw_explanation(make(), labels=["zero", 3])))
+    assert found.index("zero  p=") < found.index("seven  p=")
+    assert "one  p=" not in found
+    with pytest.raises(ClassNotFoundError):
+        draw_explanation(make(), labels=["nought"])
+    for empty in ({"labels": []}, {"max_classes": 0}):
+        with pytest.raises(ValueError, match="no class to draw"):
+            draw_explanation(make(), **empty)
+
+
+def test_smooth_maps_say_so():
+    plain, smooth = draw_explanation(make()), draw_explanation(make(), smooth=True)
+    assert not any("smoothed" in text for text in texts(plain))
+    assert any("smoothed" in text for text in texts(smooth))
+    assert not np.array_equal(plain.axes[1].images[0].get_array(), smooth.axes[1].images[0].get_array())
+
+
+def test_gallery_gives_each_image_a_scale_of_its_own():
+    explanation = make(batch=3)
+    figure = gallery(explanation, [2, 0], max_classes=2)
+    assert len(figure.axes) == 2 * 4
+    limits = [
+        symmetric_limit([c.values.numpy() for c in columns(explanation, index, max_classes=2)]) for index in (2, 0)
+    ]
+    assert limits[0] != limits[1]
+    found = texts(figure)
+    assert [text for text in found if text in {number(limit, sign=True) for limit in limits}] == [
+        number(limit, sign=True) for limit in limits
+    ]
+    assert len(gallery(explanation).axes) == 3 * 4
+    with pytest.raises(ValueError, match="no image"):
+        gallery(explanation, [])
+    with pytest.raises(IndexError):
+        gallery(explanation, [3])
+
+
+@pytest.mark.parametrize(("side", "rows", "scale"), [(64, 8, 1.0), (224, 16, 1e4), (32, 4, 1e-6)])
+def test_no_text_is_cut_or_overlaps(side, rows, scale):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = ("x" * 300, "Sarcoramphus papa, the long name of a bird", "two", "W" * 40, "eight")
+    figure = gallery(make(side, rows, labels=names, scale=scale), max_classes=3)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    boxes += [axes.get_window_extent(renderer) for axes in figure.axes]
+    for place, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
+    assert any("…" in text for text in texts(figure))
+
+
+def test_figure_of_nothing_but_zeros_and_hostile_names_can_be_written():
+    labels = ("$\\frac{$", *HOSTILE[1:])  # would be a mistake if it were read as mathematics
+    empty = replace(make(labels=labels), attributions=torch.zeros(2, 4, 4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        draw_explanation(empty).savefig(io.BytesIO(), format="png")
+
+
+def test_missing_matplotlib_says_what_to_type(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r'pip install "shapadapter\[plot\]"'):
+        draw_explanation(make())
+
+
+# pages
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, the text of scripts, the text outside."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+        else:
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def read(path):
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_page_holds_the_attributions_and_the_picture(tmp_path):
+    explanation = make()
+    _, page = read(explanation.save_html(tmp_path / "why.html", title="Why"))
+    images = json.loads(page.scripts[0])
+    assert len(images) == 2
+    for index, image in enumerate(images):
+        assert [c["label"] for c in image["classes"]] == [c.label for c in columns(explanation, index, max_classes=9)]
+        for found in image["classes"]:
+            exact = explanation.for_label(found["label"])[index].numpy()
+            np.testing.assert_allclose(found["values"], exact, rtol=5e-5)
+            assert "Σφ" in found["check"]
+        assert image["limit"] == pytest.approx(explanation.attributions[index].abs().max().item())
+        source = page.all("img")[2 * index]["src"]
+        picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+        assert np.array_equal(np.asarray(picture), explanation.images[index].numpy())
+        assert number(image["limit"], sign=True) in page.words
+
+
+def test_page_needs_nothing_else(tmp_path):
+    text, page = read(write_page(make(), tmp_path / "why.html"))
+    assert "http:" not in text
+    assert "https:" not in text
+    assert not page.all("link")
+    for _, attrs in page.tags:
+        assert attrs.get("src", "data:").startswith("data:")
+        assert "href" not in attrs
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_page_can_be_read_and_operated_without_a_mouse(tmp_path):
+    _, page = read(write_page(make(), tmp_path / "why.html"))
+    assert all("alt" in attrs for attrs in page.all("img"))
+    assert "predicted" in page.all("img")[0]["alt"]
+    assert all(attrs["type"] == "button" and "aria-pressed" in attrs for attrs in page.all("button"))
+    assert len(page.all("button")) == 2 * 3
+
+
+def test_hostile_names_stay_names(tmp_path):
+    title, table = "</title><script>alert(2)</script>", [("<b>", "</script><script>alert(3)</script>")]
+    plain = read(write_page(make(), tmp_path / "plain.html", table=[("a", "b")]))[1]
+    _, page = read(write_page(make(labels=HOSTILE), tmp_path / "why.html", title=title, table=table))
+    # No name became a tag, an attribute or a line of the script.
+    assert [(tag, list(attrs)) for tag, attrs in page.tags] == [(tag, list(attrs)) for tag, attrs in plain.tags]
+    assert page.scripts[1:] == plain.scripts[1:]
+    assert not any(mark in page.scripts[0] for mark in "<>&\u2028")
+    assert {c["label"] for c in json.loads(page.scripts[0])[0]["classes"]} == {HOSTILE[1], HOSTILE[0], "a b c"}
+    assert title in page.words
+    assert "</script><script>alert(3)</script>" in page.words
+
+
+def test_page_offers_the_best_classes_only(tmp_path):
+    _, page = read(write_page(make(), tmp_path / "why.html", max_classes=1))
+    assert [len(image["classes"]) for image in json.loads(page.scripts[0])] == [1, 1]
+
+
+def test_page_replaces_the_old_one_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "why.html"
+    path.write_text("old")
+    broken = replace(make(), attributions=torch.full((2, 4, 4, 3), float("nan")))
+    with pytest.raises(ValueError, match="NaN"):
+        write_page(broken, path)
+    assert path.read_text() == "old"
+    assert write_page(make(), str(path)) == path
+    assert path.read_text().rstrip().endswith("</html>")
+    assert [p.name for p in tmp_path.iterdir()] == ["why.html"]
