@@ -21,9 +21,13 @@ def _root() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints, pictures and the report.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, pictures and the report.")] = Path(
+        "demo-output"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of data, training and estimates.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run under a minute; its numbers mean little.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smoke run under a minute; its numbers mean little.")
+    ] = False,
 ) -> None:
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
     # Imported here: --help must not wait for torch.
@@ -33,7 +37,9 @@ def demo(
     try:
         run(output, seed, quick)
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. What is in the output folder is whole; run the command again to start over.", err=True)
+        typer.echo(
+            "\nInterrupted. What is in the output folder is whole; run the command again to start over.", err=True
+        )
         raise typer.Exit(130) from None
     except (ShapleyError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from .backbone import evaluating
 from .errors import ImageError
 from .explanation import Explanation, find_class
 from .game import active_layer
+from .images import prepare_images
 from .outputs import ShapleyOutput
 
 
@@ -23,7 +23,7 @@ def explain(
     processor: Any | None = None,
     *,
     top_k: int | None = None,
-    targets: Sequence[str | int] | None = None,
+    targets: Sequence[str | int] | str | int | None = None,
     batch_size: int = 32,
     **options: Any,
 ) -> Explanation:
@@ -50,15 +50,17 @@ def explain(
     labels = tuple(str(names[index]) for index in range(layer.anatomy.classes))
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
-    chosen = None if targets is None else [find_class(labels, target) for target in targets]
+    wanted = [targets] if isinstance(targets, str | int) else targets
+    chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
     listed = as_list(images)
     parts = []
     parameter = next(model.parameters())
     with torch.inference_mode(), evaluating(model):
         for start in range(0, len(listed), batch_size):
-            pixels, seen = prepare(listed[start : start + batch_size], processor)
-            output = model(pixel_values=pixels.to(parameter.device, parameter.dtype), return_dict=True, **options)
+            pixels = prepare(listed[start : start + batch_size], processor)
             grid = layer.anatomy.grid(pixels)
+            seen = as_pictures(pixels, processor)
+            output = model(pixel_values=pixels.to(parameter.device, parameter.dtype), return_dict=True, **options)
             parts.append(_collect(output, seen, grid, columns(output.logits, chosen, top_k), labels, model.config))
     return join(parts)
 
@@ -77,20 +79,18 @@ def as_list(images: Any) -> list[Any]:
     return listed
 
 
-def prepare(images: list[Any], processor: Any | None) -> tuple[Tensor, Tensor]:
-    """Pixel values (B, C, H, W) for the model, and what it sees as pictures (B, H, W, 3) uint8."""
+def prepare(images: list[Any], processor: Any | None) -> Tensor:
+    """Pixel values (B, C, H, W) for the model."""
     if processor is None:
         if not all(isinstance(image, Tensor) for image in images):
             came = sorted({type(image).__name__ for image in images})
-            raise ImageError(f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=...")
+            raise ImageError(
+                f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=..."
+            )
         pixels = _stack(images)
     else:
-        opened = [open_image(image) for image in images]
-        try:
-            pixels = processor(opened, return_tensors="pt")["pixel_values"]
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ImageError(f"{type(processor).__name__} cannot prepare the images: {error}") from error
-    return pixels, as_pictures(pixels, processor)
+        pixels = prepare_images(images, processor)
+    return pixels
 
 
 def _stack(images: list[Tensor]) -> Tensor:
@@ -98,28 +98,6 @@ def _stack(images: list[Tensor]) -> Tensor:
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
         raise ImageError(f"Expected tensors (C, H, W) of one size, got {sorted(shapes)}.")
     return torch.stack(images)  # (B, C, H, W)
-
-
-def open_image(image: Any) -> Any:
-    """A path as a PIL image, PIL images as RGB; arrays and tensors pass if they are (H, W), (H, W, C) or (C, H, W).
-
-    Raises:
-        ImageError: missing or unreadable file, wrong channel count, or no image at all.
-    """
-    if isinstance(image, Tensor | np.ndarray):
-        channels = {image.shape[0], image.shape[-1]} if image.ndim == 3 else {1} if image.ndim == 2 else set()
-        if not channels & {1, 3}:
-            raise ImageError(f"Expected an image (H, W, 3) or (3, H, W), got an array of shape {tuple(image.shape)}.")
-        return image
-    try:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        if isinstance(image, str) or hasattr(image, "__fspath__"):
-            with Image.open(image) as file:
-                return file.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ImageError(f"Cannot read image {image!r}: {error}") from error
-    raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
 
 
 def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapter import ShapleyLayer
 from .backbone import evaluating
-from .errors import ShapleyError
+from .errors import ImageError, ShapleyError
 from .shapley import all_coalitions, exact_shapley_values, kernel_shap, kernel_shap_error, sample_paired_coalitions
 
 
@@ -41,6 +41,8 @@ class PatchGame:
     def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int = 256, **options: Any) -> None:
         self.model = model
         self.pixel_values = pixel_values[None] if pixel_values.ndim == 3 else pixel_values  # (1, C, H, W)
+        if self.pixel_values.shape[0] != 1:
+            raise ImageError(f"A game is about one image, got a batch of {self.pixel_values.shape[0]}.")
         self.batch_size = batch_size
         self.options = options
         rows, cols = active_layer(model).anatomy.grid(self.pixel_values)

@@ -532,7 +532,6 @@ def test_arguments_come_from_the_command_line(tmp_path, capsys):
 fault = pytest.mark.xfail(strict=True)
 
 
-@fault
 def test_batches_of_one_image_are_no_collapse(tmp_path):
     trainer = trainer_of(tmp_path, per_device_train_batch_size=1, max_steps=20)
     with warnings.catch_warnings():
@@ -540,7 +539,6 @@ def test_batches_of_one_image_are_no_collapse(tmp_path):
         trainer.train()
 
 
-@fault
 def test_metrics_are_finite_or_left_out(tmp_path):
     trainer = trainer_of(tmp_path)
     with torch.no_grad():
@@ -550,14 +548,12 @@ def test_metrics_are_finite_or_left_out(tmp_path):
     assert np.isfinite(list(trainer.evaluate().values())).all()
 
 
-@fault
 def test_evaluated_terms_add_up_with_a_smaller_last_batch(tmp_path):
     metrics = trainer_of(tmp_path, held_out=images(9), per_device_eval_batch_size=8).evaluate()
     together = metrics["eval_task_loss"] + metrics["eval_shapley_loss"]
     assert metrics["eval_loss"] == pytest.approx(together, rel=1e-5)
 
 
-@fault
 def test_the_coalition_fit_does_not_depend_on_the_batch_size(tmp_path):
     pairs = sample_pairs(8, PLAYERS, 1, torch.Generator().manual_seed(3)).tolist()
     processor = Processor(size={"height": 32, "width": 32})
@@ -580,19 +576,16 @@ class CountTensors(TrainerCallback):
         self.counts.append(sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects()))
 
 
-@fault
 def test_nothing_piles_up_where_nothing_is_logged(tmp_path):
     counter = CountTensors()
     trainer_of(tmp_path, max_steps=12, logging_strategy="no", callbacks=[counter]).train()
     assert counter.counts[-1] == counter.counts[2]
 
 
-@fault
 def test_removing_unused_columns_keeps_the_image(tmp_path):
     trainer_of(tmp_path, train=images(weather=["rain"] * 12), remove_unused_columns=True, max_steps=1).train()
 
 
-@fault
 def test_a_disabled_adapter_is_refused(tmp_path):
     model = wrapped()
     model.base_model.disable_adapter_layers()
@@ -600,12 +593,10 @@ def test_a_disabled_adapter_is_refused(tmp_path):
         trainer_of(tmp_path, model)
 
 
-@fault
 def test_reentrant_checkpointing_is_ruled_out_under_both_names(tmp_path):
     options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": True}}
     assert arguments(tmp_path, **options).activation_checkpointing_kwargs["use_reentrant"] is False
 
 
-@fault
 def test_integer_multi_hot_labels_train(tmp_path):
     trainer_of(tmp_path, train=images(8, [[1, 0, 1], [0, 1, 0]] * 4), max_steps=1).train()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Anatomy, evaluating
-from ..errors import ImageError
+from shapadapter.backbone import Anatomy, evaluating
+from shapadapter.errors import ImageError
 
 _OURS = ("coalitions", "coalition_grad")
 _EXTRAS = ("output_hidden_states", "output_attentions")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
+from shapadapter.errors import CheckpointError
 
 
 @dataclass
@@ -50,8 +50,8 @@ class ShapleyConfig(LoraConfig):
     head_width: int = field(default=64, metadata={"help": "Width of the head's token-conditioned branch."})
     num_classes: int | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Class names, written likewise."})
-    base_fingerprint: list[float] | None = field(
-        default=None, metadata={"help": "Norms of the base model's blocks, by which another base is recognised."}
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Numbers by which another base model is recognised, written likewise."}
     )
     shapadapter_version: str | None = field(default=None, metadata={"help": "The version that wrote the adapter."})
 
@@ -80,37 +80,39 @@ class ShapleyConfig(LoraConfig):
         """Load the configuration; for a local folder, the weights beside it are checked for damage as well.
 
         Raises:
-            CheckpointError: the weight file is cut off.
+            CheckpointError: it is damaged or incomplete.
         """
-        check_weights(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        path = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
+        if path.is_file():
+            check_weights(path, config.leaves())
+        return config
+
+    def leaves(self) -> list[str]:
+        """Names of the parts of token and head that an adapter of this configuration has."""
+        names = ["norm", "vote", "patch", "share"]
+        names += ["null"] if self.prediction == "vote" else []
+        return names + (["token", "token_norm", "gate"] if self.shapley_token else [])
 
 
-def check_weights(path: Path) -> None:
-    """Refuse a safetensors file that is shorter or longer than its own header says; a missing file passes.
+def check_weights(path: Path, leaves: list[str]) -> None:
+    """Refuse a safetensors file that is damaged, or lacks part of token and head.
+
+    transformers' own loader would leave what is missing random, with no more than a report.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is not what its header announces, or a part is missing.
     """
-    if not path.is_file():
-        return
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        ends = [] if header is None or 8 + header > size else _data_ends(file.read(header))
-    if header is None or 8 + header > size or not ends or 8 + header + max(ends) != size:
-        raise CheckpointError(
-            f"{path} is damaged: it has {size} bytes, which is not what its header announces. The copy or download "
-            "was cut off; fetch the file again."
-        )
-
-
-def _data_ends(header: bytes) -> list[int]:
-    import json
-
     try:
-        entries = json.loads(header)
-        return [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError):
-        return []
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): the copy or download was cut off, or it was changed. Fetch the file again."
+        ) from error
+    missing = [leaf for leaf in leaves if not any(f"lora_shapley_{leaf}" in key.split(".") for key in keys)]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {missing} of the Shapley token and head {leaves}: it was not written by shapadapter, or not "
+            "with the configuration beside it."
+        )

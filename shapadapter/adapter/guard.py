@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..backbone import Anatomy
-from ..backbone.carrier import original_name
-from ..errors import CheckpointError, UnsupportedModelError
-from .config import ShapleyConfig
-from .layer import ShapleyLayer
+from shapadapter.backbone import Anatomy
+from shapadapter.errors import CheckpointError, UnsupportedModelError
 
-# Casting to bf16 moves a block's norm by about 1e-5, another training of it by far more.
-_TOLERANCE = 2e-4
+from .config import ShapleyConfig
+from .fingerprint import base_fingerprint, same_fingerprint
+from .layer import ShapleyLayer
 
 
 def refuse_stacking(model: nn.Module, known: set[str]) -> None:
@@ -43,6 +41,20 @@ def refuse_stacking(model: nn.Module, known: set[str]) -> None:
         )
 
 
+def refuse_mixture(tune: str, others: set[str]) -> None:
+    """Refuse LoRA and full training side by side on one model: PEFT would look for LoRA inside the full copies.
+
+    Raises:
+        UnsupportedModelError: one adapter trains by LoRA, another the full backbone.
+    """
+    for other in others:
+        if {tune, other} == {"lora", "full"}:
+            raise UnsupportedModelError(
+                f"The model holds an adapter with tune={other!r}; one with tune={tune!r} cannot be added, because LoRA "
+                "and full training of one backbone cannot be saved side by side. Use a second copy of the base model."
+            )
+
+
 def _adapter_names(model: nn.Module) -> set[str]:
     names: set[str] = set()
     for module in model.modules():
@@ -57,7 +69,7 @@ def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Non
     Raises:
         CheckpointError: the adapter was made for another number of classes or another base.
     """
-    fingerprint = base_fingerprint(model, anatomy)
+    fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
         config.id2label = {int(index): str(label) for index, label in model.config.id2label.items()}
@@ -70,8 +82,9 @@ def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Non
         )
     if not same_fingerprint(config.base_fingerprint, fingerprint):
         raise CheckpointError(
-            f"The adapter was made for another base model than this {type(model).__name__}: the weights of its blocks "
-            f"differ. Load the base it was trained on: {config.base_model_name_or_path!r}."
+            f"The adapter was made for another base model than this {type(model).__name__}: its weights differ. Load the "
+            f"base it was trained on: {config.base_model_name_or_path!r}. If that has a new, random classifier, save "
+            "the base once and load it from there, or train the classifier with modules_to_save=['classifier']."
         )
     if config.id2label:
         model.config.id2label = dict(config.id2label)
@@ -81,31 +94,6 @@ def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Non
 def _some(labels: dict[int, str] | None) -> str:
     names = list((labels or {}).values())
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-@torch.no_grad()
-def base_fingerprint(model: nn.Module, anatomy: Anatomy) -> list[float] | None:
-    """L2 norms of the base weights of the patch embedding and of each block; None where they are not all at hand."""
-    squares = dict.fromkeys((anatomy.embedding, *anatomy.blocks), 0.0)
-    for name, parameter in model.named_parameters():
-        if "modules_to_save." in name or "lora_" in name or not name.endswith("weight"):
-            continue
-        own = original_name(name)
-        part = next((part for part in squares if own.startswith(f"{part}.")), None)
-        if part is None:
-            continue
-        if parameter.device.type == "meta" or not parameter.is_floating_point() or parameter.numel() == 0:
-            return None
-        squares[part] += parameter.double().square().sum().item()
-    return [square**0.5 for square in squares.values()]
-
-
-def same_fingerprint(one: list[float] | None, other: list[float] | None) -> bool:
-    """Whether two fingerprints can belong to the same base; unknown ones can."""
-    if one is None or other is None:
-        return True
-    close = (abs(a - b) <= _TOLERANCE * max(abs(a), abs(b), 1e-12) for a, b in zip(one, other, strict=False))
-    return len(one) == len(other) and all(close)
 
 
 def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfig, saved: dict[str, Any]) -> None:
@@ -131,8 +119,9 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in saved and "lora_" not in name and not name.startswith(auxiliary)
+        if config.bias == "none" or not name.endswith(".bias")
     ]
-    if loose and config.bias == "none":
+    if loose:
         raise CheckpointError(
             f"Not saved: {len(loose)} parameters of the base model are trainable but would not be in the checkpoint, "
             f"e.g. {loose[0]}. To train the whole backbone wrap the model with ShapleyConfig(tune='full'); to train "
@@ -140,34 +129,45 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     merged = any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
-    if not merged and not same_fingerprint(config.base_fingerprint, base_fingerprint(base, layer.anatomy)):
+    if not merged and not same_fingerprint(config.base_fingerprint, base_fingerprint(base, layer.anatomy, config)):
         raise CheckpointError(
             "Not saved: the base model's own weights have changed since it was wrapped, and the checkpoint would not "
             "contain them. Train the backbone with ShapleyConfig(tune='full') or modules_to_save=[...]."
         )
 
 
-def check_complete(layer: ShapleyLayer, name: str, state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint in which part of token or head is missing: it would stay random, silently.
+def check_complete(model: nn.Module, layer: ShapleyLayer, name: str, state: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint in which part of token, head or LoRA is missing: it would stay random, silently.
 
     Raises:
         CheckpointError: with the missing names.
     """
-    expected = {
-        f"{leaf}{'.' + rest if rest else ''}"
-        for leaf in layer.adapter_layer_names
-        for rest in _leaf_keys(getattr(layer, leaf), name)
-    }
-    present = {key.rpartition("shapley.")[2] for key in state}
-    missing = sorted(expected - present)
+    expected = {f"shapley.{key}" for key in leaf_keys(layer, name)} | set(_lora_keys(model, name))
+    missing = sorted(key for key in expected if not any(own.endswith(key) for own in state))
     if missing:
         raise CheckpointError(
-            f"The adapter's weight file lacks {len(missing)} of {len(expected)} tensors of token and head, e.g. "
+            f"The adapter's weight file lacks {len(missing)} of {len(expected)} tensors of token, head and LoRA, e.g. "
             f"{missing[0]}. It was not written by shapadapter, or not with this configuration."
         )
 
 
-def _leaf_keys(leaf: nn.ModuleDict | nn.ParameterDict, name: str) -> list[str]:
-    if name not in leaf:
-        return []
-    return [""] if isinstance(leaf, nn.ParameterDict) else list(leaf[name].state_dict())
+def leaf_keys(layer: ShapleyLayer, name: str) -> list[str]:
+    """Names, as saved, of the tensors that adapter `name` has in the layer."""
+    keys = []
+    for leaf in layer.adapter_layer_names:
+        entries = getattr(layer, leaf)
+        if name in entries:
+            tensors = (
+                [""] if isinstance(entries, nn.ParameterDict) else [f".{key}" for key in entries[name].state_dict()]
+            )
+            keys += [f"{leaf}{tensor}" for tensor in tensors]
+    return keys
+
+
+def _lora_keys(model: nn.Module, name: str) -> list[str]:
+    return [
+        f"{path}.{part}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+        for part in ("lora_A", "lora_B")
+    ]

@@ -40,32 +40,43 @@ class ProjectionHead:
     def votes(self, features: Tensor, players: int) -> Tensor:
         """Sum of the contributions of the players present, (B, s, D) to (B, K) fp32; N = `players` of the full image."""
         # Summed before it is projected: the map is linear, and K may be a thousand.
-        total = self.norm(features).sum(dim=1)  # (B, D)
-        return self.vote(total).float() / players  # (B, K)
+        with self._precisely(features):
+            total = self.norm(features.to(self.vote.weight.dtype)).sum(dim=1)  # (B, D)
+            return self.vote(total).float() / players  # (B, K)
 
     def contributions(self, features: Tensor, token: Tensor | None, players: int) -> Tensor:
         """What each player present contributes, (B, s, D) and token (B, D) to (B, s, K) fp32."""
-        normed = self.norm(features)  # (B, s, D)
-        branch = F.gelu(self.patch(normed))  # (B, s, W)
-        if self.gate is not None and self.token_norm is not None and token is not None:
-            branch = branch * self.gate(self.token_norm(token))[:, None]  # (B, s, W)
-        centred = branch - branch.mean(dim=1, keepdim=True)  # (B, s, W)
-        return (self.vote(normed).float() + self.share(centred).float()) / players  # (B, s, K)
+        dtype = self.vote.weight.dtype
+        with self._precisely(features):
+            normed = self.norm(features.to(dtype))  # (B, s, D)
+            branch = F.gelu(self.patch(normed))  # (B, s, W)
+            if self.gate is not None and self.token_norm is not None and token is not None:
+                branch = branch * self.gate(self.token_norm(token.to(dtype)))[:, None]  # (B, s, W)
+            centred = branch - branch.mean(dim=1, keepdim=True)  # (B, s, W)
+            return (self.vote(normed).float() + self.share(centred).float()) / players  # (B, s, K)
+
+    @staticmethod
+    def _precisely(features: Tensor) -> torch.autocast:
+        # In bf16 the shares would no longer sum to zero, nor the attributions to the value of all players.
+        return torch.autocast(features.device.type, enabled=False)
 
 
-def new_leaves(width: int, classes: int, branch: int, token: bool) -> dict[str, nn.Module | nn.Parameter]:
+def new_leaves(
+    width: int, classes: int, branch: int, *, null: bool, token: bool
+) -> dict[str, nn.Module | nn.Parameter]:
     """Freshly initialised parameters of one adapter, by leaf: D = `width`, K = `classes`, W = `branch`."""
     vote = nn.Linear(width, classes, bias=False)
     nn.init.normal_(vote.weight, std=0.02)
     share = nn.Linear(branch, classes, bias=False)
     nn.init.zeros_(share.weight)
     leaves: dict[str, nn.Module | nn.Parameter] = {
-        "null": nn.Parameter(torch.zeros(classes)),
         "norm": nn.LayerNorm(width),
         "vote": vote,
         "patch": nn.Linear(width, branch),
         "share": share,
     }
+    if null:
+        leaves["null"] = nn.Parameter(torch.zeros(classes))
     if token:
         gate = nn.Linear(width, branch)
         nn.init.ones_(gate.bias)

@@ -13,10 +13,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..backbone import Anatomy, Pass, TokenCarrier
-from ..errors import CheckpointError
-from ..objective import project_on_efficiency
-from ..outputs import ShapleyOutput
+from shapadapter.backbone import Anatomy, Pass, TokenCarrier
+from shapadapter.errors import ShapleyError
+from shapadapter.objective import project_on_efficiency
+from shapadapter.outputs import ShapleyOutput
+
 from .call import ModelCall, coalition_runs, without_token
 from .config import ShapleyConfig
 from .head import ProjectionHead, new_leaves
@@ -32,6 +33,14 @@ class Settings:
 
     prediction: str
     removal: Any
+    tune: str
+
+
+def _placed(leaf: nn.Module | nn.Parameter, device: torch.device) -> nn.Module | nn.Parameter:
+    if isinstance(leaf, nn.Parameter):
+        return nn.Parameter(leaf.detach().to(device))
+    # With low_cpu_mem_usage the weights come later, straight from the file.
+    return leaf if any(parameter.is_meta for parameter in leaf.parameters()) else leaf.to(device)
 
 
 class ShapleyLayer(nn.Module, BaseTunerLayer):
@@ -63,12 +72,17 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, config: ShapleyConfig, device: torch.device) -> None:
         """Give adapter `name` its parameters, in fp32 on `device`."""
-        leaves = new_leaves(self.anatomy.width, self.anatomy.classes, config.head_width, config.shapley_token)
+        leaves = new_leaves(
+            self.anatomy.width,
+            self.anatomy.classes,
+            config.head_width,
+            # The base model's own head has no need of a null parameter: it is asked for v(empty).
+            null=config.prediction == "vote",
+            token=config.shapley_token,
+        )
         for leaf, value in leaves.items():
-            getattr(self, f"lora_shapley_{leaf}")[name] = value.to(device) if isinstance(value, nn.Module) else value
-        for leaf in _PARAMETERS:
-            getattr(self, f"lora_shapley_{leaf}").to(device)
-        self.settings[name] = Settings(config.prediction, config.removal)
+            getattr(self, f"lora_shapley_{leaf}")[name] = _placed(value, device)
+        self.settings[name] = Settings(config.prediction, config.removal, config.tune)
 
     @property
     def active(self) -> str | None:
@@ -84,13 +98,13 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def head(self, name: str) -> ProjectionHead:
         """The head of adapter `name`."""
         leaves = {leaf: getattr(self, f"lora_shapley_{leaf}") for leaf in _MODULES}
-        return ProjectionHead(**{leaf: modules[name] if name in modules else None for leaf, modules in leaves.items()})
+        return ProjectionHead(**{leaf: modules.get(name, None) for leaf, modules in leaves.items()})
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter; the logits can be the sum of one head's attributions only."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if len(names) > 1:
-            raise CheckpointError(f"One Shapley adapter can be active at a time, got {names}.")
+            raise ShapleyError(f"One Shapley adapter can be active at a time, got {names}.")
         super().set_adapter(names, inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -106,10 +120,12 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Hook the model's own forward; the carrier hooks the blocks."""
+        """Hook the model's own forward and, through the carrier, its blocks."""
+        self.carrier.attach(model)
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model, with_kwargs=True),
+            # Always called: after an error, too, nothing of the pass may be left.
+            model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -135,9 +151,8 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     ) -> ShapleyOutput | tuple[Any, ...] | None:
         call, current, name = self._call, self.carrier.current, self.active
         self.carrier.current = self._call = None
-        if call is None or current is None or name is None:
+        if call is None or current is None or name is None or current.features is None or output is None:
             return None
-        assert current.features is not None
         contributions = self.head(name).contributions(current.features, current.token, call.players)  # (B, N, K)
         if self.settings[name].prediction == "vote":
             null = self.lora_shapley_null[name].float().expand(contributions.shape[0], -1)  # (B, K)
@@ -189,6 +204,8 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             for rows, images, present in coalition_runs(call.coalitions):
                 order.append(rows)
                 values.append(self._value(model, call, name, call.pixel_values[images], present))
+        if not values:
+            return call.pixel_values.new_zeros(*call.coalitions.shape[:2], self.anatomy.classes, dtype=torch.float32)
         # (B * M, K), back from order of size to order of the coalitions
         flat = torch.cat(values).index_select(0, torch.cat(order).argsort())
         return flat.unflatten(0, call.coalitions.shape[:2])

@@ -14,12 +14,13 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from .. import __version__
-from ..backbone import Anatomy, choose_removal, default_targets, examine, linear_layers
-from ..errors import ShapleyError, UnsupportedModelError
+from shapadapter import __version__
+from shapadapter.backbone import Anatomy, choose_removal, default_targets, examine, linear_layers
+from shapadapter.errors import UnsupportedModelError
+
 from .config import ShapleyConfig
-from .guard import check_base, check_complete, check_restorable, refuse_stacking
-from .layer import Settings, ShapleyLayer
+from .guard import check_base, check_complete, check_restorable, refuse_mixture, refuse_stacking
+from .layer import ShapleyLayer
 
 CHILD = "shapley"
 
@@ -45,11 +46,17 @@ class ShapleyModel(LoraModel):
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.settings) if layer is not None else set())
+        refuse_mixture(config.tune, {s.tune for s in layer.settings.values()} if layer is not None else set())
         anatomy = examine(model) if layer is None else layer.anatomy
-        check_base(model, anatomy, config)
         _resolve_training(model, anatomy, config)
+        check_base(model, anatomy, config)
         config.shapadapter_version = __version__
+        if config.auto_mapping is None:
+            # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
+            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         with _without_layer(model, layer):
+            # Before anything is changed, so that a refused model is as it was.
+            config.removal = choose_removal(model, anatomy, config.removal, config.shapley_token)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -58,20 +65,12 @@ class ShapleyModel(LoraModel):
         self._add_to_layer(model, layer, adapter_name, config)
 
     def _add_to_layer(self, model: nn.Module, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
-        active = self.active_adapters
-        try:
-            layer.add(name, config, _blocks_device(model, layer.anatomy))
-            # The self-test is about the new adapter, whether or not it will be the active one.
-            layer.set_adapter(name)
-            layer.detach()
-            config.removal = choose_removal(model, layer.carrier, config.removal)
-        except ShapleyError:
-            layer.detach()
-            delattr(model, CHILD)
-            raise
-        layer.settings[name] = Settings(config.prediction, config.removal)
+        layer.add(name, config, _blocks_device(model, layer.anatomy))
+        layer.detach()
         layer.attach(model)
-        layer.set_adapter([a for a in active if a in layer.settings], inference_mode=config.inference_mode)
+        layer.set_adapter(
+            [a for a in self.active_adapters if a in layer.settings], inference_mode=config.inference_mode
+        )
         layer.train(model.training)
 
     def _unload_and_optionally_merge(
@@ -95,7 +94,12 @@ class ShapleyModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         check_restorable(model, _layer_of(model), config, saved)
@@ -105,7 +109,7 @@ class ShapleyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_complete(_layer_of(model), adapter_name, state_dict)
+        check_complete(model, _layer_of(model), adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -129,6 +133,7 @@ def _without_layer(model: nn.Module, layer: ShapleyLayer | None) -> Iterator[Non
         yield
     finally:
         setattr(model, CHILD, layer)
+        layer.attach(model)
 
 
 def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
@@ -165,4 +170,3 @@ def _trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str) -> lis
 def _blocks_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
     """Where the blocks' weights are."""
     return next(model.get_submodule(anatomy.embedding).parameters()).device
-

@@ -2,7 +2,7 @@
 knows how models are built.
 """
 
-from .anatomy import Anatomy, default_targets, evaluating, examine, linear_layers
+from .anatomy import Anatomy, default_targets, evaluating, examine, linear_layers, original_name
 from .carrier import Pass, TokenCarrier
 from .selftest import choose_removal
 
@@ -15,4 +15,5 @@ __all__ = [
     "evaluating",
     "examine",
     "linear_layers",
+    "original_name",
 ]

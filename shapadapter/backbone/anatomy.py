@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImageError, UnsupportedModelError
+from shapadapter.errors import ImageError, UnsupportedModelError
+
 from .attention import recorded_attention
 
 # Attention projections that LoRA adapts by default, under the names transformers 5 gives them.
@@ -82,11 +83,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def linear_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Names of all linear layers inside the blocks: what PEFT's "all-linear" means here, the classifier left out."""
-    return [
-        name
+    inside = tuple(f"{block}." for block in anatomy.blocks)
+    names = {
+        original_name(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{block}." for block in anatomy.blocks))
-    ]
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    }
+    return sorted(name for name in names if name.startswith(inside))
 
 
 def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -96,7 +99,11 @@ def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
         UnsupportedModelError: the attention modules have no projections of a known name.
     """
     attention = model.get_submodule(anatomy.attentions[0])
-    names = {name for name, module in attention.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        original_name(name)
+        for name, module in attention.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    }
     if not names.issuperset(_QUERY_VALUE):
         raise UnsupportedModelError(
             f"No default LoRA targets for {type(model).__name__}: looked for linear layers {list(_QUERY_VALUE)} in "
@@ -119,6 +126,22 @@ def examine(model: nn.Module) -> Anatomy:
             f"Expected a Hugging Face vision classifier (AutoModelForImageClassification.from_pretrained(...)), "
             f"got {type(model).__name__}."
         )
+    before = _plain_attributes(model)
+    try:
+        return _examine(model)
+    except UnsupportedModelError:
+        # Some models adjust themselves to the image they see, as Swin does its windows.
+        for module, attributes in before:
+            vars(module).update(attributes)
+        raise
+
+
+def _plain_attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    plain = (bool, int, float, str, tuple)
+    return [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in model.modules()]
+
+
+def _examine(model: nn.Module) -> Anatomy:
     name, embedding = _patch_embedding(model)
     calls, attentions, logits, image, options = _dry_run(model, embedding)
     blocks, tokens, width = _blocks(model, calls)
@@ -197,9 +220,7 @@ def _configured_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _record(
-    model: nn.Module, pixel_values: Tensor, options: dict[str, Any]
-) -> tuple[_Calls, list[nn.Module], Tensor]:
+def _record(model: nn.Module, pixel_values: Tensor, options: dict[str, Any]) -> tuple[_Calls, list[nn.Module], Tensor]:
     """Who was called with what, who called the attention interface, and the logits (2, K)."""
     calls: _Calls = {}
 
@@ -245,3 +266,17 @@ def _blocks(model: nn.Module, calls: _Calls) -> tuple[tuple[str, ...], int, int]
             "(ViT, DeiT, ViT-MSN, DINOv2, I-JEPA, CLIP, MetaCLIP 2, SigLIP)."
         )
     return found[0]
+
+
+def original_name(name: str) -> str:
+    """A module's name without the wrappers PEFT puts in between (base_layer, modules_to_save)."""
+    kept: list[str] = []
+    skip = False
+    for part in name.split("."):
+        if skip:
+            skip = False  # the adapter's name, behind modules_to_save
+        elif part == "modules_to_save":
+            skip = True
+        elif part not in ("original_module", "base_layer"):
+            kept.append(part)
+    return ".".join(kept)

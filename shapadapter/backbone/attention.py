@@ -64,7 +64,9 @@ def attend_with_token(
     if attention_mask is not None:
         attention_mask = attention_mask.to(query.dtype)
     base_mask = None if attention_mask is None else attention_mask[..., 1:]  # (B, 1, 1, T)
-    output, weights = base(module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], base_mask, **kwargs)  # (B, T, h, d)
+    output, weights = base(
+        module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], base_mask, **kwargs
+    )  # (B, T, h, d)
     token = F.scaled_dot_product_attention(
         query[:, :, :1], key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
     )  # (B, h, 1, d)

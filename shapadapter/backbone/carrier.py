@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from .anatomy import Anatomy
+from shapadapter.errors import UnsupportedModelError
+
+from .anatomy import Anatomy, original_name
 from .attention import seat_token, unseat_token
 
 Removal = Literal["drop", "mask"]
@@ -191,18 +192,3 @@ def key_mask(hidden: Tensor, present: Tensor, prefix: int, token: bool) -> Tenso
     players = absent.scatter(1, present, 0.0)
     always = hidden.new_zeros(hidden.shape[0], prefix + int(token))  # (B, [1 +] P)
     return torch.cat([always, players], dim=1)[:, None, None]
-
-
-def original_name(name: str) -> str:
-    """A module's name without the wrappers PEFT puts in between (base_layer, modules_to_save)."""
-    parts = name.split(".")
-    kept: list[str] = []
-    skip = False
-    for part in parts:
-        if skip:
-            skip = False  # the adapter's name, behind modules_to_save
-        elif part == "modules_to_save":
-            skip = True
-        elif part not in ("original_module", "base_layer"):
-            kept.append(part)
-    return ".".join(kept)

@@ -6,12 +6,14 @@ measured, on a tiny batch of noise.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from shapadapter.errors import UnsupportedModelError
+
 from .anatomy import Anatomy, evaluating, noise
 from .carrier import Pass, Removal, TokenCarrier
 
@@ -19,16 +21,18 @@ from .carrier import Pass, Removal, TokenCarrier
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-def choose_removal(model: nn.Module, carrier: TokenCarrier, removal: Literal["auto", "drop", "mask"]) -> Removal:
-    """Attach `carrier` to `model`, prove that it is harmless and that removal works, and say how players are removed.
+def choose_removal(
+    model: nn.Module, anatomy: Anatomy, removal: Literal["auto", "drop", "mask"], with_token: bool = True
+) -> Removal:
+    """Send a token through `model`, prove that it is harmless and that removal works, and say how players are removed.
 
     With "auto", tokens are dropped if that gives what masking gives (it does not with rotary or relative positions),
-    else masked. On failure the carrier is detached again.
+    else masked. The model is left as it was.
 
     Raises:
         UnsupportedModelError: the token changes the base logits, or an absent player has influence.
     """
-    anatomy = carrier.anatomy
+    carrier = TokenCarrier(anatomy, partial(_token, model, anatomy) if with_token else _nothing)
     images = noise(model.get_submodule(anatomy.embedding), anatomy.sample)  # type: ignore[arg-type]  # (2, C, H, W)
     with torch.no_grad(), evaluating(model):
         plain = _logits(model, anatomy, images)  # (2, K)
@@ -39,9 +43,22 @@ def choose_removal(model: nn.Module, carrier: TokenCarrier, removal: Literal["au
                 _check_leak(model, carrier, images, removal)
                 return removal
             return _cheapest_sound(model, carrier, images)
-        except UnsupportedModelError:
+        except (RuntimeError, TypeError, AttributeError) as error:  # the model itself broke, e.g. on fewer tokens
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the self-test with removal={removal!r} failed ({error})."
+            ) from error
+        finally:
             carrier.detach()
-            raise
+
+
+def _token(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """Some token (1, 1, D): what it says does not matter, only that nobody hears it."""
+    weight = model.get_submodule(anatomy.embedding).weight
+    return torch.arange(anatomy.width, device=weight.device, dtype=weight.dtype).sin()[None, None]
+
+
+def _nothing() -> None:
+    return None
 
 
 def _logits(model: nn.Module, anatomy: Anatomy, images: Tensor) -> Tensor:

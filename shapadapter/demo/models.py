@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
-from ..adapter import ShapleyConfig
-from ..training import ImageCollator, ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter.adapter import ShapleyConfig
+from shapadapter.training import ImageCollator, ShapleyTrainer, ShapleyTrainingArguments
+
 from .digits import NAMES, SIZE
 from .folders import whole_folder
 from .scale import Scale

@@ -14,10 +14,11 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
-from ..errors import CheckpointError
-from ..explain import explain
-from ..explanation import Explanation, write_together
-from ..visual import gallery, write_page
+from shapadapter.errors import CheckpointError
+from shapadapter.explain import explain
+from shapadapter.explanation import Explanation, write_together
+from shapadapter.visual import gallery, write_page
+
 from .digits import DigitScenes, build_digits
 from .folders import whole_folder
 from .models import pretrain, tune
@@ -55,7 +56,9 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
     print(as_text(rows))
     print("6/6  Pictures")
     _draw(explanation[:SHOWN], rows, output)
-    print(f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}")
+    print(
+        f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}"
+    )
     return rows
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..explanation import Explanation
-from ..game import PatchGame
-from ..grid import Grid, pixels_to_players
-from ..metrics import energy_inside, relative_l2
+from shapadapter.explanation import Explanation
+from shapadapter.game import PatchGame
+from shapadapter.grid import Grid, pixels_to_players
+from shapadapter.metrics import energy_inside, relative_l2
+
 from .scale import Scale
 
 

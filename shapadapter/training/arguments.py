@@ -61,3 +61,5 @@ class ShapleyTrainingArguments(TrainingArguments):
                     "gradient_checkpointing_kwargs."
                 )
             self.gradient_checkpointing_kwargs = {**options, "use_reentrant": False}
+            # Its name from transformers 5.23 on, and the one the Trainer then reads.
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import ImageError
+from shapadapter.errors import ImageError
+from shapadapter.images import prepare_images
 
 IMAGE_COLUMNS = ("pixel_values", "image", "img")
 LABEL_COLUMNS = ("labels", "label")
@@ -42,15 +42,17 @@ class ImageCollator:
             raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(rows[0])}.")
         batch = {"pixel_values": self._pixels([row[image] for row in rows], prepared=image == "pixel_values")}
         if label is not None:
-            batch["labels"] = torch.as_tensor([row[label] for row in rows])  # (B,)
+            batch["labels"] = as_labels([row[label] for row in rows])  # (B,) or (B, K)
         return batch
 
     def _pixels(self, images: list[Any], prepared: bool) -> Tensor:
         if prepared:
             return torch.stack([torch.as_tensor(image) for image in images])  # (B, C, H, W)
         if self.processor is None:
-            raise ImageError("Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...).")
-        return self.processor([as_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+            raise ImageError(
+                "Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...)."
+            )
+        return prepare_images(images, self.processor)
 
     def _warn_unused(self, unused: set[str]) -> None:
         if unused and not self._warned:
@@ -58,21 +60,12 @@ class ImageCollator:
             self._warned = True
 
 
+def as_labels(values: list[Any]) -> Tensor:
+    """Class indices (B,) int64, or regression targets and multi-hot rows in float32."""
+    labels = torch.stack([torch.as_tensor(value) for value in values])
+    return labels if labels.ndim == 1 and not labels.is_floating_point() else labels.float()
+
+
 def find_column(row: dict[str, Any], names: Sequence[str]) -> str | None:
     """The first of `names` that `row` has."""
     return next((name for name in names if name in row), None)
-
-
-def as_rgb(image: Any) -> Any:
-    """Open a path and bring a PIL image to RGB; arrays pass.
-
-    Raises:
-        ImageError: the file is missing or is no image.
-    """
-    try:
-        if isinstance(image, str) or hasattr(image, "__fspath__"):
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        return image.convert("RGB") if isinstance(image, Image.Image) else image
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImageError(f"Cannot read image {image!r}: {error}") from error

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..adapter import ShapleyLayer
-from ..errors import ShapleyCollapseWarning, ShapleyError
-from ..objective import coalition_fit, shapley_loss, warmup_weight
-from ..outputs import ShapleyOutput
-from ..shapley import sample_pairs
+from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
+from shapadapter.game import active_layer
+from shapadapter.objective import coalition_residuals, shapley_loss, warmup_weight
+from shapadapter.outputs import ShapleyOutput
+from shapadapter.shapley import sample_pairs
+
 from .arguments import ShapleyTrainingArguments
-from .collator import ImageCollator
+from .collator import IMAGE_COLUMNS, ImageCollator
 
 # A classifier whose logits differ by less than this between images says the same about all of them.
 _CONSTANT_SPREAD = 0.05
@@ -45,21 +46,16 @@ class ShapleyTrainer(Trainer):
     args: ShapleyTrainingArguments
 
     def __init__(self, model: Any = None, args: ShapleyTrainingArguments | None = None, **kwargs: Any) -> None:
-        layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
-        if len(layers) != 1:
-            raise ShapleyError(
-                f"Expected a model with a Shapley adapter, got {type(model).__name__}. "
-                "Wrap it first: get_peft_model(model, ShapleyConfig())."
-            )
-        self.layer = layers[0]
+        self.layer = active_layer(model)
         args = args or ShapleyTrainingArguments("trainer_output")
         if not isinstance(args, ShapleyTrainingArguments):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(kwargs.get("processing_class"))
         for name in ("train_dataset", "eval_dataset"):
             check_classes(kwargs.get(name), self.layer.anatomy.classes)
+        check_setting(model, args, kwargs.get("train_dataset") is not None)
         super().__init__(model, args, **kwargs)
-        self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "eval": 0}
         self._drawn_at = -1
 
@@ -77,7 +73,7 @@ class ShapleyTrainer(Trainer):
             inputs = {**inputs, "coalitions": self._draw_coalitions(inputs["pixel_values"], model.training)}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
         outputs: ShapleyOutput = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
-        terms = self._loss_terms(outputs, inputs, num_items_in_batch)
+        terms = self._loss_terms(outputs, inputs)
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
         weights = {
             "shapley_loss": self._weight() if model.training else self.args.shapley_weight,
@@ -86,9 +82,7 @@ class ShapleyTrainer(Trainer):
         loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_terms(
-        self, outputs: ShapleyOutput, inputs: dict[str, Any], items: Tensor | int | None
-    ) -> dict[str, Tensor]:
+    def _loss_terms(self, outputs: ShapleyOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss, not yet weighted, by their names in the logs."""
         labels, values = inputs.get("labels"), outputs.coalition_values
         assert values is not None and outputs.attributions is not None and outputs.null_values is not None
@@ -98,18 +92,19 @@ class ShapleyTrainer(Trainer):
         }
         if labels is None:
             return terms
-        terms["task_loss"] = self._task_loss(outputs, labels, items)
+        terms["task_loss"] = self._task_loss(outputs, labels)
         if self.args.coalition_task_weight > 0:
             flat = values.flatten(0, 1)  # (B * M, K)
             repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,)
             base = self.accelerator.unwrap_model(self.model)
             partial = ShapleyOutput(loss=base.loss_function(repeated, flat, base.config), logits=flat)
-            terms["coalition_task_loss"] = self._task_loss(partial, repeated, items)
+            terms["coalition_task_loss"] = self._task_loss(partial, repeated)
         return terms
 
-    def _task_loss(self, outputs: ShapleyOutput, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    def _task_loss(self, outputs: ShapleyOutput, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=items)
+            # Without the number of items: the Trainer divides by the accumulation steps, see `loss_is_scaled_for_ga`.
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
         if self.label_smoother is not None:
             return self.label_smoother(outputs, labels)
         assert outputs.loss is not None
@@ -124,7 +119,13 @@ class ShapleyTrainer(Trainer):
         mode = "train" if training else "eval"
         if training and self._drawn_at != self.state.global_step:
             self._drawn_at, self._draws["train"] = self.state.global_step, 0
-        key = [self.args.seed, int(training), self.state.global_step * training, self._draws[mode], self.args.process_index]
+        key = [
+            self.args.seed,
+            int(training),
+            self.state.global_step * training,
+            self._draws[mode],
+            self.args.process_index,
+        ]
         self._draws[mode] += 1
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rows, cols = self.layer.anatomy.grid(pixel_values)
@@ -134,7 +135,11 @@ class ShapleyTrainer(Trainer):
     # -- evaluation and logs -----------------------------------------------------------------------------------------
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the attributions of a whole data set are not gathered."""
         inputs = self._prepare_inputs(inputs)
@@ -146,7 +151,7 @@ class ShapleyTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms and the coalition fit among the metrics."""
-        self._draws["eval"] = 0
+        self._draws["eval"], self._sums["eval"] = 0, {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._gather("eval").items()})
@@ -154,32 +159,47 @@ class ShapleyTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the mean of each term since the last log."""
-        if "loss" in logs and self._terms["train"]:
+        if "loss" in logs and self._sums["train"]:
             means = self._gather("train")
-            self._warn_if_collapsed(means.pop("logit_spread"))
+            if "logit_spread" in means:
+                self._warn_if_collapsed(means.pop("logit_spread"))
             logs = {**logs, **means, "shapley_weight": self._weight()}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def _note(self, outputs: ShapleyOutput, inputs: dict[str, Any], terms: dict[str, Tensor], mode: str) -> None:
-        # Tensors are kept as they are and read at the next log: reading one here would halt the device every step.
-        notes = self._terms[mode]
+        # Sums stay on the device and are read at the next log: reading one here would halt the device every step.
+        size = outputs.logits.shape[0]
         for name, term in terms.items():
-            notes[name].append(term.detach())
-        fit = coalition_fit(
-            outputs.attributions, inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits
+            self._add(mode, name, size * term, size)
+        full, null, players = outputs.logits.float(), outputs.null_values, outputs.attributions.shape[1]
+        equal = ((full - null) / players)[:, None].expand_as(outputs.attributions)  # (B, N, K)
+        left, left_by_equal = (
+            coalition_residuals(shares, inputs["coalitions"], outputs.coalition_values, null).square().sum()
+            for shares in (outputs.attributions, equal)
         )
-        notes["coalition_fit"].append(fit)
-        if mode == "train":
-            notes["logit_spread"].append(outputs.logits.float().std(dim=0, correction=0).mean())
+        # One ratio over all batches: a mean of ratios would hang on the batches in which sizes explain most.
+        self._add(mode, "coalition_fit", left_by_equal - left, left_by_equal)
+        if mode == "train" and size > 1:
+            self._add(mode, "logit_spread", size * full.std(dim=0, correction=0).mean(), size)
+
+    def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
+        added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)
+        sums = self._sums[mode]
+        sums[name] = sums[name] + added if name in sums else added
 
     def _gather(self, mode: str) -> dict[str, float]:
-        """Means over batches and processes, and a fresh start."""
-        notes, self._terms[mode] = self._terms[mode], defaultdict(list)
-        return {
-            name: self.accelerator.gather(torch.stack([v.float() for v in values]).mean()[None]).mean().item()
-            for name, values in sorted(notes.items())
-        }
+        """Part / whole of each term over batches and processes, where defined, and a fresh start."""
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
+            return {}
+        names = sorted(sums)
+        parts = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        return {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = sorted({*self._signature_columns, *IMAGE_COLUMNS, "coalitions"})
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
@@ -191,6 +211,28 @@ class ShapleyTrainer(Trainer):
                 ShapleyCollapseWarning,
                 stacklevel=2,
             )
+
+
+def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool) -> None:
+    """Refuse what would fail, or silently go wrong, only later.
+
+    Raises:
+        ShapleyError: with what to do instead.
+    """
+    if args.n_gpu > 1:
+        raise ShapleyError(
+            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share one "
+            "adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    if trains and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ShapleyError(
+            "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    if args.load_best_model_at_end and not isinstance(model, PeftModel):
+        raise ShapleyError(
+            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped by "
+            "add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
+        )
 
 
 def is_constant(spread: float, classes: int) -> bool:

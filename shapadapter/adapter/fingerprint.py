@@ -1,0 +1,69 @@
+"""By what an adapter recognises the base model it was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapadapter.backbone import Anatomy, original_name
+
+from .config import ShapleyConfig
+
+# Relative to a part's norm. In half precision each weight is rounded by about 0.1 %, in fp32 not at all.
+_TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
+_HALF_TOLERANCE = 4e-3
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> dict[str, Any] | None:
+    """Two numbers for each part of the base model that the adapter relies on and does not bring along.
+
+    The parts are the blocks, what else the backbone holds, and with `prediction="classifier"` the model's own head.
+    The numbers are a part's L2 norm and its projection on a fixed direction, which notices what keeps the norm.
+
+    Returns:
+        `dtype` and `values`; None where the weights are not all at hand (sharded, quantised, on the meta device).
+    """
+    backbone = anatomy.blocks[0].split(".")[0]
+    squares: dict[str, float] = {}
+    projections: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        own = original_name(name)
+        if _comes_along(name, own, config) or (config.prediction == "vote" and not own.startswith(f"{backbone}.")):
+            continue
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
+            return None
+        part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), own.split(".")[0])
+        weights = parameter.double().flatten()
+        squares[part] = squares.get(part, 0.0) + weights.square().sum().item()
+        projections[part] = projections.get(part, 0.0) + (weights @ _direction(weights)).item()
+    dtype = str(model.get_submodule(anatomy.embedding).weight.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "values": [[squares[part] ** 0.5, projections[part]] for part in sorted(squares)]}
+
+
+def _direction(weights: Tensor) -> Tensor:
+    """A fixed direction without a period, so that exchanged weights are noticed."""
+    return torch.arange(len(weights), dtype=torch.float64, device=weights.device).square_().mul_(0.61803).cos_()
+
+
+def _comes_along(name: str, own: str, config: ShapleyConfig) -> bool:
+    """Whether a parameter is the adapter's, or is saved with it, or is the original of one that is."""
+    if "lora_" in name or "modules_to_save." in name:
+        return True
+    if config.bias != "none" and own.endswith(".bias"):
+        return True
+    return bool(set(config.modules_to_save or ()) & set(own.split(".")))
+
+
+def same_fingerprint(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two fingerprints can belong to the same base; unknown ones can."""
+    if one is None or other is None:
+        return True
+    tolerance = max(_TOLERANCE.get(f["dtype"], _HALF_TOLERANCE) for f in (one, other))
+    return len(one["values"]) == len(other["values"]) and all(
+        abs(a - b) <= tolerance * max(norm, 1e-12)
+        for (norm, *rest), values in zip(one["values"], other["values"], strict=True)
+        for a, b in zip((norm, *rest), values, strict=True)
+    )
