@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ShapleyError,
         UnsupportedModelError,
     )
-    from .explain import explain
+    from .explaining import explain
     from .explanation import Explanation
     from .game import PatchGame
     from .outputs import ShapleyOutput
@@ -42,7 +42,7 @@ _LAZY = {
     "ShapleyTrainer": "training",
     "ShapleyTrainingArguments": "training",
     "UnsupportedModelError": "errors",
-    "explain": "explain",
+    "explain": "explaining",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from shapadapter import ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
-from shapadapter.backbone import TokenCarrier, choose_removal, default_targets, evaluating, examine, linear_layers
+from shapadapter.backbone import choose_removal, default_targets, evaluating, examine, linear_layers
 from shapadapter.errors import ShapleyError, UnsupportedModelError
 
 BLOCKS = {
@@ -88,7 +88,7 @@ def test_examining_and_wrapping_draw_no_random_numbers_for_the_test_batch(family
     torch.manual_seed(5)
     before = torch.get_rng_state()
     anatomy = examine(model)
-    choose_removal(model, TokenCarrier(anatomy, lambda: None), "auto")
+    choose_removal(model, anatomy, "auto")
     assert torch.equal(torch.get_rng_state(), before)
 
 

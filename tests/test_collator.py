@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from shapadapter.errors import ImageError
+from shapadapter.images import open_image
 from shapadapter.training import ImageCollator
-from shapadapter.training.collator import as_rgb
 
 RED = (255, 0, 0)
 
@@ -118,4 +118,4 @@ def test_a_turned_photograph_is_set_upright_as_data_sets_do(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert as_rgb(tmp_path / "turned.jpg").size == (20, 40)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)

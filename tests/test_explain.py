@@ -245,7 +245,7 @@ def test_corrupt_files_give_one_kind_of_error(model, processor, tmp_path, kind):
         for position in rng.integers(0, min(len(whole), 400), 3):
             content[position] = rng.integers(256)
         damaged.append(bytes(content))
-    from shapadapter.explain import open_image
+    from shapadapter.explaining import open_image
 
     for content in damaged:
         path.write_bytes(content)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, evaluating
 from shapadapter.errors import ImageError
@@ -44,7 +45,7 @@ class ModelCall:
     extras: dict[str, Any]
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy) -> ModelCall:
+    def of(cls, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy) -> ModelCall:
         """Sort out the arguments of `model(*args, **kwargs)`.
 
         Raises:
@@ -71,7 +72,7 @@ class ModelCall:
             labels=options.pop("labels", None),
             coalitions=coalitions,
             coalition_grad=options.pop("coalition_grad", False),
-            return_dict=model.config.return_dict if return_dict is None else return_dict,
+            return_dict=bool(model.config.return_dict if return_dict is None else return_dict),
             extras={"return_dict": True, **{name: options.pop(name) for name in _EXTRAS if name in options}},
             options=options,
         )

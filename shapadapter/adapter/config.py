@@ -32,8 +32,8 @@ class ShapleyConfig(LoraConfig):
     tune: Literal["lora", "frozen", "full"] = field(
         default="lora",
         metadata={
-            "help": "What is trained beside token and head: 'lora' (low-rank updates), 'frozen' (nothing), 'full' (the "
-            "whole backbone, saved with the adapter)."
+            "help": "What is trained beside token and head: 'lora' (low-rank updates), 'frozen' (nothing), 'full' "
+            "(the whole backbone, saved with the adapter)."
         },
     )
     removal: Literal["auto", "drop", "mask"] = field(
@@ -113,6 +113,6 @@ def check_weights(path: Path, leaves: list[str]) -> None:
     missing = [leaf for leaf in leaves if not any(f"lora_shapley_{leaf}" in key.split(".") for key in keys)]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {missing} of the Shapley token and head {leaves}: it was not written by shapadapter, or not "
-            "with the configuration beside it."
+            f"{path} lacks {missing} of the Shapley token and head {leaves}: it was not written by shapadapter, or "
+            "not with the configuration beside it."
         )

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy
 from shapadapter.errors import CheckpointError, UnsupportedModelError
@@ -30,8 +31,8 @@ def refuse_stacking(model: nn.Module, known: set[str]) -> None:
     """
     if isinstance(model, PeftModel):
         raise UnsupportedModelError(
-            "The model is a PeftModel already. Wrap the bare model: get_peft_model(model.unload(), ShapleyConfig(...)); "
-            "ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
+            "The model is a PeftModel already. Wrap the bare model, get_peft_model(model.unload(), "
+            "ShapleyConfig(...)); ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
         )
     foreign = sorted(_adapter_names(model) - known)
     if foreign:
@@ -50,8 +51,8 @@ def refuse_mixture(tune: str, others: set[str]) -> None:
     for other in others:
         if {tune, other} == {"lora", "full"}:
             raise UnsupportedModelError(
-                f"The model holds an adapter with tune={other!r}; one with tune={tune!r} cannot be added, because LoRA "
-                "and full training of one backbone cannot be saved side by side. Use a second copy of the base model."
+                f"The model holds an adapter with tune={other!r}; one with tune={tune!r} cannot be added, because "
+                "LoRA and full training of one backbone cannot be saved side by side. Use a second copy of the base model."
             )
 
 
@@ -63,7 +64,7 @@ def _adapter_names(model: nn.Module) -> set[str]:
     return names
 
 
-def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
+def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) -> None:
     """Write down what the adapter is made for or, if that is written already, check it against the base model.
 
     Raises:
@@ -72,7 +73,7 @@ def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Non
     fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
-        config.id2label = {int(index): str(label) for index, label in model.config.id2label.items()}
+        config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
         return
     if config.num_classes != anatomy.classes:
         raise CheckpointError(
@@ -82,8 +83,8 @@ def check_base(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Non
         )
     if not same_fingerprint(config.base_fingerprint, fingerprint):
         raise CheckpointError(
-            f"The adapter was made for another base model than this {type(model).__name__}: its weights differ. Load the "
-            f"base it was trained on: {config.base_model_name_or_path!r}. If that has a new, random classifier, save "
+            f"The adapter was made for another base model than this {type(model).__name__}: its weights differ. Load "
+            f"the base it was trained on: {config.base_model_name_or_path!r}. If that has a new, random classifier, save "
             "the base once and load it from there, or train the classifier with modules_to_save=['classifier']."
         )
     if config.id2label:
@@ -111,8 +112,8 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
     foreign = sorted(_adapter_names(model) - set(layer.settings))
     if foreign:
         raise CheckpointError(
-            f"Not saved: the model also holds adapters {foreign} that are no Shapley adapters; loading this checkpoint "
-            "would not bring them back. Delete or merge them first."
+            f"Not saved: the model also holds adapters {foreign} that are no Shapley adapters; loading this "
+            "checkpoint would not bring them back. Delete or merge them first."
         )
     auxiliary = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     loose = [

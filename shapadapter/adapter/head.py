@@ -31,14 +31,14 @@ class ProjectionHead:
     """
 
     norm: nn.Module
-    vote: nn.Module
+    vote: nn.Linear
     patch: nn.Module
     share: nn.Module
     token_norm: nn.Module | None
     gate: nn.Module | None
 
     def votes(self, features: Tensor, players: int) -> Tensor:
-        """Sum of the contributions of the players present, (B, s, D) to (B, K) fp32; N = `players` of the full image."""
+        """Sum of the contributions of the players present, (B, s, D) to (B, K) fp32; `players` is the N of the image."""
         # Summed before it is projected: the map is linear, and K may be a thousand.
         with self._precisely(features):
             total = self.norm(features.to(self.vote.weight.dtype)).sum(dim=1)  # (B, D)

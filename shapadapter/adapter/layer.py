@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, Pass, TokenCarrier
 from shapadapter.errors import ShapleyError
@@ -93,12 +94,19 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def active_token(self) -> Tensor | None:
         """The active adapter's token (1, 1, D), None without one."""
         name = self.active
-        return self.lora_shapley_token[name] if name is not None and name in self.lora_shapley_token else None
+        tokens: Any = self.lora_shapley_token
+        return tokens[name] if name is not None and name in tokens else None
 
     def head(self, name: str) -> ProjectionHead:
         """The head of adapter `name`."""
-        leaves = {leaf: getattr(self, f"lora_shapley_{leaf}") for leaf in _MODULES}
-        return ProjectionHead(**{leaf: modules.get(name, None) for leaf, modules in leaves.items()})
+        leaves: dict[str, Any] = {leaf: getattr(self, f"lora_shapley_{leaf}") for leaf in _MODULES}
+        # A ModuleDict has no `get`.
+        own: dict[str, Any] = {leaf: modules[name] if name in modules else None for leaf, modules in leaves.items()}  # noqa: SIM401
+        return ProjectionHead(**own)
+
+    def _null(self, name: str) -> Tensor:
+        nulls: Any = self.lora_shapley_null
+        return nulls[name]  # (K,)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter; the logits can be the sum of one head's attributions only."""
@@ -119,7 +127,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: PreTrainedModel) -> None:
         """Hook the model's own forward and, through the carrier, its blocks."""
         self.carrier.attach(model)
         self._handles = [
@@ -136,7 +144,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self.carrier.detach()
 
     def _before_model(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.carrier.current = self._call = None
         if self.active is None:
@@ -147,7 +155,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         return (), {"pixel_values": call.pixel_values, **call.options, **call.extras}
 
     def _after_model(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> ShapleyOutput | tuple[Any, ...] | None:
         call, current, name = self._call, self.carrier.current, self.active
         self.carrier.current = self._call = None
@@ -155,7 +163,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             return None
         contributions = self.head(name).contributions(current.features, current.token, call.players)  # (B, N, K)
         if self.settings[name].prediction == "vote":
-            null = self.lora_shapley_null[name].float().expand(contributions.shape[0], -1)  # (B, K)
+            null = self._null(name).float().expand(contributions.shape[0], -1)  # (B, K)
             attributions = contributions
             logits = null + attributions.sum(dim=1)  # (B, K)
         else:
@@ -176,7 +184,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     # -- the game ----------------------------------------------------------------------------------------------------
 
-    def _value(self, model: nn.Module, call: ModelCall, name: str, images: Tensor, present: Tensor) -> Tensor:
+    def _value(self, model: PreTrainedModel, call: ModelCall, name: str, images: Tensor, present: Tensor) -> Tensor:
         """v(S) of `images` (R, C, H, W) with the players `present` (R, s): (R, K) fp32."""
         settings = self.settings[name]
         with self.carrier.passing(Pass(call.players, present, settings.removal)) as current:
@@ -186,16 +194,16 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             return logits.float()
         assert current.features is not None
         # Detached: as part of a target, the null value stands on both sides of the Shapley loss.
-        null = self.lora_shapley_null[name].float().detach()  # (K,)
+        null = self._null(name).float().detach()  # (K,)
         return null + self.head(name).votes(current.features, call.players)
 
-    def _empty_value(self, model: nn.Module, call: ModelCall, name: str) -> Tensor:
+    def _empty_value(self, model: PreTrainedModel, call: ModelCall, name: str) -> Tensor:
         """v(empty), (1, K): no pixel enters, so one image stands for all."""
         nobody = torch.empty(1, 0, dtype=torch.long, device=call.pixel_values.device)
         with call.targets(model, gradient=False):
             return self._value(model, call, name, call.pixel_values[:1], nobody)
 
-    def _coalition_values(self, model: nn.Module, call: ModelCall, name: str) -> Tensor | None:
+    def _coalition_values(self, model: PreTrainedModel, call: ModelCall, name: str) -> Tensor | None:
         """v(S) of every coalition, (B, M, K) fp32."""
         if call.coalitions is None:
             return None

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shapadapter import __version__
 from shapadapter.backbone import Anatomy, choose_removal, default_targets, examine, linear_layers
@@ -34,7 +35,7 @@ class ShapleyModel(LoraModel):
     prefix = "lora_"
     tuner_layer_cls = (LoraLayer, ShapleyLayer)  # type: ignore[assignment]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put adapter `adapter_name` into `model`, in place, and prove that it is harmless.
 
         Raises:
@@ -42,7 +43,7 @@ class ShapleyModel(LoraModel):
             CheckpointError: the config was saved for another base or class count.
         """
         # PEFT hands the user's own object in; what is written here belongs to this model alone.
-        config: ShapleyConfig = copy.deepcopy(self.peft_config[adapter_name])
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.settings) if layer is not None else set())
@@ -64,7 +65,7 @@ class ShapleyModel(LoraModel):
             setattr(model, CHILD, layer)
         self._add_to_layer(model, layer, adapter_name, config)
 
-    def _add_to_layer(self, model: nn.Module, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
+    def _add_to_layer(self, model: PreTrainedModel, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
         layer.add(name, config, _blocks_device(model, layer.anatomy))
         layer.detach()
         layer.attach(model)
@@ -73,7 +74,7 @@ class ShapleyModel(LoraModel):
         )
         layer.train(model.training)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = True,
@@ -90,7 +91,8 @@ class ShapleyModel(LoraModel):
             )
         layer.detach()
         delattr(self.model, CHILD)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return bare
 
     @classmethod
     def _get_adapter_state_dict(
@@ -122,7 +124,7 @@ def _layer_of(model: nn.Module) -> ShapleyLayer:
 
 
 @contextmanager
-def _without_layer(model: nn.Module, layer: ShapleyLayer | None) -> Iterator[None]:
+def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterator[None]:
     """Take an existing layer and its hooks off while PEFT works: it would match target names in it and copy hooks."""
     if layer is None:
         yield
@@ -143,10 +145,10 @@ def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig)
             raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
         config.target_modules = DUMMY_TARGET_MODULES
     elif config.target_modules is None:
-        config.target_modules = set(default_targets(model, anatomy))
+        config.target_modules = default_targets(model, anatomy)
     elif config.target_modules == "all-linear":
         # PEFT's own meaning would include the classifier.
-        config.target_modules = set(linear_layers(model, anatomy))
+        config.target_modules = linear_layers(model, anatomy)
     if config.tune == "full":
         parts = _trainable_parts(model, anatomy, config.prediction)
         config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})

@@ -1,5 +1,6 @@
-"""Where a vision model's players are, how they are removed, and how the Shapley token travels: the only room that
-knows how models are built.
+"""Where a vision model's players are, how they are removed, and how the Shapley token travels.
+
+The only room that knows how models are built.
 """
 
 from .anatomy import Anatomy, default_targets, evaluating, examine, linear_layers, original_name

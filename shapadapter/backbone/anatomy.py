@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shapadapter.errors import ImageError, UnsupportedModelError
 
@@ -57,13 +58,14 @@ class Anatomy:
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.channels:
             raise ImageError(
-                f"Expected pixel_values of shape (batch, {self.channels}, height, width), got {tuple(pixel_values.shape)}."
+                f"Expected pixel_values of shape (batch, {self.channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}."
             )
         rows, cols = pixel_values.shape[2] // self.patch[0], pixel_values.shape[3] // self.patch[1]
         if rows * cols < 2:
             raise ImageError(
-                f"An image of {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels holds {rows} x {cols} patches of "
-                f"{self.patch[0]} x {self.patch[1]}; the game needs at least two players. Send larger images."
+                f"An image of {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels holds {rows} x {cols} "
+                f"patches of {self.patch[0]} x {self.patch[1]}; the game needs at least two players. Send larger images."
             )
         return rows, cols
 
@@ -112,7 +114,7 @@ def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
     return list(_QUERY_VALUE)
 
 
-def examine(model: nn.Module) -> Anatomy:
+def examine(model: PreTrainedModel) -> Anatomy:
     """Find blocks, attention modules and grid of a token-sequence vision classifier by one dry run.
 
     The model's outputs are not used and nothing in it is changed.
@@ -141,7 +143,7 @@ def _plain_attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]
     return [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in model.modules()]
 
 
-def _examine(model: nn.Module) -> Anatomy:
+def _examine(model: PreTrainedModel) -> Anatomy:
     name, embedding = _patch_embedding(model)
     calls, attentions, logits, image, options = _dry_run(model, embedding)
     blocks, tokens, width = _blocks(model, calls)
@@ -183,7 +185,7 @@ def _patch_embedding(model: nn.Module) -> tuple[str, nn.Conv2d]:
 
 
 def _dry_run(
-    model: nn.Module, embedding: nn.Conv2d
+    model: PreTrainedModel, embedding: nn.Conv2d
 ) -> tuple[_Calls, list[nn.Module], Tensor, tuple[int, int], dict[str, Any]]:
     """One forward pass on noise, at 3 x 4 patches where the model takes any size, else at its configured size."""
     small = (3 * embedding.kernel_size[0], 4 * embedding.kernel_size[1])
@@ -200,8 +202,8 @@ def _dry_run(
         except Exception as error:
             failure = error
     raise UnsupportedModelError(
-        f"{type(model).__name__}: a forward pass on a tiny batch of images failed ({type(failure).__name__}: {failure}). "
-        "Expected an image classifier that takes pixel_values (batch, channels, height, width)."
+        f"{type(model).__name__}: a forward pass on a tiny batch of images failed "
+        f"({type(failure).__name__}: {failure}). Expected an image classifier that takes pixel_values (batch, channels, height, width)."
     ) from failure
 
 
@@ -220,7 +222,9 @@ def _configured_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _record(model: nn.Module, pixel_values: Tensor, options: dict[str, Any]) -> tuple[_Calls, list[nn.Module], Tensor]:
+def _record(
+    model: PreTrainedModel, pixel_values: Tensor, options: dict[str, Any]
+) -> tuple[_Calls, list[nn.Module], Tensor]:
     """Who was called with what, who called the attention interface, and the logits (2, K)."""
     calls: _Calls = {}
 
@@ -237,8 +241,8 @@ def _record(model: nn.Module, pixel_values: Tensor, options: dict[str, Any]) -> 
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[-1] != model.config.num_labels:
         raise UnsupportedModelError(
-            f"expected .logits of shape (batch, num_labels={model.config.num_labels}) from {type(model).__name__}, got "
-            f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__}; "
+            f"expected .logits of shape (batch, num_labels={model.config.num_labels}) from {type(model).__name__}, "
+            f"got {tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__}; "
             "load it with AutoModelForImageClassification"
         )
     return calls, attentions, logits

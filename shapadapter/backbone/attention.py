@@ -44,7 +44,7 @@ class _Seat:
 
 def _base_attention(module: nn.Module, config: PretrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the model itself asks for, e.g. sdpa, or the eager one of its own source file."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
 
 

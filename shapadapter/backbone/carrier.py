@@ -158,8 +158,8 @@ class TokenCarrier:
             return hidden
         if token is not None and current.splits != len(self.anatomy.blocks):
             raise UnsupportedModelError(
-                f"The Shapley token was hidden in {current.splits} of {len(self.anatomy.blocks)} attention calls, so it "
-                "has changed the base model. Was the model's attention replaced after it was wrapped?"
+                f"The Shapley token was hidden in {current.splits} of {len(self.anatomy.blocks)} attention calls, "
+                "so it has changed the base model. Was the model's attention replaced after it was wrapped?"
             )
         prefix = self.anatomy.prefix
         if current.key_mask is not None:

@@ -53,7 +53,7 @@ def choose_removal(
 
 def _token(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """Some token (1, 1, D): what it says does not matter, only that nobody hears it."""
-    weight = model.get_submodule(anatomy.embedding).weight
+    weight = next(model.get_submodule(anatomy.embedding).parameters())
     return torch.arange(anatomy.width, device=weight.device, dtype=weight.dtype).sin()[None, None]
 
 

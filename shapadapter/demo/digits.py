@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 64  # pixels of a scene, each way
-DIGIT_EXTENT = (34.0, 46.0)  # pixels of the longer side of a digit
+DIGIT_EXTENT = (46.0, 54.0)  # pixels of the longer side of a digit
 FRAGMENTS = 4  # pieces of other digits in a scene
 FRAGMENT_SIZE = 9  # pixels, each way: a piece of a stroke, never a digit
 BLOBS = 3
-DARK = 110  # brightest background, of 255
-DIM = 140  # brightest blob
-BRIGHT = 110  # least channel of a digit's colour, the largest being 255
+DARK = 60  # brightest background, of 255
+DIM = 90  # brightest blob
+BRIGHT = 140  # least channel of a digit's colour, the largest being 255
 CHUNK = 500  # scenes composed at a time, to bound the memory
 TEST_SHARE = 5  # one digit of five is for testing
 

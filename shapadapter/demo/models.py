@@ -85,7 +85,7 @@ def tune(train: Any, test: Any, pretrained: Path, folder: Path, scale: Scale, se
         )
         trainer.train()
         result = trainer.evaluate()["eval_accuracy"]
-        model.save_pretrained(unfinished)
+        model.save_pretrained(str(unfinished))
     return model, result
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.errors import CheckpointError
-from shapadapter.explain import explain
+from shapadapter.explaining import explain
 from shapadapter.explanation import Explanation, write_together
 from shapadapter.visual import gallery, write_page
 

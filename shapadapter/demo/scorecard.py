@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -47,7 +48,7 @@ def localisation(explanation: Explanation, masks: Tensor) -> tuple[float, float]
     return float(energy_inside(maps, inside).nanmean()), float(inside.mean())
 
 
-def cost_of_explaining(model: nn.Module, pixel_values: Tensor, repeats: int = 30) -> float:
+def cost_of_explaining(model: PeftModel, pixel_values: Tensor, repeats: int = 30) -> float:
     """Time of prediction and explanation together, over that of the base model's plain prediction.
 
     Both are measured alternately on the same batch; the ratio of the medians.
@@ -62,7 +63,8 @@ def cost_of_explaining(model: nn.Module, pixel_values: Tensor, repeats: int = 30
         model(pixel_values=pixel_values)
 
     with torch.inference_mode():
-        plain(), explained()
+        plain()
+        explained()
         times = [(_seconds(plain), _seconds(explained)) for _ in range(repeats)]
     return median(b for _, b in times) / median(a for a, _ in times)
 

@@ -1,6 +1,7 @@
 """Training arguments of the Shapley objective."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -54,7 +55,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         if min(self.shapley_weight, self.coalition_task_weight) < 0:
             raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
         if self.gradient_checkpointing:
-            options = dict(self.gradient_checkpointing_kwargs or {})
+            options: Any = dict(self.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
             if options.get("use_reentrant"):
                 raise ValueError(
                     "use_reentrant=True loses the gradient of the Shapley token; leave it out of "

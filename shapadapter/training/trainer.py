@@ -72,7 +72,7 @@ class ShapleyTrainer(Trainer):
         if inputs.get("coalitions") is None:
             inputs = {**inputs, "coalitions": self._draw_coalitions(inputs["pixel_values"], model.training)}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
-        outputs: ShapleyOutput = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
+        outputs: Any = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
         terms = self._loss_terms(outputs, inputs)
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
         weights = {
@@ -82,10 +82,9 @@ class ShapleyTrainer(Trainer):
         loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_terms(self, outputs: ShapleyOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss, not yet weighted, by their names in the logs."""
         labels, values = inputs.get("labels"), outputs.coalition_values
-        assert values is not None and outputs.attributions is not None and outputs.null_values is not None
         targets = values if self.args.coalition_gradients else values.detach()
         terms = {
             "shapley_loss": shapley_loss(outputs.attributions, inputs["coalitions"], targets, outputs.null_values)
@@ -101,13 +100,12 @@ class ShapleyTrainer(Trainer):
             terms["coalition_task_loss"] = self._task_loss(partial, repeated)
         return terms
 
-    def _task_loss(self, outputs: ShapleyOutput, labels: Tensor) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
             # Without the number of items: the Trainer divides by the accumulation steps, see `loss_is_scaled_for_ga`.
             return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
         if self.label_smoother is not None:
             return self.label_smoother(outputs, labels)
-        assert outputs.loss is not None
         return outputs.loss
 
     def _weight(self) -> float:
@@ -115,7 +113,7 @@ class ShapleyTrainer(Trainer):
         return warmup_weight(self.args.shapley_weight, progress, self.args.shapley_warmup)
 
     def _draw_coalitions(self, pixel_values: Tensor, training: bool) -> Tensor:
-        """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone, so a resumed run repeats them."""
+        """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone: a resumed run repeats them."""
         mode = "train" if training else "eval"
         if training and self._drawn_at != self.state.global_step:
             self._drawn_at, self._draws["train"] = self.state.global_step, 0
@@ -154,8 +152,8 @@ class ShapleyTrainer(Trainer):
         self._draws["eval"], self._sums["eval"] = 0, {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._gather("eval").items()})
-        return output
+        means = {f"{prefix}_{name}": value for name, value in self._gather("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the mean of each term since the last log."""
@@ -167,7 +165,7 @@ class ShapleyTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
-    def _note(self, outputs: ShapleyOutput, inputs: dict[str, Any], terms: dict[str, Tensor], mode: str) -> None:
+    def _note(self, outputs: Any, inputs: dict[str, Any], terms: dict[str, Tensor], mode: str) -> None:
         # Sums stay on the device and are read at the next log: reading one here would halt the device every step.
         size = outputs.logits.shape[0]
         for name, term in terms.items():
@@ -199,15 +197,17 @@ class ShapleyTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = sorted({*self._signature_columns, *IMAGE_COLUMNS, "coalitions"})
+        known: Any = self._signature_columns
+        self._signature_columns: Any = sorted({*known, *IMAGE_COLUMNS, "coalitions"})
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
         if self.args.shapley_weight > 0 and warmed_up and is_constant(spread, self.layer.anatomy.classes):
             warnings.warn(
-                f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. The "
-                "Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, now "
-                f"{self.args.shapley_warmup}), lower shapley_weight (now {self.args.shapley_weight}) or the learning rate.",
+                f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. "
+                "The Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, "
+                f"now {self.args.shapley_warmup}), lower shapley_weight (now {self.args.shapley_weight}) or the "
+                "learning rate.",
                 ShapleyCollapseWarning,
                 stacklevel=2,
             )
@@ -221,8 +221,8 @@ def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool
     """
     if args.n_gpu > 1:
         raise ShapleyError(
-            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share one "
-            "adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share "
+            "one adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
         )
     if trains and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ShapleyError(
@@ -230,8 +230,8 @@ def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool
         )
     if args.load_best_model_at_end and not isinstance(model, PeftModel):
         raise ShapleyError(
-            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped by "
-            "add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
+            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped "
+            "by add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
         )
 
 

@@ -14,7 +14,6 @@ from .errors import ImageError
 from .explanation import Explanation, find_class
 from .game import active_layer
 from .images import prepare_images
-from .outputs import ShapleyOutput
 
 
 def explain(
@@ -46,7 +45,8 @@ def explain(
         ValueError: both `top_k` and `targets` were given, or `top_k` is less than 1.
     """
     layer = active_layer(model)
-    names = model.config.id2label
+    config: Any = model.config
+    names = config.id2label
     labels = tuple(str(names[index]) for index in range(layer.anatomy.classes))
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
@@ -61,7 +61,7 @@ def explain(
             grid = layer.anatomy.grid(pixels)
             seen = as_pictures(pixels, processor)
             output = model(pixel_values=pixels.to(parameter.device, parameter.dtype), return_dict=True, **options)
-            parts.append(_collect(output, seen, grid, columns(output.logits, chosen, top_k), labels, model.config))
+            parts.append(_collect(output, seen, grid, columns(output.logits, chosen, top_k), labels, config))
     return join(parts)
 
 
@@ -124,9 +124,8 @@ def columns(logits: Tensor, chosen: list[int] | None, top_k: int | None) -> Tens
 
 
 def _collect(
-    output: ShapleyOutput, seen: Tensor, grid: tuple[int, int], kept: Tensor, labels: tuple[str, ...], config: Any
+    output: Any, seen: Tensor, grid: tuple[int, int], kept: Tensor, labels: tuple[str, ...], config: Any
 ) -> Explanation:
-    assert output.logits is not None and output.attributions is not None and output.null_values is not None
     index = kept[:, None].expand(-1, output.attributions.shape[1], -1)  # (B, N, C)
     attributions = output.attributions.gather(2, index).unflatten(1, grid)  # (B, rows, cols, C)
     logits = output.logits.float()
