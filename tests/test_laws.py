@@ -1,6 +1,7 @@
 """The laws of the game and of the adapter, for every supported family."""
 
 import copy
+import dataclasses
 import functools
 
 import families
@@ -81,7 +82,7 @@ def test_full_and_empty_coalitions_are_logits_and_null(family, prediction):
     assert close(output.coalition_values[:, 0], output.logits)
     assert close(output.coalition_values[:, 1], output.null_values)
     for removal in ("drop", "mask"):
-        shapley(model).settings["default"] = type(shapley(model).settings["default"])(prediction, removal)
+        shapley(model).settings["default"] = dataclasses.replace(shapley(model).settings["default"], removal=removal)
         again = run(model, coalitions=ends)
         assert close(again.coalition_values[:, 0], output.logits)
         assert close(again.coalition_values[:, 1], output.null_values)

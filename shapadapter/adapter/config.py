@@ -85,20 +85,20 @@ class ShapleyConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
         if path.is_file():
-            check_weights(path, config.leaves())
+            check_weights(path, config.tensors())
         return config
 
-    def leaves(self) -> list[str]:
-        """Names of the parts of token and head that an adapter of this configuration has."""
-        names = ["norm", "vote", "patch", "share"]
+    def tensors(self) -> list[str]:
+        """Names, as saved, of the tensors of token and head that an adapter of this configuration has."""
+        names = ["norm.weight", "norm.bias", "vote.weight", "patch.weight", "patch.bias", "share.weight"]
         names += ["null"] if self.prediction == "vote" else []
-        return names + (["token", "token_norm", "gate"] if self.shapley_token else [])
+        if self.shapley_token:
+            names += ["token", "token_norm.weight", "token_norm.bias", "gate.weight", "gate.bias"]
+        return [f"lora_shapley_{name}" for name in names]
 
 
-def check_weights(path: Path, leaves: list[str]) -> None:
-    """Refuse a safetensors file that is damaged, or lacks part of token and head.
-
-    transformers' own loader would leave what is missing random, with no more than a report.
+def check_weights(path: Path, expected: list[str]) -> None:
+    """Refuse a safetensors file that is damaged, or lacks part of token and head, which would stay random.
 
     Raises:
         CheckpointError: the file is not what its header announces, or a part is missing.
@@ -110,9 +110,9 @@ def check_weights(path: Path, leaves: list[str]) -> None:
         raise CheckpointError(
             f"{path} is damaged ({error}): the copy or download was cut off, or it was changed. Fetch the file again."
         ) from error
-    missing = [leaf for leaf in leaves if not any(f"lora_shapley_{leaf}" in key.split(".") for key in keys)]
+    missing = [name for name in expected if not any(key.endswith(f".{name}") for key in keys)]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {missing} of the Shapley token and head {leaves}: it was not written by shapadapter, or "
-            "not with the configuration beside it."
+            f"{path} lacks {len(missing)} of {len(expected)} tensors of token and head, e.g. {missing[0]}. It was not "
+            "written by shapadapter, or not with the configuration beside it."
         )

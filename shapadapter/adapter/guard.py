@@ -137,32 +137,19 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
         )
 
 
-def check_complete(model: nn.Module, layer: ShapleyLayer, name: str, state: dict[str, Tensor]) -> None:
+def check_complete(model: nn.Module, config: ShapleyConfig, name: str, state: dict[str, Tensor]) -> None:
     """Refuse a checkpoint in which part of token, head or LoRA is missing: it would stay random, silently.
 
     Raises:
         CheckpointError: with the missing names.
     """
-    expected = {f"shapley.{key}" for key in leaf_keys(layer, name)} | set(_lora_keys(model, name))
+    expected = {*config.tensors(), *_lora_keys(model, name)}
     missing = sorted(key for key in expected if not any(own.endswith(key) for own in state))
     if missing:
         raise CheckpointError(
             f"The adapter's weight file lacks {len(missing)} of {len(expected)} tensors of token, head and LoRA, e.g. "
             f"{missing[0]}. It was not written by shapadapter, or not with this configuration."
         )
-
-
-def leaf_keys(layer: ShapleyLayer, name: str) -> list[str]:
-    """Names, as saved, of the tensors that adapter `name` has in the layer."""
-    keys = []
-    for leaf in layer.adapter_layer_names:
-        entries = getattr(layer, leaf)
-        if name in entries:
-            tensors = (
-                [""] if isinstance(entries, nn.ParameterDict) else [f".{key}" for key in entries[name].state_dict()]
-            )
-            keys += [f"{leaf}{tensor}" for tensor in tensors]
-    return keys
 
 
 def _lora_keys(model: nn.Module, name: str) -> list[str]:

@@ -111,7 +111,7 @@ class ShapleyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_complete(model, _layer_of(model), adapter_name, state_dict)
+        check_complete(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
