@@ -28,5 +28,5 @@ class Scale:
     budgets: tuple[int, ...] = (128, 512)
 
 
-FULL = Scale(digits=5000, placements=2, pretrain_epochs=5, tune_epochs=3, truth_images=12, truth_evaluations=4096)
-QUICK = Scale(digits=500, placements=1, pretrain_epochs=1, tune_epochs=1, truth_images=2, truth_evaluations=1024)
+FULL = Scale(digits=5000, placements=4, pretrain_epochs=6, tune_epochs=1.5, truth_images=8, truth_evaluations=4096)
+QUICK = Scale(digits=500, placements=1, pretrain_epochs=2, tune_epochs=1, truth_images=2, truth_evaluations=1024)
