@@ -49,9 +49,9 @@ class PatchGame:
         self.players = rows * cols
         with torch.inference_mode(), evaluating(model):
             output = model(pixel_values=self.pixel_values, **options)
-        self.full_values: Tensor = output.logits[0].float()  # (K,)
-        self.null_values: Tensor = output.null_values[0].float()  # (K,)
-        self.attributions: Tensor = output.attributions[0]  # (N, K)
+        self.full_values: Tensor = output.logits[0].detach().float()  # (K,)
+        self.null_values: Tensor = output.null_values[0].detach().float()  # (K,)
+        self.attributions: Tensor = output.attributions[0].detach()  # (N, K)
 
     def values(self, coalitions: Tensor) -> Tensor:
         """v(S) of coalitions (M, N) bool: (M, K) fp32."""

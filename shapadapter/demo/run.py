@@ -45,7 +45,7 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
     train, test = (scenes.to_dataset(indices) for indices in scenes.split())
     print(f"     {len(train)} for training, {len(test)} for testing")
     print("2/6  The user's pretrained model: a small ViT, trained the ordinary way")
-    base_accuracy = pretrain(train, test, output / "pretrained", scale, seed)
+    base_accuracy = pretrain(scenes, output / "pretrained", scale, seed)
     print("3/6  Loaded from disk, wrapped, fine-tuned with the Shapley objective")
     model, accuracy = tune(train, test, output / "pretrained", output / "adapter", scale, seed)
     print("4/6  The adapter is loaded again in a new process")
