@@ -4,20 +4,6 @@ import torch
 from torch import Tensor
 
 
-def efficiency_gap(attributions: Tensor, null_values: Tensor, logits: Tensor) -> Tensor:
-    """How far null value and attributions are from summing to the logits: the largest gap over the classes.
-
-    Args:
-        attributions: (B, N, K) attribution of each of N players to each of K classes.
-        null_values: (B, K) score with no player present.
-        logits: (B, K) score with all players present.
-
-    Returns:
-        (B,) largest `|v(empty) + sum_n phi_n - v(all)|`, in the unit of the logits.
-    """
-    return (null_values + attributions.sum(dim=1) - logits).abs().amax(dim=-1)  # (B, K) -> (B,)
-
-
 def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:
     """The relative error `|estimate - truth| / |truth|` of vectors along the last dimension.
 
@@ -29,27 +15,6 @@ def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:
         (...) without a unit: 0 is perfect, 1 as bad as all zeros; not finite where the truth is all zero.
     """
     return torch.linalg.vector_norm(estimate - truth, dim=-1) / torch.linalg.vector_norm(truth, dim=-1)
-
-
-def pearson(estimate: Tensor, truth: Tensor) -> Tensor:
-    """The correlation (Pearson) of vectors along the last dimension.
-
-    Args:
-        estimate: (..., N) vectors.
-        truth: (..., N) vectors.
-
-    Returns:
-        (...) in -1 .. 1; nan where one of the vectors is constant.
-    """
-    estimate, truth = _centred(estimate), _centred(truth)
-    lengths = torch.linalg.vector_norm(estimate, dim=-1) * torch.linalg.vector_norm(truth, dim=-1)  # (...)
-    return ((estimate * truth).sum(dim=-1) / lengths).clamp(-1, 1)  # (..., N) -> (...)
-
-
-def _centred(vectors: Tensor) -> Tensor:
-    """Deviations from the mean along the last dimension, exactly zero for constant vectors."""
-    vectors = vectors - vectors[..., :1]  # the mean of equal numbers may miss them by a rounding error
-    return vectors - vectors.mean(dim=-1, keepdim=True)
 
 
 def energy_inside(attributions: Tensor, inside: Tensor) -> Tensor:

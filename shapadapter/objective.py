@@ -91,7 +91,7 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Ten
 @torch.no_grad()
 def coalition_fit(
     attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor, full_values: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """How much of the coalition values the attributions explain beyond the mere size of the coalition (R squared).
 
     Where `v(S)` grows with the number of present players, equal shares of `v(all) - v(empty)` make the Shapley loss
@@ -105,17 +105,17 @@ def coalition_fit(
         full_values: (B, K) values `v(all)`.
 
     Returns:
-        Scalar without a unit or gradient: 1 for a perfect fit, 0 for one no better than equal shares, negative for a
-        worse one, not finite where equal shares explain everything.
+        explained, total: two scalars without gradient, to be summed over batches; a mean of ratios would hang on the
+        batches in which sizes explain most. Their ratio is 1 for a perfect fit, 0 for one no better than equal shares,
+        negative for a worse one.
     """
-    total = _precise(full_values) - _precise(null_values)  # (B, K)
     players = attributions.shape[1]
-    equal = (total / players)[:, None].expand(-1, players, -1)  # (B, K) -> (B, N, K)
-    left, left_by_equal = (
-        coalition_residuals(shares, coalitions, coalition_values, null_values).square().mean()
+    equal = (_precise(full_values) - _precise(null_values))[:, None].expand(-1, players, -1) / players  # (B, N, K)
+    left, total = (
+        coalition_residuals(shares, coalitions, coalition_values, null_values).square().sum()
         for shares in (attributions, equal)
     )
-    return 1 - left / left_by_equal
+    return total - left, total
 
 
 def project_on_efficiency(raw: Tensor, full_values: Tensor, null_values: Tensor) -> Tensor:

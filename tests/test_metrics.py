@@ -3,19 +3,11 @@
 import pytest
 import torch
 
-from shapadapter.metrics import efficiency_gap, energy_inside, pearson, relative_l2
+from shapadapter.metrics import energy_inside, relative_l2
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def test_the_gap_is_that_of_the_worst_class():
-    attributions, null = normal(2, 5, 3), normal(2, 3, seed=1)
-    logits = null + attributions.sum(1)
-    assert efficiency_gap(attributions, null, logits).tolist() == pytest.approx([0, 0], abs=1e-12)
-    logits[1] += torch.tensor([0.5, -2, 1])
-    assert efficiency_gap(attributions, null, logits).tolist() == pytest.approx([0, 2])
 
 
 def test_relative_error():
@@ -25,19 +17,6 @@ def test_relative_error():
     assert torch.allclose(relative_l2(7 * 1.1 * truth, 7 * truth), torch.full((2, 3), 0.1).double())
     assert relative_l2(torch.tensor([3.0, 0]), torch.tensor([3.0, 4])).item() == pytest.approx(0.8)
     assert not relative_l2(truth, torch.zeros_like(truth)).isfinite().any()
-
-
-def test_correlation_is_that_of_torch_and_free_of_scale_and_shift():
-    estimate, truth = normal(4, 9), normal(4, 9, seed=1)
-    expected = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(estimate, truth, strict=True)]
-    assert pearson(estimate, truth).tolist() == pytest.approx(expected)
-    assert pearson(3 * estimate + 5, truth).tolist() == pytest.approx(expected)
-    assert pearson(-2 * truth, truth).tolist() == pytest.approx([-1] * 4)
-    assert pearson(truth, truth).max() <= 1
-
-
-def test_a_constant_has_no_correlation():
-    assert pearson(torch.full((7,), 0.1), torch.arange(7.0)).isnan()
 
 
 def test_energy_counts_positive_attribution_and_partly_covered_tiles():

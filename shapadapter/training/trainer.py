@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
 from shapadapter.game import active_layer
-from shapadapter.objective import coalition_residuals, shapley_loss, warmup_weight
+from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
 
@@ -170,16 +170,10 @@ class ShapleyTrainer(Trainer):
         size = outputs.logits.shape[0]
         for name, term in terms.items():
             self._add(mode, name, size * term, size)
-        full, null, players = outputs.logits.float(), outputs.null_values, outputs.attributions.shape[1]
-        equal = ((full - null) / players)[:, None].expand_as(outputs.attributions)  # (B, N, K)
-        left, left_by_equal = (
-            coalition_residuals(shares, inputs["coalitions"], outputs.coalition_values, null).square().sum()
-            for shares in (outputs.attributions, equal)
-        )
-        # One ratio over all batches: a mean of ratios would hang on the batches in which sizes explain most.
-        self._add(mode, "coalition_fit", left_by_equal - left, left_by_equal)
+        arguments = (inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits)
+        self._add(mode, "coalition_fit", *coalition_fit(outputs.attributions, *arguments))
         if mode == "train" and size > 1:
-            self._add(mode, "logit_spread", size * full.std(dim=0, correction=0).mean(), size)
+            self._add(mode, "logit_spread", size * outputs.logits.float().std(dim=0, correction=0).mean(), size)
 
     def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
         added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)
