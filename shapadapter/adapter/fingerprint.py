@@ -16,19 +16,23 @@ _TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
 _HALF_TOLERANCE = 4e-3
 
 
+# Weights of a tensor that are projected: enough to notice a change, few enough for the largest models.
+_SAMPLE = 65_536
+
+
 @torch.no_grad()
 def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> dict[str, Any] | None:
-    """Two numbers for each part of the base model that the adapter relies on and does not bring along.
+    """Numbers for each part of the base model that the adapter relies on and does not bring along.
 
     The parts are the blocks, what else the backbone holds, and with `prediction="classifier"` the model's own head.
-    The numbers are a part's L2 norm and its projection on a fixed direction, which notices what keeps the norm.
+    The numbers are the L2 norm of a part, that of a sample of its weights, and the sample's projection on a fixed
+    direction, which notices what keeps the norms.
 
     Returns:
         `dtype` and `values`; None where the weights are not all at hand (sharded, quantised, on the meta device).
     """
     backbone = anatomy.blocks[0].split(".")[0]
-    squares: dict[str, float] = {}
-    projections: dict[str, float] = {}
+    parts: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         own = original_name(name)
         if _comes_along(name, own, config) or (config.prediction == "vote" and not own.startswith(f"{backbone}.")):
@@ -36,16 +40,20 @@ def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) 
         if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
             return None
         part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), own.split(".")[0])
-        weights = parameter.double().flatten()
-        squares[part] = squares.get(part, 0.0) + weights.square().sum().item()
-        projections[part] = projections.get(part, 0.0) + (weights @ _direction(weights)).item()
-    dtype = str(model.get_submodule(anatomy.embedding).weight.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "values": [[squares[part] ** 0.5, projections[part]] for part in sorted(squares)]}
+        parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64)) + _numbers(parameter)
+    dtype = str(next(model.get_submodule(anatomy.embedding).parameters()).dtype).removeprefix("torch.")
+    values = [parts[part].tolist() for part in sorted(parts)]
+    return {"dtype": dtype, "values": [[square**0.5, sample**0.5, along] for square, sample, along in values]}
 
 
-def _direction(weights: Tensor) -> Tensor:
-    """A fixed direction without a period, so that exchanged weights are noticed."""
-    return torch.arange(len(weights), dtype=torch.float64, device=weights.device).square_().mul_(0.61803).cos_()
+def _numbers(parameter: Tensor) -> Tensor:
+    """Squared norm of a tensor, squared norm of a sample of it, and the sample's projection: (3,) float64."""
+    flat = parameter.detach().flatten()
+    sample = flat[:: max(1, len(flat) // _SAMPLE)].double()
+    # A direction without a period, so that exchanged weights are noticed.
+    direction = torch.arange(len(sample), dtype=torch.float64, device=flat.device).square_().mul_(0.61803).cos_()
+    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return torch.stack([norm.square(), sample.square().sum(), sample @ direction]).cpu()
 
 
 def _comes_along(name: str, own: str, config: ShapleyConfig) -> bool:
@@ -63,7 +71,7 @@ def same_fingerprint(one: dict[str, Any] | None, other: dict[str, Any] | None) -
         return True
     tolerance = max(_TOLERANCE.get(f["dtype"], _HALF_TOLERANCE) for f in (one, other))
     return len(one["values"]) == len(other["values"]) and all(
-        abs(a - b) <= tolerance * max(norm, 1e-12)
-        for (norm, *rest), values in zip(one["values"], other["values"], strict=True)
-        for a, b in zip((norm, *rest), values, strict=True)
+        abs(norm - other_norm) <= tolerance * max(norm, 1e-12)
+        and abs(along - other_along) <= tolerance * max(sample, 1e-12)
+        for (norm, sample, along), (other_norm, _, other_along) in zip(one["values"], other["values"], strict=True)
     )
