@@ -11,7 +11,8 @@ python examples/finetune.py \
 A folder has one subfolder per class, in `train/` and `test/` (or `validation/`, `val/`) or without any split:
 
 python examples/finetune.py \
-    --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos --learning_rate 1e-3
+    --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos --learning_rate 1e-3 \
+    --logging_steps 10 --eval_strategy epoch
 
 On several GPUs: `accelerate launch --num_processes 2 examples/finetune.py ...` (without them, `torchrun
 --nproc_per_node 2 examples/finetune.py --use_cpu ...`). `--help` lists every argument.

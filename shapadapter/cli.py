@@ -30,7 +30,6 @@ def demo(
     ] = False,
 ) -> None:
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
-    # Imported here: --help must not wait for torch.
     from .demo import run
     from .errors import ShapleyError
 

@@ -50,6 +50,8 @@ def explain(
     labels = tuple(str(names[index]) for index in range(layer.anatomy.classes))
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
+    if batch_size < 1 or (isinstance(targets, Sequence) and not targets):
+        raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
     wanted = [targets] if isinstance(targets, str | int) else targets
     chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
     listed = as_list(images)
@@ -59,7 +61,8 @@ def explain(
         for start in range(0, len(listed), batch_size):
             pixels = prepare(listed[start : start + batch_size], processor)
             grid = layer.anatomy.grid(pixels)
-            seen = as_pictures(pixels, processor)
+            height, width = grid[0] * layer.anatomy.patch[0], grid[1] * layer.anatomy.patch[1]
+            seen = as_pictures(pixels[..., :height, :width], processor)  # what lies beyond the last patch is not seen
             output = model(pixel_values=pixels.to(parameter.device, parameter.dtype), return_dict=True, **options)
             parts.append(_collect(output, seen, grid, columns(output.logits, chosen, top_k), labels, config))
     return join(parts)

@@ -26,13 +26,21 @@ def open_image(image: Any) -> Any:
         return image
     try:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return _upright(image)
         if isinstance(image, str) or hasattr(image, "__fspath__"):
             with Image.open(image) as file:
-                return ImageOps.exif_transpose(file).convert("RGB")
+                return _upright(file)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"Cannot read image {image!r}: {error}") from error
     raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ImageError(
+            f"Image mode {image.mode!r} has more than 8 bits a channel, which RGB would cut off; rescale it."
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def prepare_images(images: list[Any], processor: Any) -> Tensor:

@@ -118,21 +118,34 @@ def untouched(model, logits):
     )
 
 
-def test_another_class_count(saved):
+def three_classes():
     names = {i: str(i) for i in range(3)}
-    other = families.build("vit", id2label=names, label2id={v: k for k, v in names.items()})
+    return families.build("vit", id2label=names, label2id={v: k for k, v in names.items()})
+
+
+def test_another_class_count(saved, tmp_path):
+    """The base model's own head predicts, so its classes have to be the adapter's."""
+    adapted = families.wrap(plain_model(saved), prediction="classifier")
+    adapted.save_pretrained(tmp_path / "adapter")
+    other = three_classes()
     logits = run(other).logits
     with pytest.raises(CheckpointError, match=r"5 classes \(ant, bee, cat, \.\.\.\).*has 3"):
-        PeftModel.from_pretrained(other, saved / "adapter")
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
     assert untouched(other, logits)
-    assert other.config.id2label == names
+    assert other.config.id2label == {0: "0", 1: "1", 2: "2"}
     with pytest.raises(CheckpointError, match="num_labels=5"):
-        other.load_adapter(str(saved / "adapter"))
+        other.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(run(other).logits, logits)
-    with pytest.raises(CheckpointError):
-        AutoPeftModel.from_pretrained(saved / "adapter", num_labels=3, ignore_mismatched_sizes=True)
-    with pytest.raises(CheckpointError):
-        AutoModelForImageClassification.from_pretrained(saved / "adapter", num_labels=3, ignore_mismatched_sizes=True)
+
+
+def test_vote_brings_its_own_classes(saved):
+    """With `vote` the base model's head is not used: a base with another number of classes will do."""
+    expected = run(PeftModel.from_pretrained(plain_model(saved), saved / "adapter"))
+    other = AutoModelForImageClassification.from_pretrained(saved / "base", num_labels=3, ignore_mismatched_sizes=True)
+    output = run(PeftModel.from_pretrained(other, saved / "adapter"))
+    assert torch.equal(output.logits, expected.logits)
+    assert other.config.num_labels == 5
+    assert other.config.id2label[1] == "bee"
 
 
 OTHERS = {

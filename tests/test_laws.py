@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import sys
+import threading
 
 import families
 import pytest
@@ -627,3 +629,38 @@ def test_parts_of_a_wrapped_model_may_be_called_alone():
         expected = plain.vit(images()).last_hidden_state
         got = model.get_base_model().vit(images()).last_hidden_state
     assert close(got, expected)
+
+
+def test_threads_take_turns():
+    """What a pass needs to know lies on the model while it runs; a second thread must not see it."""
+    model = wrapped("vit", "vote").eval()
+    inputs = [images(1), images(1) + 1]
+    expected = [run(model, x).attributions for x in inputs]
+    wrong = []
+
+    def work(index):
+        for _ in range(30):
+            with torch.no_grad():
+                output = model(pixel_values=inputs[index])
+            wrong.extend([index] * (not torch.equal(output.attributions, expected[index])))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not wrong
+
+
+@pytest.mark.parametrize("prediction", ["vote", "classifier"])
+def test_a_compiled_model_gives_the_same(prediction):
+    model = wrapped("vit", prediction).eval()
+    x, present = images(2), families.coalitions(2, 3, PLAYERS)
+    with torch.no_grad():
+        plain = model(pixel_values=x, coalitions=present)
+        compiled = torch.compile(model, backend="eager")(pixel_values=x, coalitions=present)
+    assert close(plain.attributions, compiled.attributions)
+    assert close(plain.coalition_values, compiled.coalition_values)

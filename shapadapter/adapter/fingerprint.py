@@ -49,11 +49,12 @@ def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) 
 def _numbers(parameter: Tensor) -> Tensor:
     """Squared norm of a tensor, squared norm of a sample of it, and the sample's projection: (3,) float64."""
     flat = parameter.detach().flatten()
-    sample = flat[:: max(1, len(flat) // _SAMPLE)].double()
+    # On the CPU: some devices know no float64.
+    sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double()
     # A direction without a period, so that exchanged weights are noticed.
-    direction = torch.arange(len(sample), dtype=torch.float64, device=flat.device).square_().mul_(0.61803).cos_()
-    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-    return torch.stack([norm.square(), sample.square().sum(), sample @ direction]).cpu()
+    direction = torch.arange(len(sample), dtype=torch.float64).square_().mul_(0.61803).cos_()
+    norm = torch.linalg.vector_norm(flat.float()).cpu().double()
+    return torch.stack([norm.square(), sample.square().sum(), sample @ direction])
 
 
 def _comes_along(name: str, own: str, config: ShapleyConfig) -> bool:

@@ -6,6 +6,7 @@ Everything lives on the base model, as a child named `shapley`, so that it also 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ from .head import ProjectionHead, new_leaves
 # A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
 _PARAMETERS = ("null", "token")
 _MODULES = ("norm", "vote", "patch", "share", "token_norm", "gate")
+
+
+# What a pass needs to know lies on layer and carrier while it runs, so threads take turns.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._call: ModelCall | None = None
+        self._caller: int | None = None
         self._handles: list[Any] = []
 
     # -- adapters --------------------------------------------------------------------------------------------------
@@ -146,10 +152,14 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def _before_model(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.carrier.current = self._call = None
         if self.active is None:
             return args, without_token(kwargs)
         call = ModelCall.of(model, args, kwargs, self.anatomy)
+        if torch.compiler.is_compiling():
+            self._caller = None  # a compiled graph takes no locks
+        else:
+            _ONE_AT_A_TIME.acquire()
+            self._caller = threading.get_ident()
         self._call = call
         self.carrier.current = Pass(call.players)
         return (), {"pixel_values": call.pixel_values, **call.options, **call.extras}
@@ -157,10 +167,20 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def _after_model(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> ShapleyOutput | tuple[Any, ...] | None:
+        if self._call is None or self._caller not in (None, threading.get_ident()):
+            return None  # no adapter is active, or the call was refused before it began
+        try:
+            return self._explained(model, output) if output is not None else None
+        finally:
+            self.carrier.current = self._call = None
+            if self._caller is not None:
+                _ONE_AT_A_TIME.release()
+
+    def _explained(self, model: PreTrainedModel, output: Any) -> ShapleyOutput | tuple[Any, ...]:
         call, current, name = self._call, self.carrier.current, self.active
-        self.carrier.current = self._call = None
-        if call is None or current is None or name is None or current.features is None or output is None:
-            return None
+        if call is None or current is None or current.features is None or name is None:
+            raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
+        self.carrier.current = None
         contributions = self.head(name).contributions(current.features, current.token, call.players)  # (B, N, K)
         if self.settings[name].prediction == "vote":
             null = self._null(name).float().expand(contributions.shape[0], -1)  # (B, K)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .guard import check_base, check_complete, check_restorable, refuse_mixture,
 from .layer import ShapleyLayer
 
 CHILD = "shapley"
+
+# Ways to initialise LoRA that take part of the base weights into the adapter.
+_REWRITING = ("pissa", "olora", "corda", "loftq")
 
 
 class ShapleyModel(LoraModel):
@@ -49,6 +53,9 @@ class ShapleyModel(LoraModel):
         refuse_stacking(model, set(layer.settings) if layer is not None else set())
         refuse_mixture(config.tune, {s.tune for s in layer.settings.values()} if layer is not None else set())
         anatomy = examine(model) if layer is None else layer.anatomy
+        if layer is None and config.prediction == "vote" and config.num_classes is not None:
+            # The adapter brings its own head; how many classes the base model's has does not matter.
+            anatomy = replace(anatomy, classes=config.num_classes)
         _resolve_training(model, anatomy, config)
         check_base(model, anatomy, config)
         config.shapadapter_version = __version__
@@ -66,7 +73,7 @@ class ShapleyModel(LoraModel):
         self._add_to_layer(model, layer, adapter_name, config)
 
     def _add_to_layer(self, model: PreTrainedModel, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
-        layer.add(name, config, _blocks_device(model, layer.anatomy))
+        layer.add(name, config, _last_device(model, layer.anatomy))
         layer.detach()
         layer.attach(model)
         layer.set_adapter(
@@ -140,6 +147,11 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
 
 def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
     """Say in PEFT's words what `tune` means for this model."""
+    if str(config.init_lora_weights).lower().startswith(_REWRITING):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} rewrites the base model's weights, which the checkpoint "
+            "would not contain. Use True, 'gaussian' or 'orthogonal'."
+        )
     if config.tune != "lora":
         if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
             raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
@@ -169,6 +181,6 @@ def _trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str) -> lis
     return [backbone, *(heads if prediction == "classifier" else [])]
 
 
-def _blocks_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
-    """Where the blocks' weights are."""
-    return next(model.get_submodule(anatomy.embedding).parameters()).device
+def _last_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
+    """Where the last block is, which is where features come out."""
+    return next(model.get_submodule(anatomy.blocks[-1]).parameters()).device

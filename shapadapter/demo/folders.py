@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shapadapter.errors import ShapleyError
+
+MARKER = ".shapadapter-demo"
+
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
@@ -14,12 +18,30 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     An interruption leaves `path` as it was and nothing else behind.
     """
-    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    # Two renames and then the deletion: at no point is there half a folder under the name.
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def claim(folder: Path) -> None:
+    """Make an output folder, or take one that an earlier run has made.
+
+    Raises:
+        ShapleyError: the folder holds something else, which could be overwritten.
+    """
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ShapleyError(f"{folder} is not empty and was not made by the demo. Choose another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()

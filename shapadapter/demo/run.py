@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shapadapter.explanation import Explanation, write_together
 from shapadapter.visual import gallery, write_page
 
 from .digits import DigitScenes, build_digits
-from .folders import whole_folder
+from .folders import claim, whole_folder
 from .models import pretrain, tune
 from .scale import FULL, QUICK, Scale
 from .scorecard import as_text, cost_of_explaining, faithfulness, localisation
@@ -37,7 +38,7 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
         quick: a smoke run under a minute; its numbers mean little.
     """
     scale = QUICK if quick else FULL
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output)
     start = time.perf_counter()
     set_seed(seed)
     print("1/6  Real digits in cluttered scenes, with the digit's pixels as ground truth")
@@ -53,6 +54,8 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
     _check_reload(explanation[:SHOWN], scenes, output)
     print("5/6  Compared with the truth")
     rows = _measure(model, explanation, scenes, (base_accuracy, accuracy), (output, scale, seed))
+    if quick:
+        print("     A smoke run: these numbers mean little.")
     print(as_text(rows))
     print("6/6  Pictures")
     _draw(explanation[:SHOWN], rows, output)
@@ -72,8 +75,9 @@ def _explain_test(model: PeftModel, scenes: DigitScenes, output: Path) -> Explan
 
 
 def _check_reload(expected: Explanation, scenes: DigitScenes, output: Path) -> None:
-    """Let a new process load the adapter and explain; its numbers must be the same to the last bit."""
-    with whole_folder(output / "explanation") as folder, whole_folder(output / "images") as images:
+    """Let a new process load the adapter and explain; its numbers must be the same."""
+    with whole_folder(output / "explanation") as folder, TemporaryDirectory() as temporary:
+        images = Path(temporary)
         for number, image in enumerate(_test_images(scenes)[: len(expected)]):
             image.save(images / f"{number}.png")
         arguments = [output / "adapter", output / "pretrained", images, folder]
@@ -104,10 +108,10 @@ def _measure(
         ("largest efficiency gap |null + sum - logit|", f"{explanation.efficiency_gap.max().item():.0e}"),
         ("error of the attributions, one forward pass", f"{errors['one pass']:.2f}"),
         *((f"error of KernelSHAP, {budget} evaluations", f"{errors[str(budget)]:.2f}") for budget in scale.budgets),
-        (f"   (relative L2, {scale.truth_images} images; the truth is good to)", f"{errors['truth']:.2f}"),
+        (f"   (relative L2, {scale.truth_images} images; error of the reference itself)", f"{errors['truth']:.2f}"),
         ("positive attribution inside the digit", f"{inside:.0%}"),
         ("   (share of the digit's area)", f"{area:.0%}"),
-        ("time to predict and explain / to predict", f"{ratio:.2f}x"),
+        ("time to predict and explain / to predict (LoRA merged)", f"{ratio:.2f}x"),
     ]
     report: dict[str, Any] = {"seed": seed, "rows": rows}
     write_together({output / "table.json": json.dumps(report, indent=2).encode()})

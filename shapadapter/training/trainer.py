@@ -28,13 +28,14 @@ _CONSTANT_SPREAD = 0.05
 class ShapleyTrainer(Trainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
-    Takes what `Trainer` takes. A data set with `image` and `label` columns and `processing_class=` an image processor
+    Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns and `processing_class=` an image processor
     are enough. Every step is one call of the wrapped model. The loss is
 
         task_loss + shapley_weight * shapley_loss [+ coalition_task_weight * coalition_task_loss]
 
-    and its terms are logged by name, with `coalition_fit`: the share of what distinguishes coalitions of equal size
-    that the attributions explain, 1 at best. In `eval_*` all terms are measured on held-out images and coalitions.
+    and its terms are logged by name, with `coalition_fit`: the share of the coalitions' values, beyond what equal shares
+    for all players give, that the attributions explain; 1 for a game without interactions, less for exact Shapley
+    values where patches interact. In `eval_*` all terms are measured on held-out images and coalitions.
     `compute_metrics` receives the logits.
 
     Raises:
@@ -172,8 +173,10 @@ class ShapleyTrainer(Trainer):
             self._add(mode, name, size * term, size)
         arguments = (inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits)
         self._add(mode, "coalition_fit", *coalition_fit(outputs.attributions, *arguments))
-        if mode == "train" and size > 1:
-            self._add(mode, "logit_spread", size * outputs.logits.float().std(dim=0, correction=0).mean(), size)
+        if mode == "train":
+            # One image has no spread; its weight is 0, so that all processes sum up the same names.
+            counted = size if size > 1 else 0
+            self._add(mode, "logit_spread", counted * outputs.logits.float().std(dim=0, correction=0).mean(), counted)
 
     def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
         added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)

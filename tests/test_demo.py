@@ -1,0 +1,39 @@
+"""The demo's folders are whole or not there, and its road runs in small."""
+
+import pytest
+
+from shapadapter.demo.folders import claim, whole_folder
+from shapadapter.errors import ShapleyError
+
+
+def write(folder, text):
+    (folder / "file").write_text(text)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_leaves_what_was_there(tmp_path, error):
+    target = tmp_path / "checkpoint"
+    with whole_folder(target) as folder:
+        write(folder, "old")
+    with pytest.raises(error), whole_folder(target) as folder:
+        write(folder, "half")
+        raise error
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_finished_folder_replaces_the_one_before(tmp_path):
+    target = tmp_path / "checkpoint"
+    for text in ("old", "new"):
+        with whole_folder(target) as folder:
+            write(folder, text)
+    assert (target / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_somebody_elses_folder_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ShapleyError, match="not empty"):
+        claim(tmp_path)
+    claim(tmp_path / "fresh")
+    claim(tmp_path / "fresh")
