@@ -15,9 +15,14 @@ def test_an_interruption_leaves_what_was_there(tmp_path, error):
     target = tmp_path / "checkpoint"
     with whole_folder(target) as folder:
         write(folder, "old")
-    with pytest.raises(error), whole_folder(target) as folder:
-        write(folder, "half")
-        raise error
+
+    def interrupted():
+        with whole_folder(target) as folder:
+            write(folder, "half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
