@@ -148,6 +148,23 @@ def test_vote_brings_its_own_classes(saved):
     assert other.config.id2label[1] == "bee"
 
 
+def test_a_new_class_count_reloads_by_every_road(saved, tmp_path):
+    """As in the README: the base has 5 classes, the task 3."""
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    base_of_task = AutoModelForImageClassification.from_pretrained(saved / "base", **options)
+    adapted = families.wrap(base_of_task)
+    expected = run(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for loaded in (
+        AutoPeftModel.from_pretrained(tmp_path / "adapter"),
+        AutoModelForImageClassification.from_pretrained(tmp_path / "adapter"),
+    ):
+        output = run(loaded.eval())
+        assert output.logits.shape[1] == 3
+        assert torch.equal(output.logits, expected.logits)
+        assert torch.equal(output.attributions, expected.attributions)
+
+
 OTHERS = {
     "other_weights": lambda: families.build("vit", seed=1),
     "other_weights_no_stir": lambda: families.MAKERS["vit"](),

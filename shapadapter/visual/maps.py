@@ -15,12 +15,11 @@ Floats = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]
 
 
-def symmetric_limit(values: npt.ArrayLike, percentile: float = 100.0) -> float:
+def symmetric_limit(values: npt.ArrayLike) -> float:
     """The number that gets the full colour, on both sides of zero.
 
     Args:
         values: Numbers of any shape, at least one: those of all maps that are to be compared by eye.
-        percentile: 100 for the largest absolute value; less lets a few extreme values be cut off.
 
     Returns:
         The limit, not negative; 0 if all values are.
@@ -31,7 +30,7 @@ def symmetric_limit(values: npt.ArrayLike, percentile: float = 100.0) -> float:
     array = _finite(values)
     if array.size == 0:
         raise ValueError("Expected at least one value to find a limit for.")
-    return float(np.percentile(np.abs(array), percentile))
+    return float(np.abs(array).max())
 
 
 def signed_colors(values: npt.ArrayLike, limit: float) -> Bytes:
