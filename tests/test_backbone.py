@@ -10,6 +10,8 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BertConfig,
     BertForSequenceClassification,
     CLIPModel,
@@ -398,3 +400,15 @@ def test_a_model_that_takes_one_size_only():
 
 def test_the_config_class_has_no_trace_of_us():
     assert "shapadapter" not in str(vars(ViTConfig))
+
+
+def test_masking_refuses_a_kernel_that_may_ignore_the_mask():
+    """A run that was silently not masked would be the worst of bugs."""
+    model = families.wrap(families.build("vit"), removal="mask")
+    run(model, coalitions=families.coalitions(2, 4, 16))
+    sdpa = AttentionInterface()["sdpa"]
+    AttentionInterface.register("deaf", lambda module, q, k, v, mask, **kwargs: sdpa(module, q, k, v, None, **kwargs))
+    AttentionMaskInterface.register("deaf", AttentionMaskInterface()["sdpa"])
+    model.get_base_model().config._attn_implementation = "deaf"
+    with pytest.raises(UnsupportedModelError, match="deaf"):
+        run(model, coalitions=families.coalitions(2, 4, 16))

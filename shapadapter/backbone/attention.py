@@ -86,6 +86,12 @@ def seat_token(module: nn.Module, carrier: Carrier) -> None:
     _seat(module, NAME, carrier=carrier)
 
 
+def kernel_of(module: nn.Module) -> str | None:
+    """Name of the attention function the base tokens of a seated module go through."""
+    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
+    return seat.config._attn_implementation
+
+
 def unseat_token(module: nn.Module) -> None:
     """Give `module` its own config back."""
     module.config = module.__dict__.pop("_shapadapter_seat").config

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from shapadapter.errors import UnsupportedModelError
 
 from .anatomy import Anatomy, original_name
-from .attention import seat_token, unseat_token
+from .attention import kernel_of, seat_token, unseat_token
 
 Removal = Literal["drop", "mask"]
+
+# Kernels seen to honour an additive mask (B, 1, 1, T); others take masks of another kind, or none.
+_MASKING_KERNELS = ("sdpa", "eager")
 
 
 @dataclass
@@ -132,6 +135,7 @@ class TokenCarrier:
             if current.present is not None and current.removal == "drop":
                 hidden = keep_players(hidden, current.present, self.anatomy.prefix)  # (B, P + s, D)
             elif current.present is not None:
+                self._check_kernels()
                 current.key_mask = key_mask(hidden, current.present, self.anatomy.prefix, token is not None)
         if hidden.shape[1] == 0:
             # Attention kernels refuse an empty sequence. Nothing reads what this stand-in becomes.
@@ -140,6 +144,14 @@ class TokenCarrier:
             token = token.to(hidden.dtype).expand(hidden.shape[0], -1, -1)  # (B, 1, D)
             hidden = torch.cat([token, hidden], dim=1)  # (B, 1 + T, D)
         return (hidden, *args[1:]), kwargs
+
+    def _check_kernels(self) -> None:
+        kernels = {kernel_of(module) for module in self._seats}
+        if not kernels <= set(_MASKING_KERNELS):
+            raise UnsupportedModelError(
+                f"removal='mask' needs attention kernels {_MASKING_KERNELS}, the model uses {sorted(map(str, kernels))}. "
+                "Call model.set_attn_implementation('sdpa')."
+            )
 
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
