@@ -45,8 +45,7 @@ class PatchGame:
             raise ImageError(f"A game is about one image, got a batch of {self.pixel_values.shape[0]}.")
         self.batch_size = batch_size
         self.options = options
-        rows, cols = active_layer(model).anatomy.grid(self.pixel_values)
-        self.players = rows * cols
+        self.players = active_layer(model).tiling(self.pixel_values, **options).count
         with torch.inference_mode(), evaluating(model):
             output = model(pixel_values=self.pixel_values, **options)
         self.full_values: Tensor = output.logits[0].detach().float()  # (K,)

@@ -146,3 +146,35 @@ def warmup_weight(weight: float, progress: float, warmup: float) -> float:
         The weight at this point, 0 to `weight`.
     """
     return weight * min(1.0, progress / warmup) if warmup > 0 else weight
+
+
+def contrastive_loss(similarity: Tensor, matches: Tensor) -> Tensor:
+    """Cross-entropy over the rows and over the columns of a similarity, half each (Radford et al. 2021).
+
+    Args:
+        similarity: (B, T) similarity of images and texts before softmax.
+        matches: (B, T) bool, which belong together, at least one in each row and column. Several matches share the
+            target evenly; with one for each, this is the loss of CLIP.
+
+    Returns:
+        A scalar.
+    """
+    logits, target = _precise(similarity), matches.to(torch.promote_types(similarity.dtype, torch.float32))
+    rows, cols = (
+        -(target / target.sum(dim=d, keepdim=True) * logits.log_softmax(dim=d)).sum(dim=d).mean() for d in (1, 0)
+    )
+    return (rows + cols) / 2
+
+
+def pairwise_sigmoid_loss(similarity: Tensor, matches: Tensor) -> Tensor:
+    """Binary cross-entropy of each pair, summed over images and averaged over texts (Zhai et al. 2023).
+
+    Args:
+        similarity: (B, T) similarity of images and texts before the sigmoid.
+        matches: (B, T) bool, which belong together.
+
+    Returns:
+        A scalar.
+    """
+    signs = 2 * matches.to(torch.promote_types(similarity.dtype, torch.float32)) - 1
+    return -torch.nn.functional.logsigmoid(signs * _precise(similarity)).sum(dim=0).mean()

@@ -29,3 +29,34 @@ class ShapleyOutput(ModelOutput):
     coalition_values: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MatchingOutput(ShapleyOutput):
+    """The same for images and texts: the K classes are the T texts, the logits their similarities before softmax.
+
+    The game is played in the space of embeddings, in which a text is a direction: for the normalised embedding t (P,)
+    of any text, `scale * embedding_attributions @ t` are its attributions, with the model's `scale`. Without texts,
+    `logits`, `attributions`, `null_values` and `coalition_values` are None.
+
+    Attributes:
+        image_embeds: (B, P), with `classifier` prediction the model's own, normalised.
+        text_embeds: (T, P), normalised.
+        embedding_attributions: (B, N, P) fp32, what each player adds to the image's embedding.
+        null_embeds: (B, P) fp32, the embedding with no player present.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    embedding_attributions: Tensor | None = None
+    null_embeds: Tensor | None = None
+
+    @property
+    def logits_per_image(self) -> Tensor | None:
+        """(B, T), as the base model calls the logits."""
+        return self.logits
+
+    @property
+    def logits_per_text(self) -> Tensor | None:
+        """(T, B)."""
+        return None if self.logits is None else self.logits.t()

@@ -1,8 +1,8 @@
-"""One call of a wrapped model: its arguments sorted out and checked, and its coalitions grouped in rectangles."""
+"""One call of a wrapped model: its arguments sorted out and checked, and its coalitions grouped in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shapadapter.backbone import Anatomy, evaluating
+from shapadapter.backbone import Anatomy, Tiling, evaluating
 from shapadapter.errors import ImageError
+
+from .texts import Texts
 
 _OURS = ("coalitions", "coalition_grad")
 _EXTRAS = ("output_hidden_states", "output_attentions")
@@ -23,10 +25,11 @@ class ModelCall:
     """What a wrapped model was called with.
 
     Attributes:
-        pixel_values: (B, C, H, W).
-        players: N.
-        tokens: T, the base model's sequence length.
+        pixel_values: (B, C, H, W), or patches (B, N, 3 * p * p).
+        tiling: how the players lie on the images.
+        tokens: T, the length of the base model's token sequence, if it has one.
         labels: the task's labels or None.
+        texts: what a matching model compares the images with, else None.
         coalitions: (B, M, N) bool, True = present, or None.
         coalition_grad: whether gradients flow through the coalitions' values.
         return_dict: whether the caller wants named fields.
@@ -35,9 +38,10 @@ class ModelCall:
     """
 
     pixel_values: Tensor
-    players: int
+    tiling: Tiling
     tokens: int
     labels: Tensor | None
+    texts: Texts | None
     coalitions: Tensor | None
     coalition_grad: bool
     return_dict: bool
@@ -45,43 +49,70 @@ class ModelCall:
     extras: dict[str, Any]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy) -> ModelCall:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        anatomy: Anatomy,
+        tile: Callable[..., Tiling],
+    ) -> ModelCall:
         """Sort out the arguments of `model(*args, **kwargs)`.
 
         Raises:
             TypeError: positional arguments beyond the images.
             ImageError: images, or coalitions, of another shape than expected.
             ValueError: an argument that removes players in another way.
+            ShapleyError: texts that do not fit the model.
         """
         options = dict(kwargs)
-        pixel_values = options.pop("pixel_values", args[0] if args else None)
-        if len(args) > 1 or (args and "pixel_values" in kwargs):
+        # Perceiver's own name for images, which people pass by habit.
+        images = options.pop("inputs", None) if options.get("pixel_values") is None else None
+        pixel_values = options.pop("pixel_values", None)
+        pixel_values = images if pixel_values is None else pixel_values
+        if len(args) > 1 or (args and (pixel_values is not None or anatomy.kind == "matching")):
             raise TypeError("Pass pixel_values alone by position and everything else, such as labels, by keyword.")
+        pixel_values = args[0] if args else pixel_values
         if not isinstance(pixel_values, Tensor):
             raise ImageError(f"Expected pixel_values as a tensor, got {type(pixel_values).__name__}.")
+        texts = Texts.taken_from(options) if anatomy.kind == "matching" else None
+        if texts is not None:
+            texts.check_length(model)
         for name in ("attention_mask", "bool_masked_pos"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"A wrapped model takes no {name}: remove patches with coalitions=(B, M, N) bool.")
-        rows, cols = anatomy.grid(pixel_values)
-        coalitions = _checked(options.pop("coalitions", None), pixel_values.shape[0], rows, cols)
+        tiling = tile(pixel_values, **options)
         return_dict = options.pop("return_dict", None)
         return cls(
             pixel_values=pixel_values,
-            players=rows * cols,
-            tokens=anatomy.prefix + rows * cols,
+            tiling=tiling,
+            tokens=anatomy.prefix + tiling.cells[0] * tiling.cells[1],
             labels=options.pop("labels", None),
-            coalitions=coalitions,
+            texts=texts,
+            coalitions=_checked(options.pop("coalitions", None), pixel_values.shape[0], tiling.players),
             coalition_grad=options.pop("coalition_grad", False),
             return_dict=bool(model.config.return_dict if return_dict is None else return_dict),
-            extras={"return_dict": True, **{name: options.pop(name) for name in _EXTRAS if name in options}},
+            extras={name: options.pop(name) for name in _EXTRAS if name in options},
             options=options,
         )
+
+    def inputs(self, images: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments of the base model for the images of this index (R,), or for all."""
+        named = {"pixel_values": self.pixel_values, **self.options}
+        if images is None:
+            return named
+        size = self.pixel_values.shape[0]
+        return {
+            name: value[images] if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else value
+            for name, value in named.items()
+        }
 
     def base_states(self, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         """Hidden states (B, T, D) without the Shapley token, which stands at index 0 inside the blocks."""
         if states is None:
             return None
-        return tuple(state[:, 1:] if state.shape[1] == self.tokens + 1 else state for state in states)
+        tokens = self.tokens if self.pixel_values.ndim == 4 else self.pixel_values.shape[1]
+        return tuple(state[:, 1:] if state.ndim == 3 and state.shape[1] == tokens + 1 else state for state in states)
 
     @contextmanager
     def targets(self, model: nn.Module, gradient: bool) -> Iterator[None]:
@@ -104,12 +135,13 @@ def without_token(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _OURS}
 
 
-def _checked(coalitions: Any, images: int, rows: int, cols: int) -> Tensor | None:
+def _checked(coalitions: Any, images: int, players: tuple[int, int]) -> Tensor | None:
     if coalitions is None:
         return None
     if not isinstance(coalitions, Tensor) or coalitions.dtype != torch.bool or coalitions.ndim != 3:
         came = f"{coalitions.dtype} {tuple(coalitions.shape)}" if isinstance(coalitions, Tensor) else type(coalitions)
         raise ImageError(f"Expected coalitions as a bool tensor (batch, coalitions, players), got {came}.")
+    rows, cols = players
     if coalitions.shape[0] != images or coalitions.shape[2] != rows * cols:
         raise ImageError(
             f"Expected coalitions ({images}, M, {rows * cols}) for {images} images of {rows} x {cols} players, got "
@@ -118,17 +150,25 @@ def _checked(coalitions: Any, images: int, rows: int, cols: int) -> Tensor | Non
     return coalitions
 
 
-def coalition_runs(coalitions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Group coalitions (B, M, N) by size, so that each group is a rectangular batch without padding.
+def coalition_runs(coalitions: Tensor, by_size: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Group coalitions (B, M, N) in batches.
+
+    Args:
+        coalitions: True = present.
+        by_size: whether a batch holds coalitions of one size, so that their tokens are a rectangle without padding.
 
     Yields:
         rows: (R,) positions in the flattened (B * M) coalitions.
         images: (R,) the image each belongs to.
-        present: (R, s) ascending indices of the players present.
+        present: (R, N) bool.
     """
     flat = coalitions.flatten(0, 1)  # (B * M, N)
+    if not by_size:
+        rows = torch.arange(len(flat), device=flat.device)
+        if len(rows):
+            yield rows, rows // coalitions.shape[1], flat
+        return
     sizes = flat.sum(dim=1)  # (B * M,)
     for size in sizes.unique().tolist():
         rows = (sizes == size).nonzero()[:, 0]  # (R,)
-        present = flat[rows].nonzero()[:, 1].view(len(rows), size)  # (R, s)
-        yield rows, rows // coalitions.shape[1], present
+        yield rows, rows // coalitions.shape[1], flat[rows]

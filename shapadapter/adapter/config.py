@@ -17,7 +17,8 @@ from shapadapter.errors import CheckpointError
 class ShapleyConfig(LoraConfig):
     """LoRA plus a Shapley token and a projection head: everything a `LoraConfig` takes, and the fields below.
 
-    `target_modules` may stay empty: the query and value projections are then adapted. The last four fields are written
+    `target_modules` may stay empty: the query and value projections are then adapted, in convolutional models the
+    convolutions. The fields after `head_width` are written
     when a model is wrapped and checked when the adapter is loaded; leave them alone.
     """
 
@@ -36,11 +37,32 @@ class ShapleyConfig(LoraConfig):
             "(the whole backbone, saved with the adapter)."
         },
     )
-    removal: Literal["auto", "drop", "mask"] = field(
+    removal: Literal["auto", "drop", "mask", "pixels"] = field(
         default="auto",
         metadata={
-            "help": "How absent players are taken out: 'drop' their tokens, 'mask' their attention keys, or 'auto': "
-            "drop where that equals masking."
+            "help": "How absent players are taken out: 'drop' their tokens, 'mask' their attention keys, replace their "
+            "'pixels', or 'auto': drop where that equals masking, else mask, and pixels where there are no tokens."
+        },
+    )
+    grid: tuple[int, int] | None = field(
+        default=None,
+        metadata={
+            "help": "(rows, cols) of the players; by default the patches, or the cells of the final feature map."
+        },
+    )
+    fill: Literal["mean", "blur", "learned"] = field(
+        default="mean",
+        metadata={
+            "help": "What removal='pixels' shows in place of absent players: the 'mean' colour of the training images, "
+            "a 'blur' of the present pixels around (that colour where there are none), or a 'learned' colour, which "
+            "learns from coalition_task_weight or coalition_gradients."
+        },
+    )
+    fill_color: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "The mean colour, one number for each channel as the image processor scales them; measured on the "
+            "training images by ShapleyTrainer if not given, 0 without a trainer."
         },
     )
     shapley_token: bool = field(
@@ -48,6 +70,23 @@ class ShapleyConfig(LoraConfig):
         metadata={"help": "Whether a learned read-only token conditions how attributions are shared among players."},
     )
     head_width: int = field(default=64, metadata={"help": "Width of the head's token-conditioned branch."})
+    cell_offset: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "(down, right) by which the model's cells look beside their place, in cells; measured when a model "
+            "is wrapped with a grid of its own."
+        },
+    )
+    mechanism: Literal["sequence", "readout", "latents"] | None = field(
+        default=None,
+        metadata={
+            "help": "How the token works in the base model, written when a model is wrapped: it travels through a "
+            "'sequence' of patch tokens, does a 'readout' of the final feature map, or of 'latents' without a place."
+        },
+    )
+    problem_type: str | None = field(
+        default=None, metadata={"help": "The base model's problem_type, written when a model is wrapped."}
+    )
     num_classes: int | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Class names, written likewise."})
     base_fingerprint: dict[str, Any] | None = field(
@@ -62,7 +101,8 @@ class ShapleyConfig(LoraConfig):
         for name, allowed in (
             ("prediction", ("vote", "classifier")),
             ("tune", ("lora", "frozen", "full")),
-            ("removal", ("auto", "drop", "mask")),
+            ("removal", ("auto", "drop", "mask", "pixels")),
+            ("fill", ("mean", "blur", "learned")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
@@ -71,6 +111,12 @@ class ShapleyConfig(LoraConfig):
                 f"Leave task_type empty, got {self.task_type!r}: PEFT's task types are for language models, and with "
                 "one set AutoPeftModel could not load the adapter."
             )
+        for name in ("grid", "cell_offset"):
+            # json knows no tuples.
+            if getattr(self, name) is not None:
+                setattr(self, name, tuple(getattr(self, name)))
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1 or self.grid[0] * self.grid[1] < 2):
+            raise ValueError(f"grid must be (rows, cols) of at least two players, got {self.grid!r}.")
         if self.id2label is not None:
             # json turns the keys into strings.
             self.id2label = {int(index): label for index, label in self.id2label.items()}
@@ -94,6 +140,12 @@ class ShapleyConfig(LoraConfig):
         names += ["null"] if self.prediction == "vote" else []
         if self.shapley_token:
             names += ["token", "token_norm.weight", "token_norm.bias", "gate.weight", "gate.bias"]
+        if self.shapley_token and self.mechanism in ("readout", "latents"):
+            names += ["key.weight", "key.bias", "value.weight", "value.bias"]
+        if self.mechanism == "latents":
+            names += ["place.weight", "place.bias", "place_key.weight"]
+        if self.fill == "learned":
+            names += ["fill"]
         return [f"lora_shapley_{name}" for name in names]
 
 

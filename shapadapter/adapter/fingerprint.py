@@ -24,24 +24,24 @@ _SAMPLE = 65_536
 def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> dict[str, Any] | None:
     """Numbers for each part of the base model that the adapter relies on and does not bring along.
 
-    The parts are the blocks, what else the backbone holds, and with `prediction="classifier"` the model's own head.
+    The parts are the blocks, what else the backbone holds, and with `prediction="classifier"`, or texts, all others.
     The numbers are the L2 norm of a part, that of a sample of its weights, and the sample's projection on a fixed
     direction, which notices what keeps the norms.
 
     Returns:
         `dtype` and `values`; None where the weights are not all at hand (sharded, quantised, on the meta device).
     """
-    backbone = anatomy.blocks[0].split(".")[0]
+    alone = config.prediction == "vote" and anatomy.kind != "matching"  # the model's own head is not used
     parts: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         own = original_name(name)
-        if _comes_along(name, own, config) or (config.prediction == "vote" and not own.startswith(f"{backbone}.")):
+        if _comes_along(name, own, config) or (alone and own.split(".")[0] not in anatomy.backbone):
             continue
         if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
             return None
-        part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), own.split(".")[0])
+        part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), ".".join(own.split(".")[:2]))
         parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64)) + _numbers(parameter)
-    dtype = str(next(model.get_submodule(anatomy.embedding).parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.get_submodule(anatomy.entrance).parameters()).dtype).removeprefix("torch.")
     values = [parts[part].tolist() for part in sorted(parts)]
     return {"dtype": dtype, "values": [[square**0.5, sample**0.5, along] for square, sample, along in values]}
 

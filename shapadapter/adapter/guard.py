@@ -73,7 +73,9 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
     fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
-        config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
+        if anatomy.kind != "matching":  # where the classes are the texts of each call
+            config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
+            config.problem_type = model.config.problem_type
         return
     if config.num_classes != anatomy.classes:
         raise CheckpointError(
@@ -90,6 +92,8 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
     if config.id2label:
         model.config.id2label = dict(config.id2label)
         model.config.label2id = {label: index for index, label in config.id2label.items()}
+    if config.problem_type is not None:
+        model.config.problem_type = config.problem_type
 
 
 def _some(labels: dict[int, str] | None) -> str:
@@ -109,7 +113,7 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
     Raises:
         CheckpointError: base parameters are trained, or changed, or other adapters are stacked on the model.
     """
-    foreign = sorted(_adapter_names(model) - set(layer.settings))
+    foreign = sorted(_adapter_names(model) - set(layer.rules))
     if foreign:
         raise CheckpointError(
             f"Not saved: the model also holds adapters {foreign} that are no Shapley adapters; loading this "

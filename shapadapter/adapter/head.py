@@ -1,59 +1,118 @@
-"""The projection head: from the features of players to what each contributes to each class."""
+"""The projection head: from the features of cells to what each contributes to each class."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FREQUENCIES = 8
+_READER_HEADS = 4
+
 
 @dataclass(frozen=True)
 class ProjectionHead:
     """One adapter's head, as a view on the layer's parameters.
 
-    With h_n the normalised feature of player n and t that of the token, the contribution is
+    With h_n the normalised feature of cell n and t that of the token, the contribution is
 
         phi_n = vote(h_n) / N + c_n - mean_m c_m,    c_n = share(gelu(patch(h_n)) * gate(t)) / N.
 
-    The second part is centred over the players that are present, so the token can only redistribute contributions
+    The second part is centred over the cells that are present, so the token can only redistribute contributions
     between players and never adds to their sum. Were there an additive path from the token, the prediction would flow
     through it past the players, and the attributions would go flat.
 
+    Where no token travels through the blocks, it reads the cells here, by attention. Where features have no place in
+    the image, each cell first gathers its feature from the latents, by attention from its position.
+
     Attributes:
-        norm: layer norm of players' features (D).
+        norm: layer norm of cells' features (D).
         vote: linear map D to K without bias: a bias would credit every player alike.
-        patch: linear map D to W, the branch's view of a player.
+        patch: linear map D to W, the branch's view of a cell.
         share: linear map W to K without bias, zero at the start.
-        token_norm: layer norm of the token (D), None without a token.
-        gate: linear map D to W, the token's gate, None without a token.
+        token_norm: layer norm of the token, None without a token.
+        gate: linear map to W, the token's gate, None without a token.
+        key: linear map D to W, what the token looks at; None where it travels through the blocks.
+        value: linear map D to W, what it reads; None likewise.
+        place: linear map of a position to W, what a cell looks for; None where features have a place.
+        place_key: linear map D to W without bias, what it looks at in the latents; None likewise.
     """
 
     norm: nn.Module
     vote: nn.Linear
     patch: nn.Module
     share: nn.Module
-    token_norm: nn.Module | None
-    gate: nn.Module | None
+    token_norm: nn.Module | None = None
+    gate: nn.Module | None = None
+    key: nn.Module | None = None
+    value: nn.Module | None = None
+    place: nn.Module | None = None
+    place_key: nn.Module | None = None
 
-    def votes(self, features: Tensor, players: int) -> Tensor:
-        """Sum of the contributions of the players present, (B, s, D) to (B, K) fp32; `players` is the N of the image."""
+    def votes(self, features: Tensor, cells: tuple[int, int], weights: Tensor | None = None) -> Tensor:
+        """Sum of the contributions of the cells present: what the prediction is made of.
+
+        Args:
+            features: (B, s, D), or latents (B, L, D).
+            cells: (rows, cols) of the full image.
+            weights: (B, s), how much of each cell is present; all of it if None.
+
+        Returns:
+            (B, K) fp32.
+        """
         # Summed before it is projected: the map is linear, and K may be a thousand.
         with self._precisely(features):
-            total = self.norm(features.to(self.vote.weight.dtype)).sum(dim=1)  # (B, D)
-            return self.vote(total).float() / players  # (B, K)
+            normed = self._normed(features, cells)  # (B, s, D)
+            total = normed.sum(dim=1) if weights is None else torch.einsum("bsd,bs->bd", normed, weights.to(normed))
+            return self.vote(total).float() / math.prod(cells)  # (B, K)
 
-    def contributions(self, features: Tensor, token: Tensor | None, players: int) -> Tensor:
-        """What each player present contributes, (B, s, D) and token (B, D) to (B, s, K) fp32."""
-        dtype = self.vote.weight.dtype
+    def contributions(self, features: Tensor, token: Tensor | None, cells: tuple[int, int]) -> Tensor:
+        """What each cell contributes.
+
+        Args:
+            features: (B, s, D), or latents (B, L, D).
+            token: the one that came through the blocks (B, D), or the one that has yet to read (1, 1, W), or None.
+            cells: (rows, cols) of the full image.
+
+        Returns:
+            (B, s, K) fp32.
+        """
         with self._precisely(features):
-            normed = self.norm(features.to(dtype))  # (B, s, D)
+            normed = self._normed(features, cells)  # (B, s, D)
             branch = F.gelu(self.patch(normed))  # (B, s, W)
             if self.gate is not None and self.token_norm is not None and token is not None:
-                branch = branch * self.gate(self.token_norm(token.to(dtype)))[:, None]  # (B, s, W)
+                read = token if self.key is None else self._read(token, normed)  # (B, D) or (B, W)
+                branch = branch * self.gate(self.token_norm(read.to(normed.dtype)))[:, None]  # (B, s, W)
             centred = branch - branch.mean(dim=1, keepdim=True)  # (B, s, W)
-            return (self.vote(normed).float() + self.share(centred).float()) / players  # (B, s, K)
+            return (self.vote(normed).float() + self.share(centred).float()) / math.prod(cells)  # (B, s, K)
+
+    def _normed(self, features: Tensor, cells: tuple[int, int]) -> Tensor:
+        features = features.to(self.vote.weight.dtype)
+        return self.norm(features if self.place is None else self._placed(features, cells))
+
+    def _placed(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Latents (B, L, D) to features of the cells (B, cells, D)."""
+        assert self.place is not None
+        assert self.place_key is not None
+        query = self.place(positions(cells, latents))  # (cells, W)
+        key = self.place_key(F.layer_norm(latents, latents.shape[-1:]))  # (B, L, W)
+        attention = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)  # (B, cells, L)
+        return attention @ latents  # (B, cells, D)
+
+    def _read(self, token: Tensor, normed: Tensor) -> Tensor:
+        """The token (1, 1, W) after it has attended to the cells (B, s, D): (B, W)."""
+        assert self.key is not None
+        assert self.value is not None
+        query = token.to(normed.dtype).expand(len(normed), -1, -1)  # (B, 1, W)
+        heads = _READER_HEADS if query.shape[-1] % _READER_HEADS == 0 else 1
+        split = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, self.key(normed), self.value(normed))
+        )
+        read = F.scaled_dot_product_attention(*split)  # (B, heads, 1, W / heads)
+        return query[:, 0] + read.flatten(1)  # (B, W)
 
     @staticmethod
     def _precisely(features: Tensor) -> torch.autocast:
@@ -61,10 +120,29 @@ class ProjectionHead:
         return torch.autocast(features.device.type, enabled=False)
 
 
+def positions(cells: tuple[int, int], like: Tensor) -> Tensor:
+    """Sines and cosines of the cells' centres, (cells, 4 * frequencies), the same for every image."""
+    waves = math.pi * 2.0 ** torch.arange(_FREQUENCIES, device=like.device)  # (F,)
+    axes = [(torch.arange(count, device=like.device) + 0.5) / count for count in cells]
+    parts = [torch.cat([(axis[:, None] * waves).sin(), (axis[:, None] * waves).cos()], dim=1) for axis in axes]
+    rows, cols = parts[0][:, None].expand(-1, cells[1], -1), parts[1][None].expand(cells[0], -1, -1)
+    return torch.cat([rows, cols], dim=-1).flatten(0, 1).to(like.dtype)  # (rows * cols, 4 * F)
+
+
 def new_leaves(
-    width: int, classes: int, branch: int, *, null: bool, token: bool
+    width: int, classes: int, branch: int, *, null: bool, token: bool, mechanism: str, fill: list[float] | None
 ) -> dict[str, nn.Module | nn.Parameter]:
-    """Freshly initialised parameters of one adapter, by leaf: D = `width`, K = `classes`, W = `branch`."""
+    """Freshly initialised parameters of one adapter, by leaf.
+
+    Args:
+        width: D.
+        classes: K.
+        branch: W.
+        null: whether there is a null value.
+        token: whether there is a Shapley token.
+        mechanism: where the token works: "sequence", "readout" or "latents".
+        fill: the colour to start from, (C,), where it is learned.
+    """
     vote = nn.Linear(width, classes, bias=False)
     nn.init.normal_(vote.weight, std=0.02)
     share = nn.Linear(branch, classes, bias=False)
@@ -77,12 +155,25 @@ def new_leaves(
     }
     if null:
         leaves["null"] = nn.Parameter(torch.zeros(classes))
+    if fill is not None:
+        leaves["fill"] = nn.Parameter(torch.tensor(fill))
     if token:
-        gate = nn.Linear(width, branch)
-        nn.init.ones_(gate.bias)
+        leaves |= _token_leaves(width, branch, travels=mechanism == "sequence")
+    if mechanism == "latents":
         leaves |= {
-            "token": nn.Parameter(torch.randn(1, 1, width) * 0.02),
-            "token_norm": nn.LayerNorm(width),
-            "gate": gate,
+            "place": nn.Linear(4 * _FREQUENCIES, branch),
+            "place_key": nn.Linear(width, branch, bias=False),
         }
     return leaves
+
+
+def _token_leaves(width: int, branch: int, travels: bool) -> dict[str, nn.Module | nn.Parameter]:
+    own = width if travels else branch
+    gate = nn.Linear(own, branch)
+    nn.init.ones_(gate.bias)
+    leaves: dict[str, nn.Module | nn.Parameter] = {
+        "token": nn.Parameter(torch.randn(1, 1, own) * 0.02),
+        "token_norm": nn.LayerNorm(own),
+        "gate": gate,
+    }
+    return leaves if travels else {**leaves, "key": nn.Linear(width, branch), "value": nn.Linear(width, branch)}

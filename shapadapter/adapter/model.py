@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shapadapter import __version__
-from shapadapter.backbone import Anatomy, choose_removal, default_targets, examine, linear_layers
+from shapadapter.backbone import (
+    Anatomy,
+    choose_removal,
+    default_targets,
+    linear_layers,
+    measure_offset,
+    settle,
+    trainable_parts,
+)
 from shapadapter.errors import UnsupportedModelError
 
 from .config import ShapleyConfig
@@ -50,21 +58,20 @@ class ShapleyModel(LoraModel):
         config: Any = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
-        refuse_stacking(model, set(layer.settings) if layer is not None else set())
-        refuse_mixture(config.tune, {s.tune for s in layer.settings.values()} if layer is not None else set())
-        anatomy = examine(model) if layer is None else layer.anatomy
-        if layer is None and config.prediction == "vote" and config.num_classes is not None:
-            # The adapter brings its own head; how many classes the base model's has does not matter.
-            anatomy = replace(anatomy, classes=config.num_classes)
-        _resolve_training(model, anatomy, config)
-        check_base(model, anatomy, config)
-        config.shapadapter_version = __version__
-        if config.auto_mapping is None:
-            # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
-            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        refuse_stacking(model, set(layer.rules) if layer is not None else set())
+        refuse_mixture(config.tune, set(layer.tunes.values()) if layer is not None else set())
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
-            config.removal = choose_removal(model, anatomy, config.removal, config.shapley_token)
+            anatomy = _fit(model, config, layer)
+            _resolve_training(model, anatomy, config)
+            check_base(model, anatomy, config)
+            config.shapadapter_version = __version__
+            if config.auto_mapping is None:
+                # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
+                config.auto_mapping = {
+                    "base_model_class": type(model).__name__,
+                    "parent_library": type(model).__module__,
+                }
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -76,9 +83,7 @@ class ShapleyModel(LoraModel):
         layer.add(name, config, _last_device(model, layer.anatomy))
         layer.detach()
         layer.attach(model)
-        layer.set_adapter(
-            [a for a in self.active_adapters if a in layer.settings], inference_mode=config.inference_mode
-        )
+        layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
         layer.train(model.training)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -89,7 +94,7 @@ class ShapleyModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layer = getattr(self.model, CHILD)
-        if merge and layer.active is not None and layer.settings[layer.active].prediction == "vote":
+        if merge and layer.active is not None and layer.rules[layer.active].prediction == "vote":
             warnings.warn(
                 "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
                 "the merged model predicts with the base model's own classifier, which was not trained. Keep the "
@@ -145,6 +150,27 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
         layer.attach(model)
 
 
+def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) -> Anatomy:
+    """Find the parts of the model and settle how this adapter's game is played on it."""
+    if layer is None:
+        anatomy, config.removal = settle(model, config.removal, config.grid, config.shapley_token)
+    else:
+        anatomy = layer.anatomy
+        config.removal = choose_removal(model, anatomy, config.removal, config.grid, config.shapley_token)
+    if anatomy.kind == "headless" and config.prediction == "classifier":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no classifier to predict with. Use ShapleyConfig(prediction='vote'), which brings "
+            "a head of its own, or load the model with AutoModelForImageClassification."
+        )
+    config.mechanism = "latents" if anatomy.layout == "latents" else anatomy.mechanism
+    if config.grid is not None and config.cell_offset is None:
+        config.cell_offset = measure_offset(model, anatomy)
+    if config.prediction == "vote" and config.num_classes is not None and anatomy.kind != "matching":
+        # The adapter brings its own head; how many classes the base model's has does not matter.
+        anatomy = replace(anatomy, classes=config.num_classes)
+    return anatomy
+
+
 def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
     """Say in PEFT's words what `tune` means for this model."""
     if str(config.init_lora_weights).lower().startswith(_REWRITING):
@@ -162,7 +188,7 @@ def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig)
         # PEFT's own meaning would include the classifier.
         config.target_modules = linear_layers(model, anatomy)
     if config.tune == "full":
-        parts = _trainable_parts(model, anatomy, config.prediction)
+        parts = trainable_parts(model, anatomy, config.prediction, CHILD)
         config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
 
 
@@ -170,17 +196,7 @@ def _is_dummy(targets: Any) -> bool:
     return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
 
 
-def _trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str) -> list[str]:
-    """The model's top-level children that full training trains: the backbone, and the classifier if it predicts."""
-    backbone = anatomy.blocks[0].split(".")[0]
-    heads = [
-        name
-        for name, child in model.named_children()
-        if name not in (backbone, CHILD) and any(True for _ in child.parameters())
-    ]
-    return [backbone, *(heads if prediction == "classifier" else [])]
-
-
 def _last_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
-    """Where the last block is, which is where features come out."""
-    return next(model.get_submodule(anatomy.blocks[-1]).parameters()).device
+    """Where the features come out."""
+    parameters = (*model.get_submodule(anatomy.source).parameters(), *model.parameters())
+    return parameters[0].device

@@ -3,18 +3,38 @@
 The only room that knows how models are built.
 """
 
-from .anatomy import Anatomy, default_targets, evaluating, examine, linear_layers, original_name
-from .carrier import Pass, TokenCarrier
-from .selftest import choose_removal
+from .anatomy import Anatomy, evaluating, original_name
+from .carrier import Carrier, Pass, Removal, with_patch_mask
+from .families import Family, register_family
+from .offset import measure_offset
+from .pixels import fill_absent
+from .scoring import embed, named_fields, normalised, score
+from .selftest import carrier_for, choose_removal, settle
+from .targets import default_targets, linear_layers, trainable_parts
+from .tiling import Tiling, tile
 
 __all__ = [
     "Anatomy",
+    "Carrier",
+    "Family",
     "Pass",
-    "TokenCarrier",
+    "Removal",
+    "Tiling",
+    "carrier_for",
     "choose_removal",
     "default_targets",
+    "embed",
     "evaluating",
-    "examine",
+    "fill_absent",
     "linear_layers",
+    "measure_offset",
+    "named_fields",
+    "normalised",
     "original_name",
+    "register_family",
+    "score",
+    "settle",
+    "tile",
+    "trainable_parts",
+    "with_patch_mask",
 ]

@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shapadapter.errors import UnsupportedModelError
+
+# Less than this, added to an attention score, hides the key.
+_HIDDEN = -1e4
+
 NAME = "shapadapter_token"
 _PROBE = "shapadapter_probe"
+
+# Attention modules that do not ask transformers' interface, and what they are turned into while they are adapted.
+_OWN_ATTENTION = ("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention")
+_INTERFACE_NAMES = ("InterfaceAttention", "InterfaceSdpaAttention")
 
 
 class Carrier(Protocol):
@@ -54,23 +63,40 @@ def attend_with_token(
     """Attention over (B, heads, 1 + T, d) in which index 0 is the Shapley token.
 
     The T base tokens attend to each other through the model's own kernel, with tensors of the shapes they have
-    without an adapter; the token attends to everything. `attention_mask` is None or an additive (B, 1, 1, 1 + T).
+    without an adapter; the token attends to all that is not masked. `attention_mask` is None, or the base tokens' own:
+    additive or bool, (B or 1, heads or 1, T or 1, T), with position biases, padding and absent players in it.
     """
     seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
     base = _base_attention(module, seat.config)
     if seat.carrier is None or not seat.carrier.has_token():
         return base(module, query, key, value, attention_mask, **kwargs)
     seat.carrier.count_split()
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape[-1] != key.shape[2] - 1:
+        raise UnsupportedModelError(
+            f"Expected a mask or position bias for {key.shape[2] - 1} tokens, got {tuple(attention_mask.shape)}: the "
+            "model made it for the Shapley token as well. Leave interpolate_pos_encoding out."
+        )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
-    base_mask = None if attention_mask is None else attention_mask[..., 1:]  # (B, 1, 1, T)
     output, weights = base(
-        module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], base_mask, **kwargs
+        module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], attention_mask, **kwargs
     )  # (B, T, h, d)
     token = F.scaled_dot_product_attention(
-        query[:, :, :1], key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+        query[:, :, :1], key, value, attn_mask=_keys_in_sight(attention_mask), scale=kwargs.get("scaling")
     )  # (B, h, 1, d)
     return torch.cat([token.transpose(1, 2), output], dim=1), weights  # (B, 1 + T, h, d)
+
+
+def _keys_in_sight(mask: Tensor | None) -> Tensor | None:
+    """The keys the token may attend to, (B or 1, 1, 1, 1 + T) bool: those not hidden from the first base token.
+
+    Absent players and padding are hidden from every query alike, and no position bias is as low as what hides a key.
+    """
+    if mask is None:
+        return None
+    row = mask[:, :1, :1]  # (B, 1, 1, T)
+    seen = row if row.dtype == torch.bool else row > _HIDDEN
+    return F.pad(seen, (1, 0), value=True)  # (B, 1, 1, 1 + T)
 
 
 def _probe(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -95,6 +121,10 @@ def kernel_of(module: nn.Module) -> str | None:
 def unseat_token(module: nn.Module) -> None:
     """Give `module` its own config back."""
     module.config = module.__dict__.pop("_shapadapter_seat").config
+    if type(module).__name__ in _INTERFACE_NAMES:
+        from .data2vec import ORIGINAL
+
+        module.__class__ = ORIGINAL[type(module)]  # type: ignore[index]
 
 
 def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: list[nn.Module] | None = None) -> None:
@@ -104,6 +134,11 @@ def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: li
     private._attn_implementation_internal = name
     module._shapadapter_seat = _Seat(carrier, own, seen)  # type: ignore[assignment]
     module.config = private  # type: ignore[assignment]
+    if type(module).__name__ in _OWN_ATTENTION:
+        # Imported only for a model that has it already; a class that can be imported can be pickled.
+        from .data2vec import ADAPTED
+
+        module.__class__ = ADAPTED[type(module)]  # type: ignore[index]
 
 
 @contextmanager

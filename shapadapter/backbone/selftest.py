@@ -7,53 +7,103 @@ measured, on a tiny batch of noise.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from shapadapter.errors import UnsupportedModelError
 
-from .anatomy import Anatomy, evaluating, noise
-from .carrier import Pass, Removal, TokenCarrier
+from .anatomy import Anatomy, evaluating
+from .carrier import Carrier, Pass, Removal, with_patch_mask
+from .dryrun import configured_size, noise, unchanged
+from .examine import AmbiguousModelError, find_readout, find_sequence
+from .families import family_of
+from .pixels import pixels_of
+from .scoring import score
+from .token import TokenCarrier
 
 # Rounding that a different split of the same sums may cause, relative to the logits' size.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
+Choice = Literal["auto", "drop", "mask", "pixels"]
 
-def choose_removal(
-    model: nn.Module, anatomy: Anatomy, removal: Literal["auto", "drop", "mask"], with_token: bool = True
-) -> Removal:
-    """Send a token through `model`, prove that it is harmless and that removal works, and say how players are removed.
+
+def settle(
+    model: nn.Module, removal: Choice = "auto", grid: tuple[int, int] | None = None, with_token: bool = True
+) -> tuple[Anatomy, Removal]:
+    """Find the parts of a model, prove that they do what they seem to do, and say how players are removed.
 
     With "auto", tokens are dropped if that gives what masking gives (it does not with rotary or relative positions),
-    else masked. The model is left as it was.
+    else masked; where there are no tokens, or a player of `grid` is not a whole number of them, pixels are replaced.
+    The model is left as it was.
+
+    Args:
+        model: the base model.
+        removal: how players are to be removed.
+        grid: (rows, cols) of the players; None for the cells.
+        with_token: whether a Shapley token will travel.
+
+    Raises:
+        UnsupportedModelError: the parts are not there, a token would change the base logits, or an absent player has
+            influence. The message says what was looked for and found, in each way that was tried.
+    """
+    family_of(model)
+    try:
+        anatomy = find_sequence(model)
+        return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
+    except AmbiguousModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}.") from error
+    except UnsupportedModelError as error:
+        no_sequence = error
+    try:
+        anatomy = find_readout(model)
+        return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
+    except UnsupportedModelError as error:
+        told = dict.fromkeys([str(no_sequence).rstrip("."), str(error).rstrip(".")])
+        raise UnsupportedModelError(f"{type(model).__name__}: {'; '.join(told)}.") from error
+
+
+def choose_removal(
+    model: nn.Module,
+    anatomy: Anatomy,
+    removal: Choice = "auto",
+    grid: tuple[int, int] | None = None,
+    with_token: bool = True,
+) -> Removal:
+    """Prove that what `anatomy` says is harmless and that removal works, and say how players are removed.
 
     Raises:
         UnsupportedModelError: the token changes the base logits, or an absent player has influence.
     """
-    carrier = TokenCarrier(anatomy, partial(_token, model, anatomy) if with_token else _nothing)
-    images = noise(model.get_submodule(anatomy.embedding), anatomy.sample)  # type: ignore[arg-type]  # (2, C, H, W)
-    with torch.no_grad(), evaluating(model):
-        plain = _logits(model, anatomy, images)  # (2, K)
+    carrier = carrier_for(anatomy, partial(_token, model, anatomy) if with_token else _nothing)
+    inputs = {**noise(model, anatomy.family, anatomy.sample), **anatomy.options}
+    with torch.no_grad(), evaluating(model), unchanged(model):
+        plain = score(model, anatomy.kind, anatomy.family, inputs)  # (2, K)
         carrier.attach(model)
         try:
-            _check_base(model, carrier, images, plain)
-            if removal != "auto":
-                _check_leak(model, carrier, images, removal)
-                return removal
-            return _cheapest_sound(model, carrier, images)
+            _check_base(model, carrier, inputs, plain)
+            if removal == "pixels" or not anatomy.blocks:
+                return _only_pixels(anatomy, removal)
+            if removal == "auto":
+                return _cheapest_sound(model, carrier, inputs, grid)
+            return _as_told(model, carrier, inputs, removal)
         except (RuntimeError, TypeError, AttributeError) as error:  # the model itself broke, e.g. on fewer tokens
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: the self-test with removal={removal!r} failed ({error})."
-            ) from error
+            raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
         finally:
             carrier.detach()
 
 
+def carrier_for(anatomy: Anatomy, token: Any) -> Carrier:
+    """The carrier of a model of this anatomy; `token` gives the token (1, 1, D) to take along, or None."""
+    if not anatomy.blocks:
+        return Carrier(anatomy)
+    return TokenCarrier(anatomy, token if anatomy.attentions else _nothing)
+
+
 def _token(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """Some token (1, 1, D): what it says does not matter, only that nobody hears it."""
-    weight = next(model.get_submodule(anatomy.embedding).parameters())
+    weight = next(model.get_submodule(anatomy.entrance).parameters())
     return torch.arange(anatomy.width, device=weight.device, dtype=weight.dtype).sin()[None, None]
 
 
@@ -61,64 +111,109 @@ def _nothing() -> None:
     return None
 
 
-def _logits(model: nn.Module, anatomy: Anatomy, images: Tensor) -> Tensor:
-    # `forward`, not a call: hooks on the model itself are the adapter's business.
-    return model.forward(pixel_values=images, **anatomy.options).logits
+def _run(
+    model: nn.Module,
+    carrier: Carrier,
+    inputs: dict[str, Any],
+    present: Tensor | None = None,
+    removal: Removal = "mask",
+) -> tuple[Pass, Tensor | None]:
+    """One pass with the cells `present` (2, cells) bool, and the scores."""
+    anatomy = carrier.anatomy
+    rows, cols = anatomy.cells(**inputs)
+    current = Pass(rows * cols)
+    if present is not None:
+        index = present.nonzero()[:, 1].view(len(present), -1)  # (2, s)
+        current = Pass(rows * cols, index, removal, native=anatomy.family.patches)
+        inputs = with_patch_mask(inputs, present) if current.native else inputs
+    with carrier.passing(current):
+        scores = score(model, anatomy.kind, anatomy.family, inputs)
+    return current, scores
 
 
-def _run(model: nn.Module, carrier: TokenCarrier, images: Tensor, present: Tensor | None, removal: Removal) -> Pass:
-    rows, cols = carrier.anatomy.grid(images)
-    with carrier.passing(Pass(rows * cols, present, removal)) as current:
-        _logits(model, carrier.anatomy, images)
-    return current
+def _check_base(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], plain: Tensor | None) -> None:
+    current, scores = _run(model, carrier, inputs)
+    if plain is not None and scores is not None:
+        gap = (scores - plain).abs().max().item()
+        if not gap <= _TOLERANCE.get(plain.dtype, 2e-2) * max(1.0, plain.abs().max().item()):
+            raise UnsupportedModelError(f"the Shapley token changes the model's own logits by {gap:.1e}; expected 0")
+    features = current.features
+    if features is None or torch.equal(features[0], features[1]):
+        raise UnsupportedModelError(f"the features of {carrier.anatomy.source} do not depend on the image")
+    travels = isinstance(carrier, TokenCarrier) and carrier.has_token()
+    if travels and (current.token is None or torch.equal(current.token[0], current.token[1])):
+        raise UnsupportedModelError("the Shapley token does not read the image")
 
 
-def _check_base(model: nn.Module, carrier: TokenCarrier, images: Tensor, plain: Tensor) -> None:
-    rows, cols = carrier.anatomy.grid(images)
-    with carrier.passing(Pass(rows * cols)) as current:
-        logits = _logits(model, carrier.anatomy, images)
-    gap = (logits - plain).abs().max().item()
-    if not gap <= _TOLERANCE.get(plain.dtype, 2e-2) * max(1.0, plain.abs().max().item()):
+def _only_pixels(anatomy: Anatomy, removal: Choice) -> Removal:
+    if anatomy.family.patches:
+        raise UnsupportedModelError(f"removal={removal!r} needs images, this model takes patches; use removal='mask'")
+    if removal not in ("auto", "pixels"):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: the Shapley token changes the model's own logits by {gap:.1e}; expected 0."
+            f"removal={removal!r} needs a sequence of patch tokens, which was not found; use removal='pixels'"
         )
-    if carrier.has_token() and (current.token is None or torch.equal(current.token[0], current.token[1])):
-        raise UnsupportedModelError(f"{type(model).__name__}: the Shapley token does not read the image.")
+    return "pixels"
 
 
-def _check_leak(model: nn.Module, carrier: TokenCarrier, images: Tensor, removal: Removal) -> Tensor:
+def _as_told(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Removal:
+    features = _check_leak(model, carrier, inputs, removal)
+    masked, _ = _try_leak(model, carrier, inputs, "mask") if removal == "drop" else (None, None)
+    if masked is not None and not _agree(features, masked):
+        raise UnsupportedModelError(
+            "with removal='drop' the present patches are taken for others: the model has rotary or relative positions; "
+            "use removal='mask'"
+        )
+    return removal
+
+
+def _check_leak(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Tensor:
     """Refuse if noise in absent players reaches anything; returns the present players' features (2, s, D)."""
-    rows, cols = carrier.anatomy.grid(images)
-    order = torch.stack([torch.arange(rows * cols), torch.arange(rows * cols).flip(0)])  # (2, N)
-    present = order[:, ::2].sort(dim=1).values.to(images.device)  # (2, s)
-    clean = _run(model, carrier, images, present, removal)
-    dirty = _run(model, carrier, _with_noise(images, present, carrier.anatomy), present, removal)
+    rows, cols = carrier.anatomy.cells(**inputs)
+    present = torch.arange(rows * cols, device=inputs["pixel_values"].device) % 2 == 0
+    present = torch.stack([present, present.flip(0)])  # (2, cells), of one size
+    if rows * cols % 2 == 0:
+        present[1] = ~present[0]
+    clean, _ = _run(model, carrier, inputs, present, removal)
+    dirty, _ = _run(model, carrier, _with_noise(inputs, present, carrier.anatomy), present, removal)
     for name, one, other in (("features", clean.features, dirty.features), ("token", clean.token, dirty.token)):
         if one is not None and other is not None and not torch.equal(one, other):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: with removal={removal!r}, changing absent patches moves the {name} of the "
-                f"present ones by {(one - other).abs().max().item():.1e}; expected exactly 0."
+                f"with removal={removal!r}, changing absent patches moves the {name} of the present ones by "
+                f"{(one - other).abs().max().item():.1e}; expected exactly 0"
             )
     assert clean.features is not None
     return clean.features
 
 
-def _cheapest_sound(model: nn.Module, carrier: TokenCarrier, images: Tensor) -> Removal:
-    masked, refused = _try_leak(model, carrier, images, "mask")
-    dropped, reason = _try_leak(model, carrier, images, "drop")
+def _cheapest_sound(
+    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], grid: tuple[int, int] | None
+) -> Removal:
+    anatomy = carrier.anatomy
+    if grid is not None and not anatomy.family.patches and not _whole_patches(model, anatomy, grid):
+        return "pixels"
+    masked, refused = _try_leak(model, carrier, inputs, "mask")
+    dropped, reason = (None, None) if anatomy.family.patches else _try_leak(model, carrier, inputs, "drop")
     if dropped is not None and (masked is None or _agree(dropped, masked)):
         return "drop"
     if masked is not None:
         return "mask"
-    raise UnsupportedModelError(f"{refused} {reason}")
+    if anatomy.attentions and not anatomy.family.patches:
+        return "pixels"
+    raise UnsupportedModelError(f"{refused}; {reason}")
+
+
+def _whole_patches(model: nn.Module, anatomy: Anatomy, grid: tuple[int, int]) -> bool:
+    """Whether each player of `grid` is a whole number of patches at the size the model is configured for."""
+    size = configured_size(model) or anatomy.sample
+    return all(size[axis] // anatomy.cell[axis] % grid[axis] == 0 for axis in (0, 1))
 
 
 def _try_leak(
-    model: nn.Module, carrier: TokenCarrier, images: Tensor, removal: Removal
+    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal
 ) -> tuple[Tensor | None, Exception | None]:
     try:
-        return _check_leak(model, carrier, images, removal), None
-    except (RuntimeError, ValueError, TypeError) as error:  # a model may break outright on a shorter sequence
+        return _check_leak(model, carrier, inputs, removal), None
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a model may break outright on fewer tokens
         return None, error
 
 
@@ -127,14 +222,19 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= tolerance)
 
 
-def _with_noise(images: Tensor, present: Tensor, anatomy: Anatomy) -> Tensor:
-    """The images (B, C, H, W) with other noise wherever a player is not `present` (B, s)."""
-    rows, cols = anatomy.grid(images)
-    absent = torch.ones(images.shape[0], rows * cols, dtype=torch.bool, device=images.device)
-    absent = absent.scatter(1, present, False).unflatten(1, (rows, cols))  # (B, rows, cols)
-    tiles = absent.repeat_interleave(anatomy.patch[0], 1).repeat_interleave(anatomy.patch[1], 2)  # (B, H, W)
+def _with_noise(inputs: dict[str, Any], present: Tensor, anatomy: Anatomy) -> dict[str, Any]:
+    """The inputs with other noise wherever a cell is not `present` (2, cells) bool."""
+    images = inputs["pixel_values"]
     other = noise_like(images)
-    return torch.where(tiles[:, None], other, images)
+    if anatomy.family.patches:
+        kept = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)  # (2, N)
+        kept[:, : present.shape[1]] = present
+        return {**inputs, "pixel_values": torch.where(kept[..., None], images, other)}
+    cells = anatomy.cells(images)
+    seen = anatomy.seen(images, cells)
+    kept = torch.ones(images.shape[0], *images.shape[2:], dtype=torch.bool, device=images.device)  # (2, H, W)
+    kept[:, : seen[0], : seen[1]] = pixels_of(present, cells, seen)
+    return {**inputs, "pixel_values": torch.where(kept[:, None], images, other)}
 
 
 def noise_like(images: Tensor) -> Tensor:

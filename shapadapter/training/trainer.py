@@ -71,7 +71,7 @@ class ShapleyTrainer(Trainer):
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
         if inputs.get("coalitions") is None:
-            inputs = {**inputs, "coalitions": self._draw_coalitions(inputs["pixel_values"], model.training)}
+            inputs = {**inputs, "coalitions": self._draw_coalitions(inputs, model.training)}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
         outputs: Any = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
         terms = self._loss_terms(outputs, inputs)
@@ -113,7 +113,7 @@ class ShapleyTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         return warmup_weight(self.args.shapley_weight, progress, self.args.shapley_warmup)
 
-    def _draw_coalitions(self, pixel_values: Tensor, training: bool) -> Tensor:
+    def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone: a resumed run repeats them."""
         mode = "train" if training else "eval"
         if training and self._drawn_at != self.state.global_step:
@@ -127,9 +127,9 @@ class ShapleyTrainer(Trainer):
         ]
         self._draws[mode] += 1
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        rows, cols = self.layer.anatomy.grid(pixel_values)
-        pairs = sample_pairs(pixel_values.shape[0], rows * cols, self.args.coalition_pairs, generator)
-        return pairs.to(pixel_values.device)
+        images = inputs["pixel_values"]
+        players = self.layer.tiling(**inputs).count
+        return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator).to(images.device)
 
     # -- evaluation and logs -----------------------------------------------------------------------------------------
 

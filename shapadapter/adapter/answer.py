@@ -1,0 +1,79 @@
+"""From what players contribute to what a wrapped model returns: prediction and attributions that add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+from shapadapter.objective import project_on_efficiency
+from shapadapter.outputs import MatchingOutput, ShapleyOutput
+
+from .game import CoalitionGame
+from .texts import similarity
+
+
+def answer(game: CoalitionGame, contributions: Tensor, output: Any) -> ShapleyOutput:
+    """The output of one call.
+
+    Args:
+        game: the call's game.
+        contributions: (B, N, K) what the head says each player adds, before efficiency.
+        output: the base model's own.
+    """
+    matching = game.anatomy.kind == "matching"
+    own = getattr(output, "image_embeds" if matching else game.anatomy.family.scores, None)
+    full, attributions, null = _efficient(game, contributions, own)
+    values = game.coalition_values()
+    states = {
+        "hidden_states": game.call.base_states(getattr(output, "hidden_states", None)),
+        "attentions": getattr(output, "attentions", None),
+    }
+    if matching:
+        return _matched(game, full, attributions, null, values, output)
+    labels = game.call.labels
+    loss = None if labels is None else task_loss(game.model, labels, full)
+    return ShapleyOutput(loss, full, attributions, null, values, **states)
+
+
+def _efficient(game: CoalitionGame, contributions: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """v(all) (B, K), attributions (B, N, K) and v(empty) (B, K), of which the second make the difference."""
+    if game.rules.prediction == "vote":
+        assert game.null is not None
+        null = game.null.float().expand(contributions.shape[0], -1)  # (B, K)
+        return null + contributions.sum(dim=1), contributions, null
+    assert own is not None
+    null = game.empty_value().expand(own.shape[0], -1)  # (B, K)
+    # Attributions describe the prediction and must not move it: no gradient through the logits here.
+    return own, project_on_efficiency(contributions, own.detach().float(), null), null
+
+
+def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
+    """The base model's loss on logits (B, K): by its problem type cross-entropy, binary cross-entropy or squares."""
+    # A model without a head would answer with the loss of language models.
+    if getattr(model, "loss_type", None) == "ForImageClassification" or hasattr(model, "_loss_function"):
+        return model.loss_function(labels, logits, model.config)
+    return ForSequenceClassificationLoss(labels, logits, model.config)
+
+
+def _matched(
+    game: CoalitionGame, full: Tensor, attributions: Tensor, null: Tensor, values: Tensor | None, output: Any
+) -> MatchingOutput:
+    """Everything in the space of embeddings, seen along the texts where there are any."""
+    texts, model = game.call.texts, game.model
+    assert texts is not None
+    spaces = {"image_embeds": full, "embedding_attributions": attributions, "null_embeds": null}
+    if not texts.given:
+        return MatchingOutput(**spaces)
+    directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
+    logits = similarity(model, full, directions)  # (B, T)
+    return MatchingOutput(
+        loss=texts.loss_of(model, logits),
+        logits=logits,
+        attributions=similarity(model, attributions, directions, difference=True),  # (B, N, T)
+        null_values=similarity(model, null, directions),  # (B, T)
+        coalition_values=None if values is None else similarity(model, values, directions),  # (B, M, T)
+        text_embeds=directions,
+        **spaces,
+    )

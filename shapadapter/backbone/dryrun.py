@@ -1,0 +1,131 @@
+"""One forward pass on noise, in which everything is written down: who was called, in which order, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Kind, evaluating
+from .attention import recorded_attention
+from .families import Family
+from .scoring import score
+
+_Shape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was seen in one pass.
+
+    Attributes:
+        image: (height, width), or (rows, cols) of patches.
+        options: further keyword arguments the pass was given.
+        calls: for each module, the shapes of first argument and output, call by call.
+        order: each finished call, by module and shape of its output.
+        attentions: the modules that called transformers' attention interface, in call order.
+        scores: the scores (2, K), embeddings (2, P), or None.
+    """
+
+    image: tuple[int, int]
+    options: dict[str, Any]
+    calls: dict[nn.Module, list[tuple[_Shape, _Shape]]]
+    order: list[tuple[nn.Module, _Shape]]
+    attentions: list[nn.Module]
+    scores: Tensor | None
+
+
+def dry_run(
+    model: nn.Module, kind: Kind, family: Family, image: tuple[int, int], options: dict[str, Any] | None = None
+) -> DryRun:
+    """Run the model on two noise images without changing anything in it."""
+    calls: dict[nn.Module, list[tuple[_Shape, _Shape]]] = {}
+    order: list[tuple[nn.Module, _Shape]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        came, went = _shape(args[0] if args else kwargs.get("hidden_states")), _shape(first_tensor(output))
+        calls.setdefault(module, []).append((came, went))
+        order.append((module, went))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    inputs = {**noise(model, family, image), **(options or {})}
+    try:
+        with torch.no_grad(), evaluating(model), unchanged(model), recorded_attention(model) as attentions:
+            scores = score(model, kind, family, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return DryRun(image, options or {}, calls, order, attentions, scores)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor itself, `last_hidden_state`, or the first of a tuple."""
+    found = getattr(output, "last_hidden_state", output)
+    if isinstance(found, tuple | list):
+        found = found[0] if found else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _shape(tensor: Any) -> _Shape:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+def noise(model: nn.Module, family: Family, image: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of two random images, on the model's device and in its dtype; the global generator is not touched."""
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    channels, patch = channels_of(model), _patch_side(model)
+    if not family.patches:
+        pixels = torch.randn(2, channels, *image, generator=generator)
+        return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
+    valid, padding = image[0] * image[1], 2
+    patches = torch.randn(2, valid + padding, channels * patch**2, generator=generator)
+    mask = (torch.arange(valid + padding) < valid).long().expand(2, -1)  # (2, N)
+    return {
+        "pixel_values": patches.to(parameter.device, parameter.dtype),
+        "pixel_attention_mask": mask.to(parameter.device),
+        "spatial_shapes": torch.tensor([image, image], device=parameter.device),
+    }
+
+
+def _vision_configs(model: nn.Module) -> list[Any]:
+    config: Any = getattr(model, "config", None)
+    return [c for c in (getattr(config, "vision_config", None), config) if c is not None]
+
+
+def channels_of(model: nn.Module) -> int:
+    """Colour channels, by the config; 3 if that does not say."""
+    counts = (getattr(config, "num_channels", None) for config in _vision_configs(model))
+    return next((count for count in counts if isinstance(count, int)), 3)
+
+
+def _patch_side(model: nn.Module) -> int:
+    sides = (getattr(config, "patch_size", None) for config in _vision_configs(model))
+    return next((side for side in sides if isinstance(side, int)), 1)
+
+
+def configured_size(model: nn.Module) -> tuple[int, int] | None:
+    """The (height, width) the config names."""
+    for config in _vision_configs(model):
+        size = getattr(config, "image_size", None)
+        if size is None and isinstance(getattr(config, "pretrained_cfg", None), dict):
+            size = config.pretrained_cfg.get("input_size", [None])[-1]  # timm's (C, H, W)
+        if size is not None:
+            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return None
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass changes: some models adjust themselves to the image they see, as Swin its windows."""
+    plain = (bool, int, float, str, tuple)
+    before = [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).update(attributes)

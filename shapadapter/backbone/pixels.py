@@ -1,0 +1,70 @@
+"""Removal in pixel space: what an image shows where its players are absent.
+
+The only way for models without tokens. What stood in an absent tile has no influence at all, not even through the
+blur, which takes the pixels of present players alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fill = Literal["mean", "blur", "learned"]
+
+
+def fill_absent(images: Tensor, present: Tensor, players: tuple[int, int], colour: Tensor, blur: bool) -> Tensor:
+    """Replace the tiles of absent players.
+
+    Args:
+        images: (R, C, H, W).
+        present: (R, N) bool, True = present.
+        players: (rows, cols) of the tiles.
+        colour: (C,), shown where nothing else is.
+        blur: show, instead, the present pixels around, blurred into the gap; the colour where there are none near.
+
+    Returns:
+        (R, C, H, W).
+    """
+    kept = pixels_of(present, players, (images.shape[2], images.shape[3]))[:, None]  # (R, 1, H, W)
+    shown = colour.to(images.dtype).view(1, -1, 1, 1).expand_as(images)  # (R, C, H, W)
+    if blur:
+        shown = _blurred(images, kept, shown, players)
+    return torch.where(kept, images, shown)
+
+
+def pixels_of(present: Tensor, players: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Which pixels belong to present players: (R, N) to (R, H, W) bool. Tiles are equal, up to rounding."""
+    rows, cols = (
+        ((torch.arange(pixels, device=present.device) + 0.5) * tiles / pixels).long()
+        for pixels, tiles in zip(size, players, strict=True)
+    )
+    return present.unflatten(1, players)[:, rows][:, :, cols]  # (R, H, W)
+
+
+def _blurred(images: Tensor, kept: Tensor, colour: Tensor, players: tuple[int, int]) -> Tensor:
+    """The kept pixels (R, 1, H, W) of the images, averaged with Gaussian weights as wide as a tile."""
+    weights = kept.to(images.dtype)
+    # Not a product: nothing times not-a-number is not nothing.
+    masked = torch.where(kept, images, torch.zeros_like(images))  # (R, C, H, W)
+    for axis, (pixels, tiles) in enumerate(zip(images.shape[2:], players, strict=True)):
+        kernel = _gaussian(pixels / tiles, images)
+        masked, weights = _convolve(masked, kernel, axis), _convolve(weights, kernel, axis)
+    return torch.where(weights > 1e-3, masked / weights.clamp(min=1e-3), colour)
+
+
+def _gaussian(sigma: float, like: Tensor) -> Tensor:
+    reach = max(1, round(2 * sigma))
+    places = torch.arange(-reach, reach + 1, device=like.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (places / sigma).square())
+    return (kernel / kernel.sum()).to(like.dtype)  # (2 * reach + 1,)
+
+
+def _convolve(images: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Convolve (R, C, H, W) along H (axis 0) or W (axis 1); outside of the image there is nothing."""
+    channels, reach = images.shape[1], len(kernel) // 2
+    shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
+    padding = (reach, 0) if axis == 0 else (0, reach)
+    return F.conv2d(images, kernel.view(shape).expand(channels, -1, -1, -1), padding=padding, groups=channels)

@@ -1,0 +1,52 @@
+"""Ask the base model itself: its scores for images, without the hooks on its call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .anatomy import Kind
+from .families import Family
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What kind of model it is, by what it offers; "classifier" may turn out to have no scores."""
+    texts = "input_ids" in inspect.signature(model.forward).parameters
+    return "matching" if texts and hasattr(model, "get_image_features") else "classifier"
+
+
+def score(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> Tensor | None:
+    """Scores (B, K) of images; with texts, their normalised embeddings (B, P); None from a model without scores.
+
+    Args:
+        model: the base model.
+        kind: what kind it is.
+        family: what is known about it.
+        inputs: keyword arguments of its forward.
+    """
+    if kind == "matching":
+        return embed(model, inputs)
+    # `forward`, not a call: the hooks on the model would start a pass of their own.
+    output = model.forward(**inputs, **named_fields(model))
+    scores = getattr(output, family.scores, None)
+    return scores if isinstance(scores, Tensor) else None
+
+
+def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Normalised embeddings (B, P) of images."""
+    return normalised(model.get_image_features(**inputs))
+
+
+def normalised(features: Any) -> Tensor:
+    """What `get_image_features` or `get_text_features` returns, as unit vectors (B, P)."""
+    return F.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+def named_fields(model: nn.Module) -> dict[str, bool]:
+    """`return_dict=True`, where the model knows it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = any(p.name == "return_dict" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {"return_dict": True} if known else {}

@@ -1,0 +1,77 @@
+"""Which layers of a vision model LoRA adapts, and which of its children are trained in full."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shapadapter.errors import UnsupportedModelError
+
+from .anatomy import Anatomy, original_name
+
+# Attention projections that LoRA adapts by default, under the names they have in transformers and timm.
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("qkv",))
+
+
+def linear_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Names of all linear layers inside the backbone: what PEFT's "all-linear" means here, the classifier left out."""
+    return [name for name, module in _inside(model, anatomy) if isinstance(module, nn.Linear)]
+
+
+def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The layers LoRA adapts when the user names no modules.
+
+    In a transformer the query and value projections of all attention modules; in a convolutional model every linear
+    layer and every convolution that mixes all channels, the first one left out.
+
+    Returns:
+        Suffixes if they fit no other part of the model, else whole names.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
+    """
+    inside = _inside(model, anatomy)
+    linear = [name for name, module in inside if isinstance(module, nn.Linear)]
+    for suffixes in _QUERY_VALUE:
+        found = [name for name in linear if name.split(".")[-1] in suffixes]
+        if {name.split(".")[-1] for name in found} == set(suffixes):
+            return list(suffixes) if _only_there(model, suffixes, found) else found
+    if anatomy.attentions:
+        raise UnsupportedModelError(
+            f"no default LoRA targets: looked for linear layers {[list(pair) for pair in _QUERY_VALUE]}, found "
+            f"{sorted({name.split('.')[-1] for name in linear})}. Name them: ShapleyConfig(target_modules=[...])"
+        )
+    mixing = [n for n, m in inside if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)]
+    mixing = [name for name in mixing if name != anatomy.entrance]
+    if not mixing:
+        raise UnsupportedModelError("no default LoRA targets: the backbone has neither linear layers nor convolutions")
+    return mixing
+
+
+def _inside(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+    """The backbone's modules, by original name: the blocks', or all that the image runs through."""
+    inside = tuple(f"{part}." for part in anatomy.blocks or anatomy.backbone)
+    named = {original_name(name): module for name, module in model.named_modules() if "lora_" not in name}
+    return [(name, module) for name, module in named.items() if f"{name}.".startswith(inside)]
+
+
+def _only_there(model: nn.Module, suffixes: tuple[str, ...], found: list[str]) -> bool:
+    names = {original_name(name) for name, _ in model.named_modules() if "lora_" not in name}
+    return {name for name in names if name.split(".")[-1] in suffixes} == set(found)
+
+
+def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: str) -> list[str]:
+    """The model's children that full training trains: the backbone, and the classifier if it predicts.
+
+    Args:
+        model: the base model.
+        anatomy: its parts.
+        prediction: "vote" or "classifier".
+        own: name of the adapter's own child.
+    """
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name not in (*anatomy.backbone, own) and any(True for _ in child.parameters())
+    ]
+    backbone = [name for name in anatomy.backbone if any(True for _ in model.get_submodule(name).parameters())]
+    return [*backbone, *(heads if prediction == "classifier" else [])]
