@@ -134,6 +134,8 @@ def stir(model, seed=0, only=None):
             noise = 2 * torch.randn(parameter.shape, generator=generator)
         elif "norm" in name:
             noise = 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+        elif parameter.ndim == 4:  # LoRA of a convolution, of which there may be dozens in a row
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
         else:
             noise = 0.4 * torch.randn(parameter.shape, generator=generator)
         parameter.copy_(noise)

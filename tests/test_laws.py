@@ -84,7 +84,7 @@ def test_full_and_empty_coalitions_are_logits_and_null(family, prediction):
     assert close(output.coalition_values[:, 0], output.logits)
     assert close(output.coalition_values[:, 1], output.null_values)
     for removal in ("drop", "mask"):
-        shapley(model).settings["default"] = dataclasses.replace(shapley(model).settings["default"], removal=removal)
+        shapley(model).rules["default"] = dataclasses.replace(shapley(model).rules["default"], removal=removal)
         again = run(model, coalitions=ends)
         assert close(again.coalition_values[:, 0], output.logits)
         assert close(again.coalition_values[:, 1], output.null_values)
@@ -214,7 +214,7 @@ def test_dropping_equals_masking(family, prediction):
 def test_auto_removal_is_dropping(family):
     model = wrapped(family)
     assert model.peft_config["default"].removal == "drop"
-    assert shapley(model).settings["default"].removal == "drop"
+    assert shapley(model).rules["default"].removal == "drop"
 
 
 @few_pairs

@@ -353,7 +353,7 @@ def test_adding_a_second_adapter(tmp_path, base_dir, first, second):
     model.set_adapter("other")
     assert same(full_run(model), two)
     assert not any(".default" in name for name, _ in model.named_parameters())
-    assert "default" not in shapley(model).settings
+    assert "default" not in shapley(model).rules
 
 
 def test_loading_a_second_adapter(tmp_path, base_dir):
@@ -530,7 +530,7 @@ def _unused(model):
     """The null value of `classifier` prediction, if the layer makes one: nothing reads it."""
     layer = shapley(model)
     null = layer.lora_shapley_null
-    return CLASSES if layer.settings["default"].prediction == "classifier" and "default" in null else 0
+    return CLASSES if layer.rules["default"].prediction == "classifier" and "default" in null else 0
 
 
 def test_all_linear_leaves_the_classifier_out(base_dir):

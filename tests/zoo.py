@@ -27,8 +27,8 @@ def _pixels(entry, batch, seed, size):
 
 
 def _naflex(entry, batch, seed, size):
-    """Images of several shapes, cut into patches and padded to one length: `size` says nothing here."""
-    shapes = torch.tensor([NAFLEX_SHAPES[(seed + index) % len(NAFLEX_SHAPES)] for index in range(batch)])
+    """Images of one shape, which depends on the seed, cut into patches and padded: `size` says nothing here."""
+    shapes = torch.tensor([NAFLEX_SHAPES[seed % len(NAFLEX_SHAPES)] for _ in range(batch)])
     patches = torch.zeros(batch, NAFLEX_LENGTH, entry.channels * PATCH**2)
     for index, (rows, cols) in enumerate(shapes.tolist()):
         image = _pixels(entry, batch, seed, (rows * PATCH, cols * PATCH))["pixel_values"][index]

@@ -73,6 +73,7 @@ class ShapleyModel(LoraModel):
                     "parent_library": type(model).__module__,
                 }
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _show_geometry(model)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
             layer = ShapleyLayer(anatomy)
@@ -148,6 +149,14 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
     finally:
         setattr(model, CHILD, layer)
         layer.attach(model)
+
+
+def _show_geometry(model: nn.Module) -> None:
+    """Let an adapted convolution answer for its size and stride: MobileNet asks for them to pad its input."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(base := module.get_base_layer(), nn.Conv2d):
+            for name in ("kernel_size", "stride", "dilation", "padding", "groups"):
+                setattr(module, name, getattr(base, name))
 
 
 def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) -> Anatomy:

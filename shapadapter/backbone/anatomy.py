@@ -29,6 +29,7 @@ class Anatomy:
         source: name of the module whose output holds the final features.
         layout: how they lie in it.
         backbone: names of the model's children that lead from the image to the features.
+        behind: names of the modules with parameters that run only after them, such as the classifier.
         entrance: name of the first module with parameters: tells device and dtype.
         cell: (height, width) of a cell in pixels.
         rounds_up: whether an incomplete cell at the border of the image is a cell, too.
@@ -48,6 +49,7 @@ class Anatomy:
     source: str
     layout: Layout
     backbone: tuple[str, ...]
+    behind: tuple[str, ...]
     entrance: str
     cell: tuple[int, int]
     rounds_up: bool
@@ -80,7 +82,9 @@ class Anatomy:
             )
         up = (self.cell[0] - 1, self.cell[1] - 1) if self.rounds_up else (0, 0)
         rows, cols = ((pixel_values.shape[2 + axis] + up[axis]) // self.cell[axis] for axis in (0, 1))
-        if rows * cols < 2 and self.layout != "latents":
+        if self.layout == "latents":
+            return max(2, rows), max(2, cols)
+        if rows * cols < 2:
             raise ImageError(
                 f"An image of {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels holds {rows} x {cols} "
                 f"patches of {self.cell[0]} x {self.cell[1]}; the game needs at least two players. Send larger images."
@@ -89,7 +93,7 @@ class Anatomy:
 
     def seen(self, pixel_values: Tensor, cells: tuple[int, int]) -> tuple[int, int]:
         """The (height, width) of the part of images (B, C, H, W) that `cells` cover."""
-        if self.rounds_up or self.family.patches:
+        if self.rounds_up or self.family.patches or self.layout == "latents":
             return pixel_values.shape[-2], pixel_values.shape[-1]
         return cells[0] * self.cell[0], cells[1] * self.cell[1]
 

@@ -68,6 +68,7 @@ def find_sequence(model: nn.Module) -> Anatomy:
         source=blocks[-1],
         layout="tokens",
         backbone=_leading(names, run, blocks[-1]),
+        behind=_behind(names, run, blocks[-1]),
         entrance=_entrance(names, run),
         cell=cell,
         rounds_up=False,
@@ -103,6 +104,7 @@ def find_readout(model: nn.Module) -> Anatomy:
         source=source,
         layout=place.layout,
         backbone=_leading(names, run, source),
+        behind=_behind(names, run, source),
         entrance=_entrance(names, run),
         cell=cell,
         rounds_up=_rounds_up(model, kind, family, run, source, cell, place),
@@ -289,10 +291,23 @@ def _rounds_up(
 
 
 def _leading(names: dict[nn.Module, str], run: DryRun, source: str) -> tuple[str, ...]:
-    """The model's children that ran before the features were there, each in order of the model."""
-    end = max(index for index, (module, _) in enumerate(run.order) if names.get(module) == source)
-    ran = {names[module].split(".")[0] for module, _ in run.order[: end + 1] if names.get(module)}
+    """The model's children that ran before the features were there, in order of the model."""
+    ran = {names[module].split(".")[0] for module in _finished(names, run, source)[0] if names.get(module)}
     return tuple(dict.fromkeys(part for name in names.values() if (part := name.split(".")[0]) in ran))
+
+
+def _behind(names: dict[nn.Module, str], run: DryRun, source: str) -> tuple[str, ...]:
+    """The modules with parameters of their own that ran only after the features were there."""
+    before, after = _finished(names, run, source)
+    late = [module for module in dict.fromkeys(after) if module not in set(before) and names.get(module)]
+    return tuple(names[module] for module in late if any(True for _ in module.parameters(recurse=False)))
+
+
+def _finished(names: dict[nn.Module, str], run: DryRun, source: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What had finished when the features were there, and what finished later."""
+    end = max(index for index, (module, _) in enumerate(run.order) if names.get(module) == source)
+    modules = [module for module, _ in run.order]
+    return modules[: end + 1], modules[end + 1 :]
 
 
 def _entrance(names: dict[nn.Module, str], run: DryRun) -> str:

@@ -90,9 +90,20 @@ def family_of(model: nn.Module) -> Family:
     """
     known = (_FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in _FAMILIES)
     family = next(known, Family())
-    if family.refused:
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {family.refused}")
+    refused = _refusal(model, family)
+    if refused:
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {refused}")
     return family
+
+
+def _refusal(model: nn.Module, family: Family) -> str:
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", "") == "hiera" and config.num_query_pool < len(config.depths) - 1:
+        return (
+            f"with num_query_pool={config.num_query_pool} of {len(config.depths)} stages its features end in the order of "
+            "its pooling units, not in that of the image."
+        )
+    return family.refused
 
 
 def refused_families() -> dict[str, str]:

@@ -51,7 +51,8 @@ def _inside(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
     """The backbone's modules, by original name: the blocks', or all that the image runs through."""
     inside = tuple(f"{part}." for part in anatomy.blocks or anatomy.backbone)
     named = {original_name(name): module for name, module in model.named_modules() if "lora_" not in name}
-    return [(name, module) for name, module in named.items() if f"{name}.".startswith(inside)]
+    behind = tuple(f"{part}." for part in anatomy.behind)
+    return [(n, m) for n, m in named.items() if f"{n}.".startswith(inside) and not f"{n}.".startswith(behind)]
 
 
 def _only_there(model: nn.Module, suffixes: tuple[str, ...], found: list[str]) -> bool:

@@ -75,6 +75,8 @@ def tile(
     seen = anatomy.seen(pixel_values, cells)
     if grid is None:
         return Tiling(cells, cells, seen)
+    if anatomy.layout == "latents":
+        cells = grid  # its features have no places of their own
     size = tuple(pixel_values.shape[-2:])
     if removal != "pixels" and (cells[0] % grid[0] or cells[1] % grid[1]):
         raise ImageError(
