@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .explaining import explain
     from .explanation import Explanation
     from .game import PatchGame
-    from .outputs import ShapleyOutput
+    from .outputs import MatchingOutput, ShapleyOutput
+    from .retrieval import retrieval_after_deletion
     from .training import ShapleyTrainer, ShapleyTrainingArguments
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
@@ -35,6 +36,7 @@ _LAZY = {
     "ClassNotFoundError": "errors",
     "Explanation": "explanation",
     "ImageError": "errors",
+    "MatchingOutput": "outputs",
     "PatchGame": "game",
     "ShapleyCollapseWarning": "errors",
     "ShapleyError": "errors",
@@ -43,6 +45,7 @@ _LAZY = {
     "ShapleyTrainingArguments": "training",
     "UnsupportedModelError": "errors",
     "explain": "explaining",
+    "retrieval_after_deletion": "retrieval",
 }
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "ClassNotFoundError",
     "Explanation",
     "ImageError",
+    "MatchingOutput",
     "PatchGame",
     "ShapleyCollapseWarning",
     "ShapleyConfig",
@@ -61,6 +65,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "explain",
+    "retrieval_after_deletion",
 ]
 
 

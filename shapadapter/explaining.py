@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from .backbone import evaluating
-from .errors import ImageError
+from .adapter import ShapleyLayer
+from .backbone import Tiling, evaluating, normalised
+from .errors import ImageError, ShapleyError
 from .explanation import Explanation, find_class
 from .game import active_layer
-from .images import prepare_images
+from .images import IMAGE_INPUTS, prepare_images, unpatchify
+from .texts import prepare_texts, text_rules
 
 
 def explain(
@@ -21,6 +24,7 @@ def explain(
     images: Any,
     processor: Any | None = None,
     *,
+    texts: Sequence[str] | str | None = None,
     top_k: int | None = None,
     targets: Sequence[str | int] | str | int | None = None,
     batch_size: int = 32,
@@ -31,8 +35,10 @@ def explain(
     Args:
         model: a wrapped model; its training mode is left as it was.
         images: one image or many: PIL images, paths, arrays (H, W, 3), or, without a processor, prepared pixel values
-            (C, H, W) or (B, C, H, W).
-        processor: the image processor the model was trained with.
+            (C, H, W) or (B, C, H, W), or all that a processor returned.
+        processor: the image processor the model was trained with; with texts, the processor of both.
+        texts: for a model that matches images with texts: what to compare the images with. They take the place of
+            classes, and the logits are the similarities before softmax.
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
         batch_size: images in a forward pass.
@@ -41,31 +47,77 @@ def explain(
     Raises:
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
-        ShapleyError: the model has no active Shapley adapter.
+        ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
         ValueError: both `top_k` and `targets` were given, or `top_k` is less than 1.
     """
     layer = active_layer(model)
-    config: Any = model.config
-    names = config.id2label
-    labels = tuple(str(names[index]) for index in range(layer.anatomy.classes))
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
     if batch_size < 1 or (isinstance(targets, Sequence) and not targets):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
-    wanted = [targets] if isinstance(targets, str | int) else targets
-    chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
-    listed = as_list(images)
     parts = []
-    parameter = next(model.parameters())
     with torch.inference_mode(), evaluating(model):
-        for start in range(0, len(listed), batch_size):
-            pixels = prepare(listed[start : start + batch_size], processor)
-            grid = layer.anatomy.grid(pixels)
-            height, width = grid[0] * layer.anatomy.patch[0], grid[1] * layer.anatomy.patch[1]
-            seen = as_pictures(pixels[..., :height, :width], processor)  # what lies beyond the last patch is not seen
-            output = model(pixel_values=pixels.to(parameter.device, parameter.dtype), return_dict=True, **options)
-            parts.append(_collect(output, seen, grid, columns(output.logits, chosen, top_k), labels, config))
+        labels, options = _classes(model, layer, texts, processor, options)
+        wanted = [targets] if isinstance(targets, str | int) else targets
+        chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
+        for inputs in prepared_batches(images, processor, batch_size):
+            tiling = layer.tiling(**inputs, **options)
+            seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
+            output = model(**inputs_on(inputs, model), return_dict=True, **options)
+            kept = columns(output.logits, chosen, top_k)
+            parts.append(_collect(output, seen, tiling.players, kept, labels, _likelihood(model)))
     return join(parts)
+
+
+def _classes(
+    model: nn.Module, layer: ShapleyLayer, texts: Sequence[str] | str | None, processor: Any, options: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the K classes, or texts, and the model's keyword arguments with the texts among them."""
+    config: Any = model.config
+    if layer.anatomy.kind != "matching":
+        if texts is not None:
+            raise ShapleyError(f"{type(model).__name__} does not match images with texts; leave texts out.")
+        return tuple(str(config.id2label[index]) for index in range(layer.anatomy.classes)), options
+    if texts is None:
+        raise ShapleyError("The model matches images with texts: pass texts=[...].")
+    listed = (texts,) if isinstance(texts, str) else tuple(texts)
+    return listed, {**options, "text_embeds": embed_texts(model, listed, processor)}
+
+
+def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tensor:
+    """Normalised embeddings (T, P) of texts: the directions along which a matching model's attributions are read.
+
+    Raises:
+        ShapleyError: there is no tokenizer, or a text is longer than the model takes.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs = prepare_texts(texts, processor, text_rules(model))
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        return normalised(base.get_text_features(**{name: value.to(device) for name, value in inputs.items()}))
+
+
+def inputs_on(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The inputs on the device of `model`, pixels in its precision."""
+    parameter = next(model.parameters())
+    placed = {name: value.to(parameter.device) for name, value in inputs.items()}
+    return {**placed, "pixel_values": placed["pixel_values"].to(parameter.dtype)}
+
+
+def _seen(pixels: Tensor, tiling: Tiling) -> Tensor:
+    """The part of the pixels (B, C, H, W) that the players tile; what lies beyond the last patch is not seen."""
+    if pixels.ndim == 3:
+        return unpatchify(pixels, tiling.cells)
+    return pixels[..., : tiling.seen[0], : tiling.seen[1]]
+
+
+def _likelihood(model: nn.Module) -> str:
+    """How scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities."""
+    config: Any = model.config
+    if hasattr(model, "logit_bias") or config.problem_type == "multi_label_classification":
+        return "sigmoid"
+    single = config.problem_type is None and config.num_labels == 1
+    return "none" if single or config.problem_type == "regression" else "softmax"
 
 
 def as_list(images: Any) -> list[Any]:
@@ -82,21 +134,23 @@ def as_list(images: Any) -> list[Any]:
     return listed
 
 
-def prepare(images: list[Any], processor: Any | None) -> Tensor:
-    """Pixel values (B, C, H, W) for the model."""
-    if processor is None:
-        if not all(isinstance(image, Tensor) for image in images):
-            came = sorted({type(image).__name__ for image in images})
-            raise ImageError(
-                f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=..."
-            )
-        pixels = _stack(images)
-    else:
-        pixels = prepare_images(images, processor)
-    return pixels
+def prepared_batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """`pixel_values` (b, C, H, W) and what goes with them, batch by batch."""
+    if isinstance(images, Mapping):
+        known = {name: images[name] for name in IMAGE_INPUTS if name in images}
+        for start in range(0, len(known["pixel_values"]), batch_size):
+            yield {name: value[start : start + batch_size] for name, value in known.items()}
+        return
+    listed = as_list(images)
+    for start in range(0, len(listed), batch_size):
+        part = listed[start : start + batch_size]
+        yield {"pixel_values": _stack(part)} if processor is None else prepare_images(part, processor)
 
 
 def _stack(images: list[Tensor]) -> Tensor:
+    if not all(isinstance(image, Tensor) for image in images):
+        came = sorted({type(image).__name__ for image in images})
+        raise ImageError(f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=...")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
         raise ImageError(f"Expected tensors (C, H, W) of one size, got {sorted(shapes)}.")
@@ -127,13 +181,16 @@ def columns(logits: Tensor, chosen: list[int] | None, top_k: int | None) -> Tens
 
 
 def _collect(
-    output: Any, seen: Tensor, grid: tuple[int, int], kept: Tensor, labels: tuple[str, ...], config: Any
+    output: Any, seen: Tensor, grid: tuple[int, int], kept: Tensor, labels: tuple[str, ...], likelihood: str
 ) -> Explanation:
     index = kept[:, None].expand(-1, output.attributions.shape[1], -1)  # (B, N, C)
     attributions = output.attributions.gather(2, index).unflatten(1, grid)  # (B, rows, cols, C)
     logits = output.logits.float()
-    several = config.problem_type == "multi_label_classification"
-    probabilities = logits.sigmoid() if several else logits.softmax(dim=1)  # (B, K)
+    probabilities = {
+        "softmax": logits.softmax(dim=1),
+        "sigmoid": logits.sigmoid(),
+        "none": torch.full_like(logits, torch.nan),
+    }[likelihood]  # (B, K)
     return Explanation(
         attributions=attributions.float().cpu().clone(),
         classes=kept.cpu().clone(),

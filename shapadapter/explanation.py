@@ -58,7 +58,7 @@ class Explanation:
         classes: (B, C) int64, the class index of each column; columns may differ from image to image.
         logits: (B, K) float32.
         null_values: (B, K) float32, the logits with no player present.
-        probabilities: (B, K) float32, in 0..1.
+        probabilities: (B, K) float32, in 0..1; NaN where the scores are quantities (regression).
         labels: The K class names.
         images: (B, H, W, 3) uint8, what the model saw; the grid lies exactly over it.
 

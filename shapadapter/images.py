@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ImageError
+
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+"""What image processors make for vision models."""
 
 
 def open_image(image: Any) -> Any:
@@ -43,14 +47,33 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def prepare_images(images: list[Any], processor: Any) -> Tensor:
-    """Run an image processor: pixel values (B, C, H, W).
+def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
+    """Run an image processor, or the image side of a processor of images and texts.
+
+    Returns:
+        `pixel_values` (B, C, H, W), and what else the processor makes for the model; where it cuts images in patches
+        (B, N, 3 * p * p), `pixel_attention_mask` and `spatial_shapes`.
 
     Raises:
-        ImageError: an image cannot be opened, or the processor cannot take it.
+        ImageError: an image cannot be opened, the processor cannot take it, or the images come out in several sizes.
     """
     opened = [open_image(image) for image in images]
+    processor = getattr(processor, "image_processor", None) or processor
     try:
-        return processor(opened, return_tensors="pt")["pixel_values"]
+        prepared = processor(opened, return_tensors="pt")
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ImageError(f"{type(processor).__name__} cannot prepare the images: {error}") from error
+        sizes = sorted({tuple(image.size) for image in opened if isinstance(image, Image.Image)})
+        several = (
+            f" They have {len(sizes)} sizes: resize them to one, or send them one by one." if len(sizes) > 1 else ""
+        )
+        raise ImageError(f"{type(processor).__name__} cannot prepare the images: {error}{several}") from error
+    return {name: prepared[name] for name in IMAGE_INPUTS if name in prepared}
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches (B, N, p * p * C) in raster order, padding behind, as images (B, C, rows * p, cols * p)."""
+    rows, cols = grid
+    channels = 3 if patches.shape[-1] % 3 == 0 else 1
+    side = math.isqrt(patches.shape[-1] // channels)
+    tiles = patches[:, : rows * cols].reshape(-1, rows, cols, side, side, channels)
+    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, cols * side)

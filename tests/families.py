@@ -127,17 +127,19 @@ def coalitions(batch=2, count=5, players=PLAYERS, seed=0):
 def stir(model, seed=0, only=None):
     """Give an adapter's parameters (LoRA, token, head, null) values as if it had been trained; returns the model."""
     generator = torch.Generator().manual_seed(seed + 7)
+    blocks = shapley(model).anatomy.blocks
     for name, parameter in model.named_parameters():
         if "lora_" not in name or (only is not None and only not in name.split(".")):
             continue
+        noise = torch.randn(parameter.shape, generator=generator)
         if "shapley_token." in name:
-            noise = 2 * torch.randn(parameter.shape, generator=generator)
+            noise *= 2
         elif "norm" in name:
-            noise = 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
-        elif parameter.ndim == 4:  # LoRA of a convolution, of which there may be dozens in a row
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+            noise = 1 + 0.2 * noise
+        elif not blocks and "lora_shapley" not in name:  # LoRA of dozens of layers in a row
+            noise *= 0.3 / parameter[0].numel() ** 0.5
         else:
-            noise = 0.4 * torch.randn(parameter.shape, generator=generator)
+            noise *= 0.4
         parameter.copy_(noise)
     return model
 

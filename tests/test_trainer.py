@@ -280,7 +280,7 @@ def test_coalitions_depend_on_seed_step_micro_step_and_rank_alone(tmp_path):
         try:
             trainer.state.global_step = step
             torch.manual_seed(np.random.default_rng().integers(1000))  # the global generator has no say
-            return [trainer._draw_coalitions(pixels, training) for _ in range(micro_step + 1)][-1]
+            return [trainer._draw_coalitions({"pixel_values": pixels}, training) for _ in range(micro_step + 1)][-1]
         finally:
             trainer.args.distributed_state.process_index = 0
 
@@ -294,7 +294,7 @@ def test_coalitions_depend_on_seed_step_micro_step_and_rank_alone(tmp_path):
 
 
 def test_coalition_pairs_are_drawn_for_each_image(tmp_path):
-    coalitions = trainer_of(tmp_path, coalition_pairs=3)._draw_coalitions(torch.zeros(5, 3, 32, 32), True)
+    coalitions = trainer_of(tmp_path, coalition_pairs=3)._draw_coalitions({"pixel_values": torch.zeros(5, 3, 32, 32)}, True)
     assert coalitions.shape == (5, 6, PLAYERS)
     assert torch.equal(coalitions[:, ::2], ~coalitions[:, 1::2])
     assert len({tuple(row) for row in coalitions[:, 0].int().tolist()}) > 1

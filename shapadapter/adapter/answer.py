@@ -51,6 +51,8 @@ def _efficient(game: CoalitionGame, contributions: Tensor, own: Tensor | None) -
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
     """The base model's loss on logits (B, K): by its problem type cross-entropy, binary cross-entropy or squares."""
+    if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
+        labels = labels.to(logits.dtype)  # whole numbers, too, are targets
     # A model without a head would answer with the loss of language models.
     if getattr(model, "loss_type", None) == "ForImageClassification" or hasattr(model, "_loss_function"):
         return model.loss_function(labels, logits, model.config)
@@ -63,7 +65,7 @@ def _matched(
     """Everything in the space of embeddings, seen along the texts where there are any."""
     texts, model = game.call.texts, game.model
     assert texts is not None
-    spaces = {"image_embeds": full, "embedding_attributions": attributions, "null_embeds": null}
+    spaces: dict[str, Any] = {"image_embeds": full, "embedding_attributions": attributions, "null_embeds": null}
     if not texts.given:
         return MatchingOutput(**spaces)
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)

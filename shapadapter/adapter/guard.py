@@ -93,7 +93,7 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
         model.config.id2label = dict(config.id2label)
         model.config.label2id = {label: index for index, label in config.id2label.items()}
     if config.problem_type is not None:
-        model.config.problem_type = config.problem_type
+        model.config.problem_type = config.problem_type  # type: ignore[assignment]
 
 
 def _some(labels: dict[int, str] | None) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shapadapter.errors import ShapleyError
 from shapadapter.objective import contrastive_loss, pairwise_sigmoid_loss
+from shapadapter.texts import text_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -62,7 +63,7 @@ class Texts:
         Raises:
             ShapleyError: they are longer than its position table.
         """
-        limit = text_limit(model)
+        limit = text_rules(model).limit
         ids = self.inputs.get("input_ids")
         if ids is not None and limit is not None and ids.shape[-1] > limit:
             raise ShapleyError(
@@ -86,15 +87,6 @@ class Texts:
         matches = (ids[:, None] == ids[None]).all(dim=-1)  # (B, B)
         loss = pairwise_sigmoid_loss if hasattr(model, "logit_bias") else contrastive_loss
         return loss(similarity, matches)
-
-
-def text_limit(model: Any) -> int | None:
-    """The longest text in tokens, None if the config does not say."""
-    config = getattr(model.config, "text_config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and getattr(config, "model_type", "") == "altclip_text_model":
-        limit -= config.pad_token_id + 1  # its positions start behind that of the padding
-    return limit
 
 
 def similarity(model: Any, embeds: Tensor, text_embeds: Tensor, difference: bool = False) -> Tensor:

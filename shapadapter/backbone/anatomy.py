@@ -117,17 +117,18 @@ def _patch_grid(pixel_values: Tensor, spatial_shapes: Tensor | None) -> tuple[in
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run without dropout and drop path, and leave every module's mode as it was found."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module, mode in modes if mode]
     for module in training:
         module.training = False
     try:
         yield
     finally:
         for module in training:
-            module.training = True
-        for module in training:
             if type(module).train is not nn.Module.train:
                 module.train()  # LeViT forgets only there what it computed once for evaluation
+        for module, mode in modes:
+            module.training = mode
 
 
 def original_name(name: str) -> str:

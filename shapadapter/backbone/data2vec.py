@@ -57,11 +57,11 @@ class _Interface:
         return output.reshape(*hidden_states.shape[:-1], -1), weights  # (B, T, D)
 
 
-class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):
+class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):  # type: ignore[misc]
     """The class loaded with attn_implementation="eager"."""
 
 
-class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):
+class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):  # type: ignore[misc]
     """The class loaded with attn_implementation="sdpa"."""
 
 

@@ -99,7 +99,8 @@ def _vision_configs(model: nn.Module) -> list[Any]:
 
 def channels_of(model: nn.Module) -> int:
     """Colour channels, by the config; 3 if that does not say."""
-    counts = (getattr(config, "num_channels", None) for config in _vision_configs(model))
+    counts = [getattr(config, "num_channels", None) for config in _vision_configs(model)]
+    counts += [_timm_input(model).get("in_chans")]
     return next((count for count in counts if isinstance(count, int)), 3)
 
 
@@ -110,13 +111,22 @@ def _patch_side(model: nn.Module) -> int:
 
 def configured_size(model: nn.Module) -> tuple[int, int] | None:
     """The (height, width) the config names."""
-    for config in _vision_configs(model):
-        size = getattr(config, "image_size", None)
-        if size is None and isinstance(getattr(config, "pretrained_cfg", None), dict):
-            size = config.pretrained_cfg.get("input_size", [None])[-1]  # timm's (C, H, W)
-        if size is not None:
-            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    return None
+    sizes = [getattr(config, "image_size", None) for config in _vision_configs(model)]
+    sizes += [_timm_input(model).get("img_size")]
+    size = next((size for size in sizes if size is not None), None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _timm_input(model: nn.Module) -> dict[str, Any]:
+    """`in_chans` and `img_size` of a timm model: as it was told, or else as it was pretrained; of others, nothing."""
+    config: Any = getattr(model, "config", None)
+    own: Any = getattr(model, "timm_model", None)
+    pretrained = getattr(config, "pretrained_cfg", None) or getattr(own, "pretrained_cfg", None) or {}
+    channels, *size = pretrained.get("input_size") or (None,)
+    told = getattr(config, "model_args", None) or {}
+    return {"in_chans": channels, "img_size": size or None, **told}
 
 
 @contextmanager

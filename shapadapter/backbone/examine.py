@@ -300,6 +300,8 @@ def _behind(names: dict[nn.Module, str], run: DryRun, source: str) -> tuple[str,
     """The modules with parameters of their own that ran only after the features were there."""
     before, after = _finished(names, run, source)
     late = [module for module in dict.fromkeys(after) if module not in set(before) and names.get(module)]
+    # What holds the source ends after it, too, as timm's models do with a class token of their own.
+    late = [module for module in late if not source.startswith(f"{names[module]}.")]
     return tuple(names[module] for module in late if any(True for _ in module.parameters(recurse=False)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -97,7 +97,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _refusal(model: nn.Module, family: Family) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", "") == "hiera" and config.num_query_pool < len(config.depths) - 1:
         return (
             f"with num_query_pool={config.num_query_pool} of {len(config.depths)} stages its features end in the order of "

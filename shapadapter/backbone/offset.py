@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,56 +12,64 @@ from .carrier import Carrier, Pass
 from .dryrun import noise, unchanged
 from .scoring import score
 
-# Images the receptive field is measured on; more change the second decimal.
-_IMAGES = 4
+# Cells from border to border, in an image large enough that the border cuts off little of a receptive field. Odd: the
+# middle cell is in the middle of the image.
+_CELLS = 7
 
 
 def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
     """By how many cells the centre of a cell's receptive field lies below and right of the cell's own centre.
 
     Where convolutions are padded on one side it is about half a cell, up or down. Measured by the gradient of the
-    features with respect to the pixels, on noise, around the middle of the map: there, what attention to the whole image
-    adds is even. A model of one token for each patch has no offset.
+    features with respect to the pixels, on noise, for the cells in the middle: around them lie even both what attention
+    to the whole image adds and what the border cuts off. A model of one token for each patch has no offset.
 
     Returns:
         (down, right), to a hundredth of a cell.
     """
     if anatomy.blocks or anatomy.layout == "latents":
         return 0.0, 0.0
-    images = torch.cat(
-        [noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in range(_IMAGES // 2)]
-    )
-    rows, cols = anatomy.cells(images)
-    reach = _sensitivity(model, anatomy, images, (rows // 2, cols // 2))  # (H, W)
-    if not reach.sum() > 0:
-        return 0.0, 0.0
-    found = []
-    for axis, (count, size) in enumerate(zip((rows, cols), anatomy.cell, strict=True)):
-        along = reach.sum(dim=1 - axis)  # (H,) or (W,)
-        centre = (along * (torch.arange(len(along)) + 0.5)).sum() / along.sum()
-        found.append(round(float(centre) / size - (count // 2 + 0.5), 2))
-    return found[0], found[1]
+    size = (_CELLS * anatomy.cell[0], _CELLS * anatomy.cell[1])
+    try:
+        reach = _sensitivity(model, replace(anatomy, sample=size))  # (H, W)
+    except Exception:  # many things may break in a model that takes one size only
+        reach = _sensitivity(model, anatomy)
+    down, right = (_centre(reach.sum(dim=1 - axis)) / anatomy.cell[axis] for axis in (0, 1))
+    return round(down, 2), round(right, 2)
 
 
-def _sensitivity(model: nn.Module, anatomy: Anatomy, images: Tensor, cell: tuple[int, int]) -> Tensor:
-    """How much each pixel moves the features of one cell, (H, W)."""
+def _centre(reach: Tensor) -> float:
+    """Centre of mass of (L,), from the middle, without the ground on which the peak stands; 0 if there is none."""
+    peak = (reach - reach.median()).clamp(min=0)
+    if not peak.sum() > 0:
+        return 0.0
+    places = torch.arange(len(peak), dtype=peak.dtype) + 0.5 - len(peak) / 2
+    return float((peak * places).sum() / peak.sum())
+
+
+def _sensitivity(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """How much each pixel moves the features of the cells in the middle, on average: (H, W) fp64."""
     carrier = Carrier(anatomy)
-    carrier.attach(model)
-    images = images.detach().requires_grad_()
+    images = torch.cat([noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in (0, 1)])
+    rows, cols = anatomy.cells(images)
+    # With an even number of cells there are four in the middle, one for each of the four images; else it is one.
+    middle = [row * cols + col for row in ((rows - 1) // 2, rows // 2) for col in ((cols - 1) // 2, cols // 2)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    images.requires_grad_()
+    carrier.attach(model)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         with torch.enable_grad(), evaluating(model), unchanged(model):
-            rows, cols = anatomy.cells(images)
             with carrier.passing(Pass(rows * cols)) as current:
                 score(model, anatomy.kind, anatomy.family, {"pixel_values": images, **anatomy.options})
             assert current.features is not None
-            chosen = current.features[:, cell[0] * cols + cell[1]]  # (B, D)
+            chosen = current.features[range(len(middle)), middle]  # (4, D)
             direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)).to(chosen)
             (gradient,) = torch.autograd.grad((chosen * direction).sum(), images)
     finally:
         carrier.detach()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return gradient.float().square().sum(dim=(0, 1)).cpu()  # (B, C, H, W) -> (H, W)
+    reach = gradient.cpu().double().square().sum(dim=1)  # (4, C, H, W) -> (4, H, W)
+    return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)

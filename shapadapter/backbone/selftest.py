@@ -21,10 +21,15 @@ from .examine import AmbiguousModelError, find_readout, find_sequence
 from .families import family_of
 from .pixels import pixels_of
 from .scoring import score
-from .token import TokenCarrier
+from .token import TokenCarrier, keep_cells
 
 # Rounding that a different split of the same sums may cause, relative to the logits' size.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+_MISTAKEN = (
+    "with removal='drop' the present patches are taken for others: the model has rotary or relative positions, or mixes "
+    "patches in another way than by attention"
+)
 
 Choice = Literal["auto", "drop", "mask", "pixels"]
 
@@ -83,11 +88,14 @@ def choose_removal(
         carrier.attach(model)
         try:
             _check_base(model, carrier, inputs, plain)
+            # Where no token travels, a sequence is one only if tokens can be removed: asked of every removal alike, so
+            # that a model has the same parts when it is loaded again.
+            sound = _cheapest_sound(model, carrier, inputs) if _needs_proof(anatomy, removal) else removal
             if removal == "pixels" or not anatomy.blocks:
                 return _only_pixels(anatomy, removal)
-            if removal == "auto":
-                return _cheapest_sound(model, carrier, inputs, grid)
-            return _as_told(model, carrier, inputs, removal)
+            if removal != "auto":
+                return _as_told(model, carrier, inputs, removal)
+            return "pixels" if _cuts_patches(model, anatomy, grid) else sound
         except (RuntimeError, TypeError, AttributeError) as error:  # the model itself broke, e.g. on fewer tokens
             raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
         finally:
@@ -155,14 +163,15 @@ def _only_pixels(anatomy: Anatomy, removal: Choice) -> Removal:
     return "pixels"
 
 
+def _needs_proof(anatomy: Anatomy, removal: Choice) -> bool:
+    return bool(anatomy.blocks) and (removal == "auto" or not anatomy.attentions)
+
+
 def _as_told(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Removal:
     features = _check_leak(model, carrier, inputs, removal)
     masked, _ = _try_leak(model, carrier, inputs, "mask") if removal == "drop" else (None, None)
-    if masked is not None and not _agree(features, masked):
-        raise UnsupportedModelError(
-            "with removal='drop' the present patches are taken for others: the model has rotary or relative positions; "
-            "use removal='mask'"
-        )
+    if removal == "drop" and not _in_place(model, carrier, inputs, features, masked):
+        raise UnsupportedModelError(f"{_MISTAKEN}; use removal='mask' or 'pixels'")
     return removal
 
 
@@ -185,27 +194,68 @@ def _check_leak(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], remo
     return clean.features
 
 
-def _cheapest_sound(
-    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], grid: tuple[int, int] | None
-) -> Removal:
+def _cheapest_sound(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> Removal:
     anatomy = carrier.anatomy
-    if grid is not None and not anatomy.family.patches and not _whole_patches(model, anatomy, grid):
-        return "pixels"
     masked, refused = _try_leak(model, carrier, inputs, "mask")
     dropped, reason = (None, None) if anatomy.family.patches else _try_leak(model, carrier, inputs, "drop")
-    if dropped is not None and (masked is None or _agree(dropped, masked)):
+    if dropped is not None and _in_place(model, carrier, inputs, dropped, masked):
         return "drop"
     if masked is not None:
         return "mask"
     if anatomy.attentions and not anatomy.family.patches:
         return "pixels"
-    raise UnsupportedModelError(f"{refused}; {reason}")
+    raise UnsupportedModelError(f"{refused}; {reason or _MISTAKEN}")
 
 
-def _whole_patches(model: nn.Module, anatomy: Anatomy, grid: tuple[int, int]) -> bool:
-    """Whether each player of `grid` is a whole number of patches at the size the model is configured for."""
+def _in_place(
+    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], dropped: Tensor, masked: Tensor | None
+) -> bool:
+    """Whether patches whose neighbours are dropped are still taken for themselves.
+
+    They are if masking the neighbours gives the same. Where nothing can be masked, blocks and head must take patches as
+    a set: then only the embeddings in front of them know a place.
+    """
+    return _unordered(model, carrier, inputs) if masked is None else _agree(dropped, masked)
+
+
+def _unordered(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> bool:
+    """Whether the blocks say the same of every patch when all come in another order, and so do the scores."""
+    anatomy = carrier.anatomy
+    rows, cols = anatomy.cells(**inputs)
+    order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(2)).to(inputs["pixel_values"].device)
+    entering: list[Tensor] = []
+
+    def shuffle(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        entering.append(keep_cells(args[0], order.expand(len(args[0]), -1), anatomy.prefix))  # (2, P + cells, D)
+        return (entering[0], *args[1:])
+
+    plain, scores = _run(model, carrier, inputs)
+    with model.get_submodule(anatomy.blocks[0]).register_forward_pre_hook(shuffle, prepend=True):
+        shuffled, again = _run(model, carrier, inputs)
+    assert plain.features is not None
+    assert shuffled.features is not None
+    moved = shuffled.features - entering[0][:, anatomy.prefix :]  # (2, cells, D), what the blocks add
+    same = scores is None or again is None or _agree(scores, again)
+    return same and _same(plain.features[:, order], shuffled.features, moved)
+
+
+def _same(one: Tensor, other: Tensor, moved: Tensor) -> bool:
+    """Whether features are equal but for rounding, measured by how far the blocks `moved` them.
+
+    By themselves they would hide a difference where the blocks are all but silent, as those of a new model with a
+    LayerScale of 1e-5.
+    """
+    share = 10 * _TOLERANCE.get(one.dtype, 5e-3)
+    rounding = torch.finfo(one.dtype).eps * one.float().norm()
+    return bool((one.float() - other.float()).norm() <= share * moved.float().norm() + rounding)
+
+
+def _cuts_patches(model: nn.Module, anatomy: Anatomy, grid: tuple[int, int] | None) -> bool:
+    """Whether players of `grid` are no whole number of patches at the size the model is configured for."""
+    if grid is None or anatomy.family.patches:
+        return False
     size = configured_size(model) or anatomy.sample
-    return all(size[axis] // anatomy.cell[axis] % grid[axis] == 0 for axis in (0, 1))
+    return any(size[axis] // anatomy.cell[axis] % grid[axis] for axis in (0, 1))
 
 
 def _try_leak(

@@ -24,8 +24,8 @@ from .dryrun import first_tensor
 # Kernels seen to honour an additive mask (B, 1, 1, T); others take masks of another kind, or none.
 _MASKING_KERNELS = ("sdpa", "eager")
 
-# The argument by which a block takes what is added to its attention scores.
-_MASK_ARGUMENTS = ("attention_mask", "relative_position_bias")
+# The argument by which a block takes what is added to its attention scores, in transformers and in timm.
+_MASK_ARGUMENTS = ("attention_mask", "relative_position_bias", "attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 
 
 class TokenCarrier(Carrier):

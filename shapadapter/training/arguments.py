@@ -42,6 +42,10 @@ class ShapleyTrainingArguments(TrainingArguments):
             "model to predict from part of an image (about twice the step's cost)."
         },
     )
+    truncate_texts: bool = field(
+        default=False,
+        metadata={"help": "Whether captions longer than the model takes are cut; by default they are refused."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that neither collator nor model use from the data sets."}
     )

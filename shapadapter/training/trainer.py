@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,12 +16,12 @@ from shapadapter.game import active_layer
 from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
+from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
-from .collator import IMAGE_COLUMNS, ImageCollator
-
-# A classifier whose logits differ by less than this between images says the same about all of them.
-_CONSTANT_SPREAD = 0.05
+from .checks import check_classes, check_game, check_setting, is_constant
+from .collator import IMAGE_COLUMNS, TEXT_COLUMNS, ImageCollator
+from .color import mean_color
 
 
 class ShapleyTrainer(Trainer):
@@ -51,11 +50,18 @@ class ShapleyTrainer(Trainer):
         args = args or ShapleyTrainingArguments("trainer_output")
         if not isinstance(args, ShapleyTrainingArguments):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
-        kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(kwargs.get("processing_class"))
+        self.matching = self.layer.anatomy.kind == "matching"
+        rules = text_rules(model) if self.matching else None
+        kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
+            kwargs.get("processing_class"), rules, args.truncate_texts
+        )
         for name in ("train_dataset", "eval_dataset"):
-            check_classes(kwargs.get(name), self.layer.anatomy.classes)
+            if not self.matching:
+                check_classes(kwargs.get(name), self.layer.anatomy.classes)
         check_setting(model, args, kwargs.get("train_dataset") is not None)
+        check_game(self.layer, args, kwargs.get("train_dataset") is not None)
         super().__init__(model, args, **kwargs)
+        self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "eval": 0}
         self._drawn_at = -1
@@ -86,12 +92,14 @@ class ShapleyTrainer(Trainer):
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss, not yet weighted, by their names in the logs."""
         labels, values = inputs.get("labels"), outputs.coalition_values
+        if outputs.attributions is None:
+            raise ShapleyError("A batch without texts was given to a model that matches images with texts.")
         targets = values if self.args.coalition_gradients else values.detach()
         terms = {
             "shapley_loss": shapley_loss(outputs.attributions, inputs["coalitions"], targets, outputs.null_values)
         }
         if labels is None:
-            return terms
+            return terms if outputs.loss is None else {**terms, "task_loss": outputs.loss}
         terms["task_loss"] = self._task_loss(outputs, labels)
         if self.args.coalition_task_weight > 0:
             flat = values.flatten(0, 1)  # (B * M, K)
@@ -131,6 +139,21 @@ class ShapleyTrainer(Trainer):
         players = self.layer.tiling(**inputs).count
         return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator).to(images.device)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s training, after measuring the colour of absent pixels where that is the data's mean."""
+        self._measure_fill()
+        return super().train(*args, **kwargs)
+
+    def _measure_fill(self) -> None:
+        name = self.layer.active
+        if name is None or self.train_dataset is None:
+            return
+        config = self.accelerator.unwrap_model(self.model).peft_config[name]
+        if config.removal != "pixels" or config.fill == "learned" or config.fill_color is not None:
+            return
+        config.fill_color = mean_color(self.train_dataset, self.data_collator)
+        self.layer.read_rules(name, config)
+
     # -- evaluation and logs -----------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -146,7 +169,8 @@ class ShapleyTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        return loss.detach(), outputs.logits.detach(), inputs.get("labels")
+        # Similarities to the texts of a batch are nothing to be gathered over batches.
+        return loss.detach(), None if self.matching else outputs.logits.detach(), inputs.get("labels")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms and the coalition fit among the metrics."""
@@ -173,7 +197,7 @@ class ShapleyTrainer(Trainer):
             self._add(mode, name, size * term, size)
         arguments = (inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits)
         self._add(mode, "coalition_fit", *coalition_fit(outputs.attributions, *arguments))
-        if mode == "train":
+        if mode == "train" and not self.matching:
             # One image has no spread; its weight is 0, so that all processes sum up the same names.
             counted = size if size > 1 else 0
             self._add(mode, "logit_spread", counted * outputs.logits.float().std(dim=0, correction=0).mean(), counted)
@@ -195,7 +219,7 @@ class ShapleyTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: Any = self._signature_columns
-        self._signature_columns: Any = sorted({*known, *IMAGE_COLUMNS, "coalitions"})
+        self._signature_columns: Any = sorted({*known, *IMAGE_COLUMNS, *TEXT_COLUMNS, "coalitions"})
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
@@ -207,49 +231,4 @@ class ShapleyTrainer(Trainer):
                 "learning rate.",
                 ShapleyCollapseWarning,
                 stacklevel=2,
-            )
-
-
-def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool) -> None:
-    """Refuse what would fail, or silently go wrong, only later.
-
-    Raises:
-        ShapleyError: with what to do instead.
-    """
-    if args.n_gpu > 1:
-        raise ShapleyError(
-            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share "
-            "one adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
-        )
-    if trains and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ShapleyError(
-            "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    if args.load_best_model_at_end and not isinstance(model, PeftModel):
-        raise ShapleyError(
-            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped "
-            "by add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
-        )
-
-
-def is_constant(spread: float, classes: int) -> bool:
-    """Whether logits that vary by `spread` between images (standard deviation, mean over classes) are a constant's.
-
-    A single output is a regression, whose unit is the user's.
-    """
-    return classes > 1 and spread < _CONSTANT_SPREAD
-
-
-def check_classes(dataset: Any, classes: int) -> None:
-    """Refuse a data set whose label feature names more classes than the model has.
-
-    Raises:
-        ShapleyError: it does.
-    """
-    for column, feature in (getattr(dataset, "features", None) or {}).items():
-        count = getattr(feature, "num_classes", None)
-        if column in ("label", "labels") and count is not None and count > classes:
-            raise ShapleyError(
-                f"The data set's column {column!r} has {count} classes, the model {classes}. Load the base with "
-                f"AutoModelForImageClassification.from_pretrained(..., num_labels={count}, ignore_mismatched_sizes=True)."
             )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from shapadapter.explanation import Explanation, write_together
 from shapadapter.visual.maps import BLUE, PICTURE_CONTRAST, RED, symmetric_limit
-from shapadapter.visual.wording import UNIT, columns, number, one_line
+from shapadapter.visual.wording import UNIT, columns, likelihood, number, one_line
 
 TEMPLATE = "page.html.j2"
 
@@ -81,7 +81,7 @@ def _image(explanation: Explanation, index: int, max_classes: int) -> dict[str, 
         "source": _data_uri(pixels),
         "height": pixels.shape[0],
         "width": pixels.shape[1],
-        "predicted": f"{one_line(best.label)} (p={best.probability:.2f})",
+        "predicted": f"{one_line(best.label)} ({likelihood(best.probability, best.logit)})",
         "limits": (number(-limit), number(limit, sign=True)) if limit else ("0", "0"),
         "data": {"limit": limit, "classes": classes},
     }

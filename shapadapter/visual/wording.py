@@ -1,5 +1,6 @@
 """The words and numbers under a map, the same in figures and pages."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class Column:
     Attributes:
         index: The class index.
         label: The class name on one line.
-        probability: Such as `p=0.83`.
+        probability: Such as `p=0.83`; of a quantity its value.
         total: The sum of its attributions, such as `Σφ=+4.10`.
         check: Two lines: the sum of null value and attributions, then the logit and the distance between them.
         values: (rows, cols) float32, the attributions, in logits.
@@ -71,12 +72,17 @@ def _column(one: Explanation, class_id: int) -> Column:
     return Column(
         index=class_id,
         label=one_line(one.labels[class_id]),
-        probability=f"p={float(one.probabilities[0, class_id]):.2f}",
+        probability=likelihood(float(one.probabilities[0, class_id]), logit),
         total=f"Σφ={number(total, sign=True)}",
         check=f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}\n"
         f"(logit {number(logit)}, gap {gap})",
         values=values,
     )
+
+
+def likelihood(probability: float, score: float) -> str:
+    """How a class stands: its probability, or the score itself where that is a quantity."""
+    return f"= {number(score)}" if math.isnan(probability) else f"p={probability:.2f}"
 
 
 def one_line(label: str) -> str:
