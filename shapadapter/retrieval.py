@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Retrieval:
 
 def retrieval_after_deletion(
     model: nn.Module,
-    images: Sequence[Any],
+    images: Any,
     texts: Sequence[str],
     processor: Any,
     *,
@@ -106,8 +106,9 @@ def retrieval_after_deletion(
     layer = active_layer(model)
     if layer.anatomy.kind != "matching":
         raise ShapleyError(f"{type(model).__name__} does not match images with texts.")
-    if len(images) != len(texts):
-        raise ShapleyError(f"Expected one text for each image, got {len(images)} images and {len(texts)} texts.")
+    count = len(images["pixel_values"]) if isinstance(images, Mapping) else len(images)
+    if count != len(texts):
+        raise ShapleyError(f"Expected one text for each image, got {count} images and {len(texts)} texts.")
     with torch.inference_mode(), evaluating(model):
         directions = embed_texts(model, texts, processor)  # (T, P)
         conditions = [

@@ -237,15 +237,18 @@ def of_kind(*kinds):
     return tuple(name for name, entry in ZOO.items() if entry.kind in kinds)
 
 
-def build(name, seed=0, **config):
-    """A fresh model in eval mode: nothing in it is zero, and its BatchNorms are neither neutral nor far off."""
+def build(name, seed=0, size=None, **config):
+    """A fresh model in eval mode: nothing in it is zero, and its BatchNorms are neither neutral nor far off.
+
+    `size` is that of the images its BatchNorms are settled on, if the `config` makes it take no others.
+    """
     torch.manual_seed(seed)
     entry = ZOO[name]
     model = randomise(entry.make(**config), seed)
     for parameter in model.parameters():
         if not parameter.any():  # Siglip's scale and bias, two scalars
             nn.init.constant_(parameter, 0.5)
-    return calibrate(model, entry, seed).eval()
+    return calibrate(model, entry, seed, size).eval()
 
 
 @functools.cache
@@ -259,7 +262,7 @@ def base(name):
 
 
 @torch.no_grad()
-def calibrate(model, entry, seed=0):
+def calibrate(model, entry, seed=0, size=None):
     """Give every BatchNorm about the statistics of some images, disturbed, so that using others shows."""
     generator = torch.Generator().manual_seed(seed + 2)
 
@@ -274,7 +277,7 @@ def calibrate(model, entry, seed=0):
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     handles = [norm.register_forward_pre_hook(settle) for norm in norms]
     if norms:
-        model.eval()(**inputs(entry, batch=16, seed=1000 + seed))
+        model.eval()(**inputs(entry, batch=16, seed=1000 + seed, size=size))
     for handle in handles:
         handle.remove()
     return model.train()  # makes Levit forget the attention biases that it keeps in eval mode

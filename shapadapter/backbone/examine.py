@@ -231,11 +231,18 @@ def _feature_map(names: dict[nn.Module, str], run: DryRun, family: Family) -> tu
         place = _place(shape, run.image)
         # A module that runs again later would give another map by then.
         if place is not None and last[module] == index and names.get(module):
-            return names[module], place
+            return names[_last_of(module)], place
     raise UnsupportedModelError(
         f"looked for a feature map with the sides of the image ({run.image[0]} x {run.image[1]}) before the classifier, "
         "found none"
     )
+
+
+def _last_of(module: nn.Module) -> nn.Module:
+    """The module whose output a plain sequence hands on: gradient checkpointing may run the parts, not the sequence."""
+    while type(module).forward is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
+        module = module[-1]  # type: ignore[index]
+    return module
 
 
 def _named_place(names: dict[nn.Module, str], run: DryRun, family: Family) -> _Place:

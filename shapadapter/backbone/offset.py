@@ -16,6 +16,9 @@ from .scoring import score
 # middle cell is in the middle of the image.
 _CELLS = 7
 
+# Images it is measured on, a multiple of four; more change the second decimal.
+_IMAGES = 8
+
 
 def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
     """By how many cells the centre of a cell's receptive field lies below and right of the cell's own centre.
@@ -50,9 +53,9 @@ def _centre(reach: Tensor) -> float:
 def _sensitivity(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """How much each pixel moves the features of the cells in the middle, on average: (H, W) fp64."""
     carrier = Carrier(anatomy)
-    images = torch.cat([noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in (0, 1)])
+    images = torch.cat([noise(model, anatomy.family, anatomy.sample, i)["pixel_values"] for i in range(_IMAGES // 2)])
     rows, cols = anatomy.cells(images)
-    # With an even number of cells there are four in the middle, one for each of the four images; else it is one.
+    # With an even number of cells there are four in the middle, which take turns; else it is one.
     middle = [row * cols + col for row in ((rows - 1) // 2, rows // 2) for col in ((cols - 1) // 2, cols // 2)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     images.requires_grad_()
@@ -64,12 +67,12 @@ def _sensitivity(model: nn.Module, anatomy: Anatomy) -> Tensor:
             with carrier.passing(Pass(rows * cols)) as current:
                 score(model, anatomy.kind, anatomy.family, {"pixel_values": images, **anatomy.options})
             assert current.features is not None
-            chosen = current.features[range(len(middle)), middle]  # (4, D)
+            chosen = current.features[range(_IMAGES), middle * (_IMAGES // 4)]  # (B, D)
             direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)).to(chosen)
             (gradient,) = torch.autograd.grad((chosen * direction).sum(), images)
     finally:
         carrier.detach()
         for parameter in trained:
             parameter.requires_grad_(True)
-    reach = gradient.cpu().double().square().sum(dim=1)  # (4, C, H, W) -> (4, H, W)
+    reach = gradient.cpu().double().norm(dim=1)  # (B, C, H, W) -> (B, H, W)
     return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)

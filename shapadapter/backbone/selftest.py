@@ -88,14 +88,7 @@ def choose_removal(
         carrier.attach(model)
         try:
             _check_base(model, carrier, inputs, plain)
-            # Where no token travels, a sequence is one only if tokens can be removed: asked of every removal alike, so
-            # that a model has the same parts when it is loaded again.
-            sound = _cheapest_sound(model, carrier, inputs) if _needs_proof(anatomy, removal) else removal
-            if removal == "pixels" or not anatomy.blocks:
-                return _only_pixels(anatomy, removal)
-            if removal != "auto":
-                return _as_told(model, carrier, inputs, removal)
-            return "pixels" if _cuts_patches(model, anatomy, grid) else sound
+            return _chosen(model, carrier, inputs, removal, grid)
         except (RuntimeError, TypeError, AttributeError) as error:  # the model itself broke, e.g. on fewer tokens
             raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
         finally:
@@ -153,6 +146,22 @@ def _check_base(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], plai
         raise UnsupportedModelError("the Shapley token does not read the image")
 
 
+def _chosen(
+    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Choice, grid: tuple[int, int] | None
+) -> Removal:
+    anatomy = carrier.anatomy
+    if removal == "pixels" or not anatomy.blocks:
+        if anatomy.blocks and not anatomy.attentions:
+            # Without a token in it, a sequence is worth its blocks only if tokens can be removed. Asked for pixels as
+            # well, so that a model has the same parts when it is loaded again.
+            _cheapest_sound(model, carrier, inputs)
+        return _only_pixels(anatomy, removal)
+    if removal != "auto":
+        return _as_told(model, carrier, inputs, removal)
+    sound = _cheapest_sound(model, carrier, inputs)
+    return "pixels" if _cuts_patches(model, anatomy, grid) else sound
+
+
 def _only_pixels(anatomy: Anatomy, removal: Choice) -> Removal:
     if anatomy.family.patches:
         raise UnsupportedModelError(f"removal={removal!r} needs images, this model takes patches; use removal='mask'")
@@ -161,10 +170,6 @@ def _only_pixels(anatomy: Anatomy, removal: Choice) -> Removal:
             f"removal={removal!r} needs a sequence of patch tokens, which was not found; use removal='pixels'"
         )
     return "pixels"
-
-
-def _needs_proof(anatomy: Anatomy, removal: Choice) -> bool:
-    return bool(anatomy.blocks) and (removal == "auto" or not anatomy.attentions)
 
 
 def _as_told(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Removal:

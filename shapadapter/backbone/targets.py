@@ -7,6 +7,7 @@ from torch import nn
 from shapadapter.errors import UnsupportedModelError
 
 from .anatomy import Anatomy, original_name
+from .dryrun import dry_run
 
 # Attention projections that LoRA adapts by default, under the names they have in transformers and timm.
 _QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("qkv",))
@@ -48,9 +49,14 @@ def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def _inside(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
-    """The backbone's modules, by original name: the blocks', or all that the image runs through."""
+    """The backbone's modules, by original name: the blocks', or all that the image runs through.
+
+    Only those that are called: of some layers, as of timm's BEiT, the model takes the weights alone, and LoRA on them
+    would train nothing.
+    """
     inside = tuple(f"{part}." for part in anatomy.blocks or anatomy.backbone)
-    named = {original_name(name): module for name, module in model.named_modules() if "lora_" not in name}
+    called = dry_run(model, anatomy.kind, anatomy.family, anatomy.sample, anatomy.options).calls
+    named = {original_name(name): m for name, m in model.named_modules() if m in called and "lora_" not in name}
     behind = tuple(f"{part}." for part in anatomy.behind)
     return [(n, m) for n, m in named.items() if f"{n}.".startswith(inside) and not f"{n}.".startswith(behind)]
 

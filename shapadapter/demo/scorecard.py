@@ -22,20 +22,24 @@ from shapadapter.metrics import energy_inside, relative_l2
 from .scale import Scale
 
 
-def faithfulness(model: nn.Module, pixel_values: Tensor, scale: Scale, seed: int) -> dict[str, float]:
+def faithfulness(model: nn.Module, pixel_values: Tensor, scale: Scale, seed: int, **options: Any) -> dict[str, float]:
     """Relative L2 error to the truth, of the one-pass attributions and of KernelSHAP at each budget.
 
     For the predicted class of each image (B, C, H, W); the mean over images. The truth is KernelSHAP with
-    `scale.truth_evaluations`; "truth" is how far that estimate itself is likely to be off.
+    `scale.truth_evaluations`; "truth" is how far that estimate itself is likely to be off, and "equal shares" what a head
+    that knows nothing would say: every player the same.
     """
-    errors: dict[str, list[float]] = {"one pass": [], "truth": [], **{str(budget): [] for budget in scale.budgets}}
+    kinds = ("one pass", "equal shares", "truth", *(str(budget) for budget in scale.budgets))
+    errors: dict[str, list[float]] = {kind: [] for kind in kinds}
     generator = torch.Generator().manual_seed(seed)
     for image in tqdm(pixel_values, desc="Shapley values the slow way", unit="image"):
-        game = PatchGame(model, image)
+        game = PatchGame(model, image, **options)
         label = int(game.full_values.argmax())
         truth, doubt = game.kernel_shap(scale.truth_evaluations, generator)  # (N, K), (K,)
         errors["truth"].append(float(doubt[label]))
         errors["one pass"].append(float(relative_l2(game.attributions[:, label].double(), truth[:, label])))
+        equal = (game.full_values - game.null_values)[label].double() / game.players
+        errors["equal shares"].append(float(relative_l2(equal.expand(game.players), truth[:, label])))
         for budget in scale.budgets:
             estimate, _ = game.kernel_shap(budget, generator)
             errors[str(budget)].append(float(relative_l2(estimate[:, label], truth[:, label])))
