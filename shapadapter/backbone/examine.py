@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def find_sequence(model: nn.Module) -> Anatomy:
         UnsupportedModelError: it is none; the message says what was looked for and found.
         AmbiguousModelError: two lists of blocks could be meant.
     """
-    family, kind = _known(model)
+    family, kind = known(model)
     if family.features is not None:
         raise UnsupportedModelError("its features were named, so they are read out")
     names = {module: name for name, module in model.named_modules()}
@@ -89,7 +90,7 @@ def find_readout(model: nn.Module) -> Anatomy:
     Raises:
         UnsupportedModelError: there is none; the message says what was looked for.
     """
-    family, kind = _known(model)
+    family, kind = known(model)
     if family.patches:
         raise UnsupportedModelError("images that come as patches have no feature map to read out")
     names = {module: name for name, module in model.named_modules()}
@@ -117,14 +118,24 @@ def find_readout(model: nn.Module) -> Anatomy:
     )
 
 
-def _known(model: nn.Module) -> tuple[Family, Kind]:
+def known(model: nn.Module) -> tuple[Family, Kind]:
+    """What can be said of a model before it runs.
+
+    Raises:
+        UnsupportedModelError: it is no vision model, or of a refused family.
+    """
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "num_labels"):
         raise UnsupportedModelError(
             f"Expected a Hugging Face vision model (AutoModelForImageClassification.from_pretrained(...)), "
             f"got {type(model).__name__}."
         )
-    return family_of(model), kind_of(model)
+    family = family_of(model)
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"Expected a vision model, got {type(model).__name__}, whose forward takes no pixel_values."
+        )
+    return family, kind_of(model)
 
 
 def _first_run(model: nn.Module, kind: Kind, family: Family, attempts: _Attempts) -> DryRun:
@@ -184,8 +195,8 @@ def _blocks(names: dict[nn.Module, str], run: DryRun) -> tuple[tuple[str, ...], 
     )
     if len({(tokens, width) for _, tokens, width in found}) < len(found):
         raise AmbiguousModelError(
-            f"{message}. Which of them sees the image's patches last? Name the module whose output is the final feature "
-            "map: shapadapter.register_family(ModelClass, features=...)"
+            f"{message}. Name the module whose output is the final feature map, for example: "
+            f"shapadapter.register_family(type(model), features={found[-1][0][-1]!r})"
         )
     raise UnsupportedModelError(message)
 
@@ -213,7 +224,7 @@ def _place(shape: tuple[int, ...] | None, image: tuple[int, int]) -> _Place | No
         return _Place("channels_first", shape[2], shape[3], 0, shape[1])
     if len(shape) == 4 and alike(*shape[1:3]):
         return _Place("channels_last", shape[1], shape[2], 0, shape[3])
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[2] > 1:  # one feature alone is a pooled map
         for prefix in range(_MOST_PREFIX + 1):
             rows = round(max(0, (shape[1] - prefix) * image[0] / image[1]) ** 0.5)
             if rows and (shape[1] - prefix) % rows == 0 and alike(rows, (shape[1] - prefix) // rows):
@@ -278,22 +289,32 @@ def _classifies(module: nn.Module, shape: tuple[int, ...] | None, run: DryRun) -
 def _rounds_up(
     model: nn.Module, kind: Kind, family: Family, run: DryRun, source: str, cell: tuple[int, int], place: _Place
 ) -> bool:
-    """Whether half a cell more in the image is a cell more in the map; no, where the model takes one size only."""
+    """Whether one and a half cells more in the image are two cells more in the map, not one.
+
+    Raises:
+        UnsupportedModelError: the map does not grow with the image, so it is none.
+    """
     if place.layout == "latents":
         return False
-    larger = (run.image[0] + cell[0] // 2, run.image[1] + cell[1] // 2)
+    larger = (run.image[0] + cell[0] + cell[0] // 2, run.image[1] + cell[1] + cell[1] // 2)
     try:
         again = dry_run(model, kind, family, larger, run.options)
-    except Exception:
+    except Exception:  # the model takes one size only
         return run.image[0] % cell[0] > 0
     shape = again.calls[model.get_submodule(source)][-1][1]
-    return (
-        shape is not None
-        and {
-            "tokens": lambda: shape[1] - place.prefix == (place.rows + 1) * (place.cols + 1),
-            "channels_first": lambda: shape[2] == place.rows + 1,
-            "channels_last": lambda: shape[1] == place.rows + 1,
-        }[place.layout]()
+    for more in (1, 2):
+        rows, cols = place.rows + more, place.cols + more
+        grown = {
+            "tokens": (2, place.prefix + rows * cols, place.width),
+            "channels_first": (2, place.width, rows, cols),
+            "channels_last": (2, rows, cols, place.width),
+        }
+        if shape == grown[place.layout]:
+            return more == 2
+    raise UnsupportedModelError(
+        f"the output of {source!r} was taken for the final feature map, but it does not grow with the image as one: it "
+        f"is {shape} at {larger[0]} x {larger[1]} pixels. Name the module that returns the map: "
+        "shapadapter.register_family(type(model), features=...)"
     )
 
 

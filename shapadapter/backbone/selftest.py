@@ -17,8 +17,7 @@ from shapadapter.errors import UnsupportedModelError
 from .anatomy import Anatomy, evaluating
 from .carrier import Carrier, Pass, Removal, with_patch_mask
 from .dryrun import configured_size, noise, unchanged
-from .examine import AmbiguousModelError, find_readout, find_sequence
-from .families import family_of
+from .examine import AmbiguousModelError, find_readout, find_sequence, known
 from .pixels import pixels_of
 from .scoring import score
 from .token import TokenCarrier, keep_cells
@@ -53,7 +52,7 @@ def settle(
         UnsupportedModelError: the parts are not there, a token would change the base logits, or an absent player has
             influence. The message says what was looked for and found, in each way that was tried.
     """
-    family_of(model)
+    known(model)
     try:
         anatomy = find_sequence(model)
         return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
@@ -61,6 +60,11 @@ def settle(
         raise UnsupportedModelError(f"{type(model).__name__}: {error}.") from error
     except UnsupportedModelError as error:
         no_sequence = error
+    if removal in ("drop", "mask"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {str(no_sequence).rstrip('.')}. removal={removal!r} needs a sequence of patch tokens; "
+            "leave it at 'auto', which replaces pixels where there is none."
+        ) from no_sequence
     try:
         anatomy = find_readout(model)
         return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
