@@ -15,7 +15,7 @@ from .backbone import Tiling, evaluating, normalised
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation, find_class
 from .game import active_layer
-from .images import IMAGE_INPUTS, prepare_images, unpatchify
+from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify
 from .texts import prepare_texts, text_rules
 
 
@@ -76,7 +76,8 @@ def _classes(
     config: Any = model.config
     if layer.anatomy.kind != "matching":
         if texts is not None:
-            raise ShapleyError(f"{type(model).__name__} does not match images with texts; leave texts out.")
+            name = type(base_of(model)).__name__
+            raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
         return tuple(str(config.id2label[index]) for index in range(layer.anatomy.classes)), options
     if texts is None:
         raise ShapleyError("The model matches images with texts: pass texts=[...].")
@@ -90,11 +91,17 @@ def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tenso
     Raises:
         ShapleyError: there is no tokenizer, or a text is longer than the model takes.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = prepare_texts(texts, processor, text_rules(model))
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
-        return normalised(base.get_text_features(**{name: value.to(device) for name, value in inputs.items()}))
+        return normalised(
+            base_of(model).get_text_features(**{name: value.to(device) for name, value in inputs.items()})
+        )
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model inside PEFT's wrapper, or itself where it is without."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def inputs_on(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -138,6 +145,8 @@ def prepared_batches(images: Any, processor: Any | None, batch_size: int) -> Ite
     """`pixel_values` (b, C, H, W) and what goes with them, batch by batch."""
     if isinstance(images, Mapping):
         known = {name: images[name] for name in IMAGE_INPUTS if name in images}
+        if not isinstance(known.get("pixel_values"), Tensor) or not len(known["pixel_values"]):
+            raise ImageError(f"Expected pixel_values of at least one image as a tensor, got {sorted(images)}.")
         for start in range(0, len(known["pixel_values"]), batch_size):
             yield {name: value[start : start + batch_size] for name, value in known.items()}
         return
@@ -159,7 +168,7 @@ def _stack(images: list[Tensor]) -> Tensor:
 
 def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:
     """Undo the processor's normalisation, (B, C, H, W) to (B, H, W, 3) uint8; without one, stretch each image."""
-    pixels = pixels.float().cpu()
+    pixels, processor = pixels.float().cpu(), image_side(processor)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     if processor is not None and getattr(processor, "do_normalize", True) and mean is not None and std is not None:
         shape = (1, -1, 1, 1)

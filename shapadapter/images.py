@@ -58,7 +58,7 @@ def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
         ImageError: an image cannot be opened, the processor cannot take it, or the images come out in several sizes.
     """
     opened = [open_image(image) for image in images]
-    processor = getattr(processor, "image_processor", None) or processor
+    processor = image_side(processor)
     try:
         prepared = processor(opened, return_tensors="pt")
     except (ValueError, TypeError, RuntimeError) as error:
@@ -68,6 +68,11 @@ def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
         )
         raise ImageError(f"{type(processor).__name__} cannot prepare the images: {error}{several}") from error
     return {name: prepared[name] for name in IMAGE_INPUTS if name in prepared}
+
+
+def image_side(processor: Any) -> Any:
+    """The image processor inside a processor of images and texts; any other as it is."""
+    return getattr(processor, "image_processor", None) or processor
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:

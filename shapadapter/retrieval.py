@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import evaluating
 from .errors import ShapleyError
-from .explaining import embed_texts, inputs_on, prepared_batches
+from .explaining import as_list, base_of, embed_texts, inputs_on, prepared_batches
 from .game import active_layer
 from .metrics import recall_at_k
 
@@ -102,11 +102,16 @@ def retrieval_after_deletion(
     Raises:
         ShapleyError: the model does not match images with texts, or there is not one text for each image.
         ImageError: an image that the model cannot take.
+        ValueError: a share outside 0..1, or a k below 1.
     """
     layer = active_layer(model)
     if layer.anatomy.kind != "matching":
-        raise ShapleyError(f"{type(model).__name__} does not match images with texts.")
-    count = len(images["pixel_values"]) if isinstance(images, Mapping) else len(images)
+        raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts.")
+    if not deleted or not ks or not all(0 <= share <= 1 for share in deleted) or min(ks) < 1:
+        raise ValueError(f"Expected shares from 0 to 1 and k of at least 1, got deleted={deleted} and ks={ks}.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    prepared = isinstance(images, Mapping) and "pixel_values" in images
+    count = len(images["pixel_values"]) if prepared else len(as_list(images))
     if count != len(texts):
         raise ShapleyError(f"Expected one text for each image, got {count} images and {len(texts)} texts.")
     with torch.inference_mode(), evaluating(model):

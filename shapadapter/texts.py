@@ -49,7 +49,7 @@ def prepare_texts(texts: Sequence[str], processor: Any, rules: TextRules, trunca
         ShapleyError: there is no tokenizer, no text, or a text is longer than the model takes.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    if not callable(tokenizer) or not hasattr(tokenizer, "pad"):
+    if not callable(tokenizer) or not hasattr(tokenizer, "convert_tokens_to_ids"):
         raise ShapleyError(
             f"Texts need a tokenizer, {type(processor).__name__} has none. Pass the whole processor: "
             "AutoProcessor.from_pretrained(...)."

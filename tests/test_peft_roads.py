@@ -550,7 +550,7 @@ def test_unknown_settings_are_refused():
     for wrong in (
         {"prediction": "both"},
         {"tune": "half"},
-        {"removal": "pixels"},
+        {"removal": "blur"},
         {"task_type": "FEATURE_EXTRACTION"},
     ):
         with pytest.raises(ValueError):

@@ -294,7 +294,9 @@ def test_coalitions_depend_on_seed_step_micro_step_and_rank_alone(tmp_path):
 
 
 def test_coalition_pairs_are_drawn_for_each_image(tmp_path):
-    coalitions = trainer_of(tmp_path, coalition_pairs=3)._draw_coalitions({"pixel_values": torch.zeros(5, 3, 32, 32)}, True)
+    coalitions = trainer_of(tmp_path, coalition_pairs=3)._draw_coalitions(
+        {"pixel_values": torch.zeros(5, 3, 32, 32)}, True
+    )
     assert coalitions.shape == (5, 6, PLAYERS)
     assert torch.equal(coalitions[:, ::2], ~coalitions[:, 1::2])
     assert len({tuple(row) for row in coalitions[:, 0].int().tolist()}) > 1

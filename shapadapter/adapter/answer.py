@@ -69,12 +69,15 @@ def _matched(
     if not texts.given:
         return MatchingOutput(**spaces)
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
-    logits = similarity(model, full, directions)  # (B, T)
+    logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)
+    along = similarity(model, attributions, directions, difference=True)  # (B, N, T)
+    # The scale, 100 in a trained CLIP, has multiplied the rounding errors; no gradient, for they are none of the head's.
+    rounding = (logits - empty - along.sum(dim=1)).detach() / along.shape[1]  # (B, T)
     return MatchingOutput(
         loss=texts.loss_of(model, logits),
         logits=logits,
-        attributions=similarity(model, attributions, directions, difference=True),  # (B, N, T)
-        null_values=similarity(model, null, directions),  # (B, T)
+        attributions=along + rounding[:, None],
+        null_values=empty,
         coalition_values=None if values is None else similarity(model, values, directions),  # (B, M, T)
         text_embeds=directions,
         **spaces,

@@ -31,6 +31,7 @@ from shapadapter.errors import UnsupportedModelError
 from .config import ShapleyConfig
 from .guard import check_base, check_complete, check_restorable, refuse_mixture, refuse_stacking
 from .layer import ShapleyLayer
+from .start import start_from_classifier
 
 CHILD = "shapley"
 
@@ -82,6 +83,7 @@ class ShapleyModel(LoraModel):
 
     def _add_to_layer(self, model: PreTrainedModel, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
         layer.add(name, config, _last_device(model, layer.anatomy))
+        start_from_classifier(model, layer, name)
         layer.detach()
         layer.attach(model)
         layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
@@ -117,7 +119,11 @@ class ShapleyModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        check_restorable(model, _layer_of(model), config, saved)
+        layer = _layer_of(model)
+        check_restorable(model, layer, config, saved)
+        if config.problem_type is None and layer.anatomy.kind != "matching":
+            # Where it was left open, transformers has settled it by the first labels.
+            config.problem_type = model.config.problem_type
         return saved
 
     @classmethod

@@ -84,7 +84,13 @@ class Carrier:
         features = first_tensor(output)
         if features is None:
             raise UnsupportedModelError(f"{self.anatomy.source} returned no tensor; it did when it was wrapped.")
-        self.current.features = cells_first(features, self.anatomy)
+        cells = cells_first(features, self.anatomy)
+        if self.anatomy.layout != "latents" and cells.shape[1] != self.current.cells:
+            raise UnsupportedModelError(
+                f"Expected a feature map of {self.current.cells} cells for images of this size, {self.anatomy.source} "
+                f"returned {cells.shape[1]}. Send images whose sides are multiples of {self.anatomy.cell} pixels."
+            )
+        self.current.features = cells
 
 
 def cells_first(features: Tensor, anatomy: Anatomy) -> Tensor:

@@ -78,7 +78,7 @@ def noise(model: nn.Module, family: Family, image: tuple[int, int], seed: int = 
     """Inputs of two random images, on the model's device and in its dtype; the global generator is not touched."""
     generator = torch.Generator().manual_seed(seed)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    channels, patch = channels_of(model), _patch_side(model)
+    channels, patch = channels_of(model), patch_side(model)
     if not family.patches:
         pixels = torch.randn(2, channels, *image, generator=generator)
         return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
@@ -104,7 +104,8 @@ def channels_of(model: nn.Module) -> int:
     return next((count for count in counts if isinstance(count, int)), 3)
 
 
-def _patch_side(model: nn.Module) -> int:
+def patch_side(model: nn.Module) -> int:
+    """Side of a patch in pixels, by the config; 1 if that does not say."""
     sides = (getattr(config, "patch_size", None) for config in _vision_configs(model))
     return next((side for side in sides if isinstance(side, int)), 1)
 

@@ -12,13 +12,14 @@ from torch import nn
 from shapadapter.errors import UnsupportedModelError
 
 from .anatomy import Anatomy, Kind
-from .dryrun import DryRun, channels_of, configured_size, dry_run
+from .dryrun import DryRun, channels_of, configured_size, dry_run, patch_side
 from .families import Family, Layout, family_of
 from .scoring import kind_of
 
 # What a feature map of a readout is looked for on: not square, so that rows and columns cannot be taken for each other,
-# and large enough for several cells of 32 pixels.
+# and large enough for several cells of 32 pixels; or so many patches, where these do not divide it.
 _READOUT_SAMPLE = (128, 192)
+_READOUT_PATCHES = (8, 12)
 
 # More tokens than this in front of the cells are something else.
 _MOST_PREFIX = 16
@@ -94,8 +95,8 @@ def find_readout(model: nn.Module) -> Anatomy:
     if family.patches:
         raise UnsupportedModelError("images that come as patches have no feature map to read out")
     names = {module: name for name, module in model.named_modules()}
-    attempts = [(_READOUT_SAMPLE, {}), (_READOUT_SAMPLE, _INTERPOLATE), (configured_size(model), {})]
-    run = _first_run(model, kind, family, attempts)
+    sample = _readout_sample(model)
+    run = _first_run(model, kind, family, [(sample, {}), (sample, _INTERPOLATE), (configured_size(model), {})])
     source, place = _feature_map(names, run, family)
     height, width = run.image
     cell = _PLACELESS_CELL if place.layout == "latents" else (-(-height // place.rows), -(-width // place.cols))
@@ -116,6 +117,13 @@ def find_readout(model: nn.Module) -> Anatomy:
         sample=run.image,
         options=run.options,
     )
+
+
+def _readout_sample(model: nn.Module) -> tuple[int, int]:
+    side = patch_side(model)
+    if any(pixels % side for pixels in _READOUT_SAMPLE):
+        return _READOUT_PATCHES[0] * side, _READOUT_PATCHES[1] * side
+    return _READOUT_SAMPLE
 
 
 def known(model: nn.Module) -> tuple[Family, Kind]:

@@ -37,8 +37,9 @@ def fill_absent(images: Tensor, present: Tensor, players: tuple[int, int], colou
 
 def pixels_of(present: Tensor, players: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Which pixels belong to present players: (R, N) to (R, H, W) bool. Tiles are equal, up to rounding."""
+    # The tile in which a pixel's centre lies, in whole numbers: rounding must not shift an edge.
     rows, cols = (
-        ((torch.arange(pixels, device=present.device) + 0.5) * tiles / pixels).long()
+        torch.arange(1, 2 * pixels, 2, device=present.device) * tiles // (2 * pixels)
         for pixels, tiles in zip(size, players, strict=True)
     )
     return present.unflatten(1, players)[:, rows][:, :, cols]  # (R, H, W)

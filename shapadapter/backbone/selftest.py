@@ -62,8 +62,8 @@ def settle(
         no_sequence = error
     if removal in ("drop", "mask"):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {str(no_sequence).rstrip('.')}. removal={removal!r} needs a sequence of patch tokens; "
-            "leave it at 'auto', which replaces pixels where there is none."
+            f"{type(model).__name__}: {str(no_sequence).rstrip('.')}. removal={removal!r} takes patches out of a sequence of "
+            "tokens, which this model does not allow; leave it at 'auto'."
         ) from no_sequence
     try:
         anatomy = find_readout(model)

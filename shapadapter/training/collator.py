@@ -94,7 +94,7 @@ def as_labels(values: list[Any]) -> Tensor:
             "an image are a row of zeros and ones, one number for each class."
         )
     labels = torch.stack(rows)
-    return labels if labels.ndim == 1 and not labels.is_floating_point() else labels.float()
+    return labels.long() if labels.ndim == 1 and not labels.is_floating_point() else labels.float()
 
 
 def find_column(row: dict[str, Any], names: Sequence[str]) -> str | None:

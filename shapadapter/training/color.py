@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 # Images that are looked at. The mean of 256 is within a few hundredths of a standard deviation of that of all.
 _IMAGES = 256
@@ -39,7 +40,8 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)  # whose method only raises
+    if indexed and isinstance(dataset, Sized):
         count = min(len(dataset), _IMAGES)
         return (dataset[index * len(dataset) // count] for index in range(count))
     return itertools.islice(iter(dataset), _IMAGES)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from shapadapter.adapter.answer import task_loss
 from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
 from shapadapter.game import active_layer
 from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
@@ -105,7 +106,7 @@ class ShapleyTrainer(Trainer):
             flat = values.flatten(0, 1)  # (B * M, K)
             repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,)
             base = self.accelerator.unwrap_model(self.model)
-            partial = ShapleyOutput(loss=base.loss_function(repeated, flat, base.config), logits=flat)
+            partial = ShapleyOutput(loss=task_loss(base, repeated, flat), logits=flat)
             terms["coalition_task_loss"] = self._task_loss(partial, repeated)
         return terms
 
