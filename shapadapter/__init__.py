@@ -15,6 +15,7 @@ from .adapter import ShapleyConfig, ShapleyModel, register
 register()
 
 if TYPE_CHECKING:
+    from .backbone import register_family
     from .errors import (
         CheckpointError,
         ClassNotFoundError,
@@ -45,6 +46,7 @@ _LAZY = {
     "ShapleyTrainingArguments": "training",
     "UnsupportedModelError": "errors",
     "explain": "explaining",
+    "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "explain",
+    "register_family",
     "retrieval_after_deletion",
 ]
 

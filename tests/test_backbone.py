@@ -38,8 +38,9 @@ from zoo import MATCHING, READOUT, SEQUENCE, ZOO, of_kind
 from shapadapter import ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.backbone import default_targets, evaluating, linear_layers, settle
-from shapadapter.backbone.examine import find_readout, find_sequence
+from shapadapter.backbone.examine import find_sequence
 from shapadapter.backbone.families import _FAMILIES, register_family
+from shapadapter.backbone.readout import find_readout
 from shapadapter.errors import ImageError, UnsupportedModelError
 
 BLOCKS = {

@@ -4,12 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+import texts
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from shapadapter.errors import ImageError
+from shapadapter.errors import ImageError, ShapleyError
 from shapadapter.images import open_image
+from shapadapter.texts import TextRules
 from shapadapter.training import ImageCollator
 
 RED = (255, 0, 0)
@@ -102,6 +104,80 @@ def test_unused_columns_are_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collate(rows)
+
+
+# -- images and texts ------------------------------------------------------------------------------------------------
+
+
+def matching(family="clip", truncate=False) -> ImageCollator:
+    rules = TextRules(texts.LENGTHS[family], padded=family in ("siglip", "siglip2"))
+    return ImageCollator(texts.processor(family), rules, truncate)
+
+
+@pytest.mark.parametrize("family", texts.TEXT_FAMILIES)
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_pairs_become_pixels_and_tokens(family, column):
+    rows = [{"image": red(), column: "a photo of a one"}, {"image": red(), column: "six"}]
+    batch = matching(family)(rows)
+    assert batch.pop("return_loss") is True
+    assert len({len(value) for value in batch.values()}) == 1
+    expected = {"pixel_values", "input_ids"}
+    expected |= {"pixel_attention_mask", "spatial_shapes"} if family == "siglip2" else set()
+    expected |= {"attention_mask"} if "siglip" not in family else set()
+    expected |= {"token_type_ids"} if family == "chinese_clip" else set()
+    assert set(batch) == expected
+    assert batch["input_ids"].shape == (2, 16 if "siglip" in family else 7)
+    assert not torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+
+
+def test_a_text_comes_before_a_caption_and_a_label_is_named_as_unused():
+    rows = [{"image": red(), "text": "one", "caption": "two", "label": 3}]
+    with pytest.warns(UserWarning, match=r"\['caption', 'label'\]"):
+        batch = matching()(rows)
+    assert "labels" not in batch
+    words = texts.tokenizer()("one")["input_ids"]
+    assert batch["input_ids"].tolist() == [words]
+
+
+def test_prepared_pixels_go_with_texts():
+    batch = matching()([{"pixel_values": torch.zeros(3, 4, 4), "text": "one"}])
+    assert batch["pixel_values"].shape == (1, 3, 4, 4)
+
+
+def test_long_texts_are_refused_or_cut():
+    rows = [{"image": red(), "text": "one"}, {"image": red(), "text": "two " * 20}]
+    with pytest.raises(ShapleyError, match=r"'two two .* has 22 tokens, the model takes 16"):
+        matching()(rows)
+    ids = matching(truncate=True)(rows)["input_ids"]
+    assert ids.shape == (2, 16)
+    assert ids[1, -1] == texts.EOS
+
+
+def test_no_text_column_names_the_columns_that_came():
+    with pytest.raises(ShapleyError, match=r"'text', 'caption'.*\['depth', 'image'\]"), pytest.warns(match="depth"):
+        matching()([{"image": red(), "depth": 0}])
+    with pytest.raises(ShapleyError, match="at least one text"):
+        matching()([{"image": red(), "text": ["several", "captions"]}])
+
+
+def test_a_processor_without_tokenizer_is_named():
+    collate = ImageCollator(texts.processor().image_processor, TextRules(16))
+    with pytest.raises(ShapleyError, match="CLIPImageProcessorPil has none"):
+        collate([{"image": red(), "text": "one"}])
+
+
+def test_a_model_without_texts_leaves_them_alone():
+    with pytest.warns(UserWarning, match="text"):
+        batch = ImageCollator(texts.processor())([{"image": red(), "text": "one", "label": 1}])
+    assert set(batch) == {"pixel_values", "labels"}
+
+
+def test_patches_bring_their_shapes():
+    processor = texts.processor("siglip2").image_processor
+    batch = ImageCollator(processor)([{"image": red(), "label": 1}] * 2)
+    assert set(batch) == {"pixel_values", "pixel_attention_mask", "spatial_shapes", "labels"}
+    rows = [{name: value[0] for name, value in batch.items()}] * 3
+    assert ImageCollator()(rows)["spatial_shapes"].shape == (3, 2)
 
 
 # -- known faults, to be mended --------------------------------------------------------------------------------------

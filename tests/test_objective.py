@@ -10,6 +10,8 @@ from shapadapter.objective import (
     coalition_residuals,
     coalition_scale,
     coalition_sums,
+    contrastive_loss,
+    pairwise_sigmoid_loss,
     project_on_efficiency,
     shapley_loss,
     warmup_weight,
@@ -193,3 +195,57 @@ def test_the_weight_rises_linearly_and_stays():
     ramp = [warmup_weight(2.0, progress, 0.4) for progress in (0, 0.1, 0.2, 0.4, 0.7, 1)]
     assert ramp == pytest.approx([0, 0.5, 1, 2, 2, 2])
     assert warmup_weight(2.0, 0, 0) == 2.0
+
+
+# --- images and texts
+
+
+def test_one_match_for_each_is_the_loss_of_clip_and_of_siglip():
+    similarity = 5 * normal(6, 6)
+    alone, own = torch.eye(6, dtype=torch.bool), torch.arange(6)
+    entropy = torch.nn.functional.cross_entropy
+    clip = (entropy(similarity, own) + entropy(similarity.t(), own)) / 2
+    assert torch.allclose(contrastive_loss(similarity, alone), clip)
+    signs = 2 * torch.eye(6) - 1
+    siglip = -torch.nn.functional.logsigmoid(signs * similarity.t()).sum(dim=-1).mean()  # as in transformers
+    assert torch.allclose(pairwise_sigmoid_loss(similarity, alone), siglip)
+
+
+def test_known_matches_cost_less_than_false_negatives():
+    groups = torch.tensor([0, 0, 1, 1, 1, 2])
+    matches, alone = groups[:, None] == groups[None], torch.eye(6, dtype=torch.bool)
+    similarity = 8 * matches.float() - 4 + 0.1 * normal(6, 6)
+    assert pairwise_sigmoid_loss(similarity, matches) < 0.2 * pairwise_sigmoid_loss(similarity, alone)
+    assert contrastive_loss(similarity, matches) <= contrastive_loss(similarity, alone) + 0.1
+    wrong = similarity.roll(1, dims=1)
+    assert contrastive_loss(similarity, matches) < contrastive_loss(wrong, matches)
+    assert pairwise_sigmoid_loss(similarity, matches) < pairwise_sigmoid_loss(wrong, matches)
+
+
+def test_equal_texts_share_the_contrastive_target_without_changing_its_sum():
+    """Two columns that are the same get the same log-probabilities, however the target is divided among them."""
+    groups = torch.tensor([0, 0, 1, 1, 1, 2])
+    matches, alone = groups[:, None] == groups[None], torch.eye(6, dtype=torch.bool)
+    similarity = normal(6, 3)[:, groups].requires_grad_()
+    shared, own = contrastive_loss(similarity, matches), contrastive_loss(similarity, alone)
+    assert torch.allclose(shared, own)
+    one, other = (torch.autograd.grad(loss, similarity)[0] for loss in (shared, own))
+    # What the texts get in sum, which is what reaches a text that is there twice, is the same.
+    assert torch.allclose(one[:, :2].sum(1), other[:, :2].sum(1), atol=1e-6)
+
+
+def test_images_and_texts_may_differ_in_number():
+    similarity = normal(4, 2).requires_grad_()
+    matches = torch.tensor([[True, False], [True, False], [False, True], [True, True]])
+    for rule in (contrastive_loss, pairwise_sigmoid_loss):
+        loss = rule(similarity, matches)
+        assert loss.ndim == 0
+        loss.backward()
+        assert similarity.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [contrastive_loss, pairwise_sigmoid_loss])
+def test_similarities_in_half_precision_are_lifted(rule):
+    low, matches = (50 * normal(8, 8)).bfloat16(), torch.eye(8, dtype=torch.bool)
+    assert rule(low, matches).dtype == torch.float32
+    assert torch.allclose(rule(low, matches).double(), rule(low.double(), matches), rtol=1e-5)

@@ -4,15 +4,20 @@ import gc
 import json
 import warnings
 
+import families
+import matching
 import numpy as np
 import pytest
+import texts
 import torch
+import zoo
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as Processor
 
 from shapadapter import (
+    ImageError,
     ShapleyCollapseWarning,
     ShapleyConfig,
     ShapleyError,
@@ -458,6 +463,175 @@ def test_checkpointed_activations_change_no_gradient(tmp_path, name):
         trainer.train()
         ends.append(trained(trainer.model))
     assert_same(*ends, atol=1e-6, rtol=0)
+
+
+# -- images and texts ------------------------------------------------------------------------------------------------
+
+
+def pairs(count=12, captions=None) -> list[dict]:
+    captions = captions or texts.captions(count)
+    return [
+        {"image": image, "text": caption} for image, caption in zip(matching.pictures(count), captions, strict=True)
+    ]
+
+
+def matcher_of(folder, family="clip", model=None, train=None, held_out=None, prediction="vote", **options):
+    extra = {name: options.pop(name) for name in ("callbacks",) if name in options}
+    return ShapleyTrainer(
+        model or matching.wrapped(family, prediction, trained=False),
+        arguments(folder, **options),
+        train_dataset=pairs() if train is None else train,
+        eval_dataset=pairs(5) if held_out is None else held_out,
+        processing_class=matching.processor(family),
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("family", texts.TEXT_FAMILIES)
+@pytest.mark.parametrize("prediction", ["vote", "classifier"])
+def test_pairs_train_every_matching_family(tmp_path, family, prediction):
+    model = matching.wrapped(family, prediction, trained=False)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = matcher_of(tmp_path, family, model, max_steps=2, shapley_warmup=0.0, shapley_weight=0.5)
+    trainer.train()
+    steps = history(trainer)
+    assert len(steps) == 2
+    for logs in steps:
+        assert logs["loss"] == pytest.approx(logs["task_loss"] + 0.5 * logs["shapley_loss"], rel=1e-4)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert not [name for name in moved if "text_model" in name or "logit_" in name or "text_projection" in name]
+    assert any("vision_model" in name for name in moved)
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_task_loss", "eval_shapley_loss", "eval_coalition_fit"} <= metrics.keys()
+    assert np.isfinite(list(metrics.values())).all()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = PeftModel.from_pretrained(matching.base(family), tmp_path / "saved")
+    one, other = (
+        explain(each, matching.pictures(2), matching.processor(family), texts=texts.captions(3))
+        for each in (model, again)
+    )
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.attributions, other.attributions)
+
+
+def test_training_on_pairs_finds_the_texts_of_the_images(tmp_path):
+    train = pairs(8)
+    trainer = matcher_of(tmp_path, train=train, held_out=train, max_steps=40, per_device_train_batch_size=8)
+    before = trainer.evaluate()["eval_task_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_task_loss"] < 0.5 * before
+    shown = explain(trainer.model, [row["image"] for row in train], matching.processor(), texts=texts.captions(8))
+    assert (shown.logits.argmax(dim=1) == torch.arange(8)).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_text_tower_trains_where_it_is_asked_to(tmp_path, family):
+    model = matching.base(family)
+    model = get_peft_model(model, ShapleyConfig(r=4, target_modules=r".*(text|vision)_model.*q_proj"))
+    trainer = matcher_of(tmp_path, family, model, max_steps=2)
+    before = trained(model)
+    trainer.train()
+    moved = {name for name, value in trained(model).items() if not torch.equal(value, before[name])}
+    assert any("text_model" in name for name in moved)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = PeftModel.from_pretrained(matching.base(family), tmp_path / "saved")
+    one, other = (
+        explain(each, matching.pictures(2), matching.processor(family), texts=texts.captions(3))
+        for each in (model, again)
+    )
+    assert torch.equal(one.logits, other.logits)
+
+
+def test_equal_captions_are_no_negatives(tmp_path):
+    twice = texts.captions(3) * 2
+    trainer = matcher_of(tmp_path, "siglip", train=pairs(6, twice))
+    batch = trainer.data_collator(trainer.train_dataset)
+    with torch.no_grad():
+        task = trainer.model.eval()(**batch).loss.item()
+        logits = trainer.model(**{**batch, "return_loss": None}).logits
+    same = torch.eye(3).repeat(2, 2)
+    expected = -torch.nn.functional.logsigmoid((2 * same - 1) * logits).sum(0).mean().item()
+    falsely = -torch.nn.functional.logsigmoid((2 * torch.eye(6) - 1) * logits).sum(0).mean().item()
+    assert task == pytest.approx(expected, rel=1e-5)
+    assert task != pytest.approx(falsely, rel=1e-3)
+
+
+def test_resuming_with_pairs_equals_an_uninterrupted_run(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+    def run(folder, **more):
+        model = matching.wrapped("clip", trained=False, lora_dropout=0.1)
+        return matcher_of(tmp_path / folder, model=model, **options, **more)
+
+    whole = run("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", callbacks=[StopAt(3)]).train()
+    resumed = run("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert_same(trained(whole.model), trained(resumed.model), atol=0, rtol=0)
+
+
+def test_captions_that_are_too_long(tmp_path):
+    long = pairs(4, [*texts.captions(3), "two " * 20])
+    with pytest.raises(ShapleyError, match=r"'two two .* has 22 tokens, the model takes 16"):
+        matcher_of(tmp_path, train=long, max_steps=2).train()
+    matcher_of(tmp_path, train=long, max_steps=2, truncate_texts=True).train()
+
+
+def test_pairs_without_texts_are_refused(tmp_path):
+    rows = [{"image": row["image"], "title": row["text"]} for row in pairs(4)]
+    with pytest.raises(ShapleyError, match=r"'text', 'caption'.*title"), pytest.warns(UserWarning, match="title"):
+        matcher_of(tmp_path, train=rows).train()
+    prepared = matching.images(count=4)["pixel_values"]
+    trainer = ShapleyTrainer(
+        matching.wrapped(),
+        arguments(tmp_path),
+        train_dataset=[{"pixel_values": pixels} for pixels in prepared],
+        data_collator=lambda rows: {"pixel_values": torch.stack([row["pixel_values"] for row in rows])},
+    )
+    with pytest.raises(ShapleyError, match="batch without texts"):
+        trainer.train()
+
+
+def test_a_matching_model_has_no_task_on_coalitions(tmp_path):
+    with pytest.raises(ShapleyError, match=r"coalition_task_weight.*Set it to 0"):
+        matcher_of(tmp_path, coalition_task_weight=0.5)
+
+
+def test_pairs_in_a_data_set(tmp_path):
+    train = images(8, labels=False, caption=texts.captions(8))
+    trainer = matcher_of(tmp_path, train=train, held_out=train, max_steps=2, remove_unused_columns=True)
+    trainer.train()
+    assert np.isfinite(trainer.evaluate()["eval_task_loss"])
+
+
+@pytest.mark.parametrize("prediction", ["vote", "classifier"])
+def test_a_classifier_of_patches_trains(tmp_path, prediction):
+    model = families.wrap(zoo.base("siglip2"), prediction, trained=False)
+    processor = matching.processor("siglip2").image_processor
+    trainer = ShapleyTrainer(
+        model, arguments(tmp_path), train_dataset=images(8), eval_dataset=images(4), processing_class=processor
+    )
+    before = trained(model)
+    trainer.train()
+    assert gap(before, trained(model)) > 0
+    assert np.isfinite(trainer.evaluate()["eval_task_loss"])
+
+
+def test_pictures_of_different_grids_in_a_batch_are_refused(tmp_path):
+    mixed = [
+        {"image": Image.new("RGB", size), "label": index}
+        for index, size in enumerate([(64, 16), (16, 64), (32, 32), (64, 16)])
+    ]
+    processor = matching.processor("siglip2").image_processor
+    model = families.wrap(zoo.base("siglip2"))
+    trainer = ShapleyTrainer(model, arguments(tmp_path), train_dataset=mixed, processing_class=processor)
+    with pytest.raises(ImageError, match="one grid of patches"):
+        trainer.train()
 
 
 # -- refusals and warnings -------------------------------------------------------------------------------------------

@@ -42,11 +42,21 @@ def _efficient(game: CoalitionGame, contributions: Tensor, own: Tensor | None) -
     if game.rules.prediction == "vote":
         assert game.null is not None
         null = game.null.float().expand(contributions.shape[0], -1)  # (B, K)
-        return null + contributions.sum(dim=1), contributions, null
+        total = contributions.sum(dim=1)  # (B, K)
+        return null + total, _in_the_plane(contributions, total), null
     assert own is not None
     null = game.empty_value().expand(own.shape[0], -1)  # (B, K)
     # Attributions describe the prediction and must not move it: no gradient through the logits here.
     return own, project_on_efficiency(contributions, own.detach().float(), null), null
+
+
+def _in_the_plane(contributions: Tensor, total: Tensor) -> Tensor:
+    """The same numbers (B, N, K), whose gradient leaves their sum `total` (B, K) alone.
+
+    The Shapley value is the minimiser of the Shapley loss among attributions of a given sum. A gradient that moves the
+    sum would make the prediction easier to explain instead of explaining it.
+    """
+    return contributions - ((total - total.detach()) / contributions.shape[1])[:, None]
 
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,28 @@ def dry_run(
         for handle in handles:
             handle.remove()
     return DryRun(image, options or {}, calls, order, attentions, scores)
+
+
+def all_flows_through(model: nn.Module, kind: Kind, family: Family, run: DryRun, source: str) -> bool:
+    """Whether the scores know nothing of the image but what the module `source` returned; yes for a model without any.
+
+    Shown another image, the model must score the first one if that module returns what it returned for that.
+    """
+    kept: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(copy.deepcopy(output))  # what runs behind may write into it
+
+    def exchange(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return copy.deepcopy(kept[-1])
+
+    scores: list[Tensor | None] = []
+    with torch.no_grad(), evaluating(model), unchanged(model):
+        for seed, hook in enumerate((keep, exchange)):
+            with model.get_submodule(source).register_forward_hook(hook):
+                scores.append(score(model, kind, family, {**noise(model, family, run.image, seed), **run.options}))
+    one, other = scores
+    return one is None or other is None or torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def first_tensor(output: Any) -> Tensor | None:

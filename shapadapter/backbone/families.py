@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -77,7 +77,19 @@ def register_family(
             (B, D, rows, cols), "channels_last" (B, rows, cols, D), or "latents" (B, L, D) without a place.
         prefix: tokens before the cells, with layout "tokens".
         scores: field of the model's output that holds the scores (B, K).
+
+    Raises:
+        ValueError: the layout is none of these, or something is said of features that are not named.
     """
+    if layout is not None and layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
+    if features is None and (layout is not None or prefix):
+        raise ValueError(
+            "layout and prefix say how features lie in a module's output: name the module, features='...'."
+        )
+    if prefix < 0 or (prefix and layout not in (None, "tokens")):
+        raise ValueError(f"prefix counts tokens before the cells, with layout='tokens'; got {prefix} with {layout!r}.")
+    layout = "tokens" if prefix else layout
     name = model_class if isinstance(model_class, str) else model_class.__name__
     _FAMILIES[name] = Family(features=features, layout=layout, prefix=prefix, scores=scores)
 

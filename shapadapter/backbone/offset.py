@@ -12,12 +12,12 @@ from .carrier import Carrier, Pass
 from .dryrun import noise, unchanged
 from .scoring import score
 
-# Cells from border to border, in an image large enough that the border cuts off little of a receptive field. Odd: the
-# middle cell is in the middle of the image.
-_CELLS = 7
+# Cells from border to border, so many that the border cuts off little of a receptive field. Odd: the middle cell is in
+# the middle of the image.
+_CELLS = 11
 
-# Images it is measured on, a multiple of four; more change the second decimal.
-_IMAGES = 8
+# Batches of four images; more change the second decimal.
+_BATCHES = 2
 
 
 def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
@@ -34,9 +34,9 @@ def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
         return 0.0, 0.0
     size = (_CELLS * anatomy.cell[0], _CELLS * anatomy.cell[1])
     try:
-        reach = _sensitivity(model, replace(anatomy, sample=size))  # (H, W)
+        reach = _reach(model, replace(anatomy, sample=size))
     except Exception:  # many things may break in a model that takes one size only
-        reach = _sensitivity(model, anatomy)
+        reach = _reach(model, anatomy)
     down, right = (_centre(reach.sum(dim=1 - axis)) / anatomy.cell[axis] for axis in (0, 1))
     return round(down, 2), round(right, 2)
 
@@ -50,12 +50,19 @@ def _centre(reach: Tensor) -> float:
     return float((peak * places).sum() / peak.sum())
 
 
-def _sensitivity(model: nn.Module, anatomy: Anatomy) -> Tensor:
+def _reach(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """How much each pixel moves the features of the cells in the middle, on average: (H, W) fp64."""
+    reach = torch.cat([_sensitivity(model, anatomy, batch) for batch in range(_BATCHES)])  # (R, H, W)
+    return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)
+
+
+def _sensitivity(model: nn.Module, anatomy: Anatomy, batch: int) -> Tensor:
+    """How much each pixel of four images moves the features of a cell in the middle, (4, H, W) fp64."""
     carrier = Carrier(anatomy)
-    images = torch.cat([noise(model, anatomy.family, anatomy.sample, i)["pixel_values"] for i in range(_IMAGES // 2)])
+    seeds = (2 * batch, 2 * batch + 1)
+    images = torch.cat([noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in seeds])
     rows, cols = anatomy.cells(images)
-    # With an even number of cells there are four in the middle, which take turns; else it is one.
+    # With an even number of cells there are four in the middle, one for each image; else it is one.
     middle = [row * cols + col for row in ((rows - 1) // 2, rows // 2) for col in ((cols - 1) // 2, cols // 2)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     images.requires_grad_()
@@ -67,12 +74,11 @@ def _sensitivity(model: nn.Module, anatomy: Anatomy) -> Tensor:
             with carrier.passing(Pass(rows * cols)) as current:
                 score(model, anatomy.kind, anatomy.family, {"pixel_values": images, **anatomy.options})
             assert current.features is not None
-            chosen = current.features[range(_IMAGES), middle * (_IMAGES // 4)]  # (B, D)
-            direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)).to(chosen)
+            chosen = current.features[range(4), middle]  # (4, D)
+            direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(batch)).to(chosen)
             (gradient,) = torch.autograd.grad((chosen * direction).sum(), images)
     finally:
         carrier.detach()
         for parameter in trained:
             parameter.requires_grad_(True)
-    reach = gradient.cpu().double().norm(dim=1)  # (B, C, H, W) -> (B, H, W)
-    return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)
+    return gradient.cpu().double().norm(dim=1)  # (4, C, H, W) -> (4, H, W)

@@ -17,8 +17,9 @@ from shapadapter.errors import UnsupportedModelError
 from .anatomy import Anatomy, evaluating
 from .carrier import Carrier, Pass, Removal, with_patch_mask
 from .dryrun import configured_size, noise, unchanged
-from .examine import AmbiguousModelError, find_readout, find_sequence, known
+from .examine import AmbiguousModelError, find_sequence, known
 from .pixels import pixels_of
+from .readout import find_readout
 from .scoring import score
 from .token import TokenCarrier, keep_cells
 

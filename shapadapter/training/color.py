@@ -40,8 +40,8 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)  # whose method only raises
-    if indexed and isinstance(dataset, Sized):
+    streamed = isinstance(dataset, IterableDataset)  # which has the method of data sets by index, but it only raises
+    if not streamed and isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
         count = min(len(dataset), _IMAGES)
         return (dataset[index * len(dataset) // count] for index in range(count))
     return itertools.islice(iter(dataset), _IMAGES)
