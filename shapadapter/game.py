@@ -33,19 +33,22 @@ class PatchGame:
 
     Args:
         model: a wrapped model.
-        pixel_values: (C, H, W) or (1, C, H, W), prepared by the image processor.
+        pixel_values: (C, H, W) or (1, C, H, W), prepared by the image processor; with NaFlex (N, 3 * p * p) or
+            (1, N, 3 * p * p).
         batch_size: coalitions evaluated at a time.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
     """
 
     def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int = 256, **options: Any) -> None:
         self.model = model
-        self.pixel_values = pixel_values[None] if pixel_values.ndim == 3 else pixel_values  # (1, C, H, W)
+        layer = active_layer(model)
+        alone = 2 if layer.anatomy.family.patches else 3  # dimensions of an image without a batch
+        self.pixel_values = pixel_values[None] if pixel_values.ndim == alone else pixel_values  # (1, C, H, W)
         if self.pixel_values.shape[0] != 1:
             raise ImageError(f"A game is about one image, got a batch of {self.pixel_values.shape[0]}.")
         self.batch_size = batch_size
         self.options = options
-        self.players = active_layer(model).tiling(self.pixel_values, **options).count
+        self.players = layer.tiling(self.pixel_values, **options).count
         with torch.inference_mode(), evaluating(model):
             output = model(pixel_values=self.pixel_values, **options)
         self.full_values: Tensor = output.logits[0].detach().float()  # (K,)

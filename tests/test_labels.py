@@ -185,6 +185,21 @@ def test_the_task_loss_of_coalitions_is_the_problems_own(tmp_path, kind, predict
     assert np.isfinite(logged(trainer, "coalition_task_loss")).all()
 
 
+def test_a_model_without_a_head_has_a_task_loss_on_coalitions_too(tmp_path):
+    model, entry = wrap(zoo.base("dinov3")), zoo.ZOO["dinov3"]
+    pixels = zoo.inputs(entry, batch=4)["pixel_values"]
+    rows = [{"pixel_values": image, "label": index} for index, image in enumerate(pixels)]
+    trainer = trainer_of(tmp_path, model, rows, max_steps=1, coalition_task_weight=0.5)
+    batch = {**trainer.data_collator(rows), "coalitions": coalitions(4)}
+    with torch.no_grad():
+        outputs = model(**batch)
+        terms = trainer._loss_terms(outputs, batch)
+    repeated = batch["labels"].repeat_interleave(5)
+    torch.testing.assert_close(
+        terms["coalition_task_loss"], F.cross_entropy(outputs.coalition_values.flatten(0, 1), repeated)
+    )
+
+
 # -- explanations ----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .anatomy import Kind, evaluating
 from .attention import recorded_attention
 from .families import Family
-from .scoring import score
+from .scoring import reply, score
 
 _Shape = tuple[int, ...] | None
 
@@ -64,9 +64,9 @@ def dry_run(
 
 
 def all_flows_through(model: nn.Module, kind: Kind, family: Family, run: DryRun, source: str) -> bool:
-    """Whether the scores know nothing of the image but what the module `source` returned; yes for a model without any.
+    """Whether the model's reply knows nothing of the image but what the module `source` returned.
 
-    Shown another image, the model must score the first one if that module returns what it returned for that.
+    Shown another image, it must reply as to the first one if that module returns what it returned for that.
     """
     kept: list[Any] = []
 
@@ -74,15 +74,18 @@ def all_flows_through(model: nn.Module, kind: Kind, family: Family, run: DryRun,
         kept.append(copy.deepcopy(output))  # what runs behind may write into it
 
     def exchange(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return copy.deepcopy(kept[-1])
+        return copy.deepcopy(kept[0])
 
-    scores: list[Tensor | None] = []
+    def replied(seed: int, hook: Any) -> Tensor | None:
+        with model.get_submodule(source).register_forward_hook(hook):
+            return reply(model, kind, family, {**noise(model, family, run.image, seed), **run.options})
+
     with torch.no_grad(), evaluating(model), unchanged(model):
-        for seed, hook in enumerate((keep, exchange)):
-            with model.get_submodule(source).register_forward_hook(hook):
-                scores.append(score(model, kind, family, {**noise(model, family, run.image, seed), **run.options}))
-    one, other = scores
-    return one is None or other is None or torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        first, second, exchanged = replied(0, keep), replied(1, keep), replied(1, exchange)
+    if first is None or second is None or exchanged is None:
+        return True
+    # Beside the difference that the images make: in an untrained model it may be tiny.
+    return bool((exchanged - first).abs().max() <= 1e-2 * (second - first).abs().max())
 
 
 def first_tensor(output: Any) -> Tensor | None:

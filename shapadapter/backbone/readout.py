@@ -137,8 +137,9 @@ def _candidates(names: dict[nn.Module, str], run: DryRun) -> Iterator[tuple[str,
 
 def _refuse_early(names: dict[nn.Module, str], run: DryRun, source: str) -> None:
     """Refuse to read a model out where much of it is still to come."""
+    heads = {module for module, shape in run.order if _classifies(module, shape, run)}
     before, later = (
-        sum(any(True for _ in module.parameters(recurse=False)) for module in set(part))
+        sum(any(True for _ in module.parameters(recurse=False)) for module in {*part} - heads)
         for part in finished(names, run, source)
     )
     if later > before / 2:

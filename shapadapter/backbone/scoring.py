@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -33,6 +34,15 @@ def score(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) 
     output = model.forward(**inputs, **named_fields(model))
     scores = getattr(output, family.scores, None)
     return scores if isinstance(scores, Tensor) else None
+
+
+def reply(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> Tensor | None:
+    """What `score` returns; of a model without scores the first tensor in its output, None if there is none."""
+    if kind == "matching":
+        return embed(model, inputs)
+    output = model.forward(**inputs, **named_fields(model))
+    fields = output.values() if isinstance(output, Mapping) else ()
+    return next((t for t in (getattr(output, family.scores, None), *fields) if isinstance(t, Tensor)), None)
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
