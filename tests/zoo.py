@@ -248,6 +248,9 @@ def build(name, seed=0, size=None, **config):
     for parameter in model.parameters():
         if not parameter.any():  # Siglip's scale and bias, two scalars
             nn.init.constant_(parameter, 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])  # as ChineseCLIP does when it is loaded
     return calibrate(model, entry, seed, size).eval()
 
 

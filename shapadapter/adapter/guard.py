@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy
-from shapadapter.errors import CheckpointError, UnsupportedModelError
+from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
 from .config import ShapleyConfig
 from .fingerprint import base_fingerprint, same_fingerprint
@@ -139,6 +139,21 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
             "Not saved: the base model's own weights have changed since it was wrapped, and the checkpoint would not "
             "contain them. Train the backbone with ShapleyConfig(tune='full') or modules_to_save=[...]."
         )
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse to merge LoRA where the sum of the weights does not compute the sum of the layers.
+
+    Raises:
+        ShapleyError: a convolution standardises its weights before it uses them, as BiT's and NFNet's do.
+    """
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(base, nn.Conv2d) and type(base).forward is not nn.Conv2d.forward:
+            raise ShapleyError(
+                f"{name} is a {type(base).__name__}, which transforms its weights before it uses them: merged, the model "
+                "would predict something else. Keep the adapter unmerged, or choose other target_modules."
+            )
 
 
 def check_complete(model: nn.Module, config: ShapleyConfig, name: str, state: dict[str, Tensor]) -> None:

@@ -29,7 +29,14 @@ from shapadapter.backbone import (
 from shapadapter.errors import UnsupportedModelError
 
 from .config import ShapleyConfig
-from .guard import check_base, check_complete, check_restorable, refuse_mixture, refuse_stacking
+from .guard import (
+    check_base,
+    check_complete,
+    check_mergeable,
+    check_restorable,
+    refuse_mixture,
+    refuse_stacking,
+)
 from .layer import ShapleyLayer
 from .start import start_from_classifier
 
@@ -97,6 +104,8 @@ class ShapleyModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layer = getattr(self.model, CHILD)
+        if merge:
+            check_mergeable(self.model)
         if merge and layer.active is not None and layer.rules[layer.active].prediction == "vote":
             warnings.warn(
                 "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
@@ -108,6 +117,15 @@ class ShapleyModel(LoraModel):
         delattr(self.model, CHILD)
         bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return bare
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold LoRA into the base weights, with token and head as they are; `unmerge_adapter` takes it back.
+
+        Raises:
+            ShapleyError: a convolution computes with other weights than its own.
+        """
+        check_mergeable(self.model)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     @classmethod
     def _get_adapter_state_dict(

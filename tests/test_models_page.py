@@ -1,0 +1,11 @@
+"""The page on models says what wrapping finds."""
+
+import runpy
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_page_is_up_to_date():
+    page = runpy.run_path(str(DOCS / "models.py"))["render"]()
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == page, "run: python docs/models.py --write"
