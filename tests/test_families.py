@@ -155,6 +155,8 @@ def with_dropout(model, share):
         for kind in kinds:
             if isinstance(vars(module).get(kind), float):
                 setattr(module, kind, 0.0 if "text" in path else share)
+        if hasattr(getattr(module, "config", None), "pos_embed_rescale"):
+            module.config.pos_embed_rescale = None if share == 0 else 2.0  # DINOv3 shakes its positions
     return model
 
 
@@ -409,6 +411,7 @@ def train(model, seed=0):
 def test_reload_is_bit_identical(tmp_path, name, prediction, tune):
     inputs, chosen = zoo.inputs(name), families.coalitions(2, 4, count(name))
     model = train(own(name, prediction, **({} if tune == "lora" else {"tune": tune})))
+    model.requires_grad_(False)  # as it is loaded: for weights that want gradients torch may choose another kernel
     expected = run(model, inputs, coalitions=chosen)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(zoo.base(name), tmp_path).eval()

@@ -63,7 +63,7 @@ def _comes_along(name: str, own: str, config: ShapleyConfig) -> bool:
         return True
     if config.bias != "none" and own.endswith(".bias"):
         return True
-    return bool(set(config.modules_to_save or ()) & set(own.split(".")))
+    return bool({part.split(".")[-1] for part in config.modules_to_save or ()} & set(own.split(".")))
 
 
 def same_fingerprint(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:

@@ -81,4 +81,14 @@ def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: st
         if name not in (*anatomy.backbone, own) and any(True for _ in child.parameters())
     ]
     backbone = [name for name in anatomy.backbone if any(True for _ in model.get_submodule(name).parameters())]
-    return [*backbone, *(heads if prediction == "classifier" else [])]
+    return [_unmistakable(model, name) for name in (*backbone, *(heads if prediction == "classifier" else []))]
+
+
+def _unmistakable(model: nn.Module, name: str) -> str:
+    """A child's name such that PEFT, which compares the ends of names, finds no other module by it.
+
+    With a part of the name that PEFT's wrapper puts in front, if need be; such a model cannot take the adapter without
+    the wrapper, by `add_adapter`.
+    """
+    others = (path for path, _ in model.named_modules() if path not in ("", name))
+    return f"model.{name}" if name == "model" or any(path.endswith(name) for path in others) else name
