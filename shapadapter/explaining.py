@@ -15,7 +15,7 @@ from .backbone import Tiling, evaluating, normalised
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation, find_class
 from .game import active_layer
-from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify
+from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify, unprocess
 from .texts import prepare_texts, text_rules
 
 
@@ -78,7 +78,7 @@ def _classes(
         if texts is not None:
             name = type(base_of(model)).__name__
             raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
-        return tuple(str(config.id2label[index]) for index in range(layer.anatomy.classes)), options
+        return tuple(str(config.id2label[index]) for index in range(layer.classes)), options
     if texts is None:
         raise ShapleyError("The model matches images with texts: pass texts=[...].")
     listed = (texts,) if isinstance(texts, str) else tuple(texts)
@@ -167,16 +167,14 @@ def _stack(images: list[Tensor]) -> Tensor:
 
 
 def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:
-    """Undo the processor's normalisation, (B, C, H, W) to (B, H, W, 3) uint8; without one, stretch each image."""
-    pixels, processor = pixels.float().cpu(), image_side(processor)
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    if processor is not None and getattr(processor, "do_normalize", True) and mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        pixels = pixels * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    elif processor is None:
+    """Undo the processor's arithmetic, (B, C, H, W) to (B, H, W, 3) uint8; without one, stretch each image."""
+    pixels = pixels.float().cpu()[:, :3]
+    if processor is None:
         low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
-        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-    scaled = (pixels * 255).round().clamp(0, 255).to(torch.uint8)  # (B, C, H, W)
+        scaled = (pixels - low) / (high - low).clamp(min=1e-12) * 255
+    else:
+        scaled = unprocess(pixels, image_side(processor))
+    scaled = scaled.round().clamp(0, 255).to(torch.uint8)  # (B, C, H, W)
     return scaled.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
 
 

@@ -51,6 +51,11 @@ class PatchGame:
         self.players = layer.tiling(self.pixel_values, **options).count
         with torch.inference_mode(), evaluating(model):
             output = model(pixel_values=self.pixel_values, **options)
+        if output.logits is None:
+            raise ShapleyError(
+                "The model matches images with texts: pass text_embeds=embed_texts(model, texts, processor), from "
+                "shapadapter.explaining."
+            )
         self.full_values: Tensor = output.logits[0].detach().float()  # (K,)
         self.null_values: Tensor = output.null_values[0].detach().float()  # (K,)
         self.attributions: Tensor = output.attributions[0].detach()  # (N, K)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -82,3 +83,18 @@ def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     side = math.isqrt(patches.shape[-1] // channels)
     tiles = patches[:, : rows * cols].reshape(-1, rows, cols, side, side, channels)
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, cols * side)
+
+
+def unprocess(pixels: Tensor, processor: Any) -> Tensor:
+    """Pixel values (B, C, H, W) as the processor made them, back to 0..255."""
+    if getattr(processor, "do_flip_channel_order", False):
+        pixels = pixels.flip(1)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if getattr(processor, "do_normalize", True) and mean is not None and std is not None:
+        means, stds = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (mean, std))
+        # EfficientNet divides by the deviation a second time for its classifier.
+        twice = getattr(processor, "include_top", False)
+        pixels = pixels * (stds.square() if twice else stds) + means
+    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
+    return (pixels + offset) / factor

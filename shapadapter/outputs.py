@@ -37,7 +37,8 @@ class MatchingOutput(ShapleyOutput):
 
     The game is played in the space of embeddings, in which a text is a direction: for the normalised embedding t (P,)
     of any text, `scale * embedding_attributions @ t` are its attributions, with the model's `scale`. Without texts,
-    `logits`, `attributions`, `null_values` and `coalition_values` are None.
+    `logits`, `attributions`, `null_values` and `coalition_values` are None. `hidden_states` and `attentions`, of which the
+    base model has those of two towers, are always None.
 
     Attributes:
         image_embeds: (B, P), with `classifier` prediction the model's own, normalised.

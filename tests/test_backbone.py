@@ -38,8 +38,9 @@ from zoo import MATCHING, READOUT, SEQUENCE, ZOO, of_kind
 from shapadapter import ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.backbone import default_targets, evaluating, linear_layers, settle
+from shapadapter.backbone import families as table
 from shapadapter.backbone.examine import find_sequence
-from shapadapter.backbone.families import _FAMILIES, register_family
+from shapadapter.backbone.families import register_family
 from shapadapter.backbone.readout import find_readout
 from shapadapter.errors import ImageError, UnsupportedModelError
 
@@ -322,7 +323,7 @@ def test_an_explicit_removal_that_needs_tokens_is_refused_without_them():
 
 
 def test_a_model_with_two_lists_can_be_registered(monkeypatch):
-    monkeypatch.setitem(_FAMILIES, "TwoLists", None)  # put back what was there, which was nothing
+    monkeypatch.setattr(table, "_FAMILIES", dict(table._FAMILIES))
     register_family(TwoLists, features="more.1", layout="tokens", prefix=1)
     model = _vit(TwoLists)
     anatomy, removal = settle(model)

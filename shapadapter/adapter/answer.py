@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from shapadapter.errors import ShapleyError
 from shapadapter.objective import project_on_efficiency
 from shapadapter.outputs import MatchingOutput, ShapleyOutput
 
@@ -14,20 +15,24 @@ from .game import CoalitionGame
 from .texts import similarity
 
 
-def answer(game: CoalitionGame, contributions: Tensor, output: Any) -> ShapleyOutput:
+def answer(game: CoalitionGame, contributions: Tensor, output: Any, travelled: bool) -> ShapleyOutput:
     """The output of one call.
 
     Args:
         game: the call's game.
         contributions: (B, N, K) what the head says each player adds, before efficiency.
         output: the base model's own.
+        travelled: whether a token went through the blocks with the image.
+
+    Raises:
+        ShapleyError: coalitions were given to a matching model, but no texts to compare them with.
     """
     matching = game.anatomy.kind == "matching"
     own = getattr(output, "image_embeds" if matching else game.anatomy.family.scores, None)
     full, attributions, null = _efficient(game, contributions, own)
     values = game.coalition_values()
     states = {
-        "hidden_states": game.call.base_states(getattr(output, "hidden_states", None)),
+        "hidden_states": game.call.base_states(getattr(output, "hidden_states", None), travelled),
         "attentions": getattr(output, "attentions", None),
     }
     if matching:
@@ -77,6 +82,8 @@ def _matched(
     assert texts is not None
     spaces: dict[str, Any] = {"image_embeds": full, "embedding_attributions": attributions, "null_embeds": null}
     if not texts.given:
+        if values is not None:
+            raise ShapleyError("Coalitions were given without texts; their values are similarities to texts.")
         return MatchingOutput(**spaces)
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
     logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)

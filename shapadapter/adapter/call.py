@@ -107,10 +107,10 @@ class ModelCall:
             for name, value in named.items()
         }
 
-    def base_states(self, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-        """Hidden states (B, T, D) without the Shapley token, which stands at index 0 inside the blocks."""
-        if states is None:
-            return None
+    def base_states(self, states: tuple[Tensor, ...] | None, travelled: bool) -> tuple[Tensor, ...] | None:
+        """Hidden states (B, T, D) without the Shapley token, which stands at index 0 inside the blocks if it travelled."""
+        if states is None or not travelled:
+            return states
         tokens = self.tokens if self.pixel_values.ndim == 4 else self.pixel_values.shape[1]
         return tuple(state[:, 1:] if state.ndim == 3 and state.shape[1] == tokens + 1 else state for state in states)
 

@@ -113,10 +113,12 @@ class ShapleyConfig(LoraConfig):
             )
         for name in ("grid", "cell_offset"):
             # json knows no tuples.
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1 or self.grid[0] * self.grid[1] < 2):
-            raise ValueError(f"grid must be (rows, cols) of at least two players, got {self.grid!r}.")
+        if self.grid is not None and not _is_grid(self.grid):
+            raise ValueError(
+                f"grid must be (rows, cols), two whole numbers, of at least two players; got {self.grid!r}."
+            )
         if self.id2label is not None:
             # json turns the keys into strings.
             self.id2label = {int(index): label for index, label in self.id2label.items()}
@@ -147,6 +149,11 @@ class ShapleyConfig(LoraConfig):
         if self.fill == "learned":
             names += ["fill"]
         return [f"lora_shapley_{name}" for name in names]
+
+
+def _is_grid(grid: Any) -> bool:
+    whole = isinstance(grid, tuple) and len(grid) == 2 and all(type(count) is int and count > 0 for count in grid)
+    return whole and grid[0] * grid[1] > 1
 
 
 def check_weights(path: Path, expected: list[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, Carrier, Pass, fill_absent, score, with_patch_mask
@@ -21,6 +22,7 @@ class Rules:
 
     Attributes:
         prediction: "vote" or "classifier".
+        classes: K of the adapter; with texts P.
         removal: "drop", "mask" or "pixels".
         blur: whether absent pixels show the blurred present ones.
         fill_color: the colour they show otherwise; None for black in the image processor's scale.
@@ -29,6 +31,7 @@ class Rules:
     """
 
     prediction: str
+    classes: int
     removal: Any
     blur: bool = False
     fill_color: tuple[float, ...] | None = None
@@ -92,14 +95,8 @@ class CoalitionGame:
         colour = self.fill
         if colour is None:
             colour = images.new_tensor(self.rules.fill_color or [0.0] * images.shape[1])  # (C,)
-        height, width = self.call.tiling.seen
-        seen = images[..., :height, :width]
-        filled = fill_absent(seen, present, self.call.tiling.players, colour, self.rules.blur)
-        if seen.shape == images.shape:
-            return filled
-        whole = images.clone()
-        whole[..., :height, :width] = filled
-        return whole
+        tiling = self.call.tiling
+        return fill_absent(images, present, tiling.players, colour, self.rules.blur, tiling.seen)
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""
@@ -119,17 +116,19 @@ class CoalitionGame:
                 order.append(rows)
                 values.append(self.value(images, present))
         if not values:
-            return call.pixel_values.new_zeros(*call.coalitions.shape[:2], self.anatomy.classes, dtype=torch.float32)
+            return call.pixel_values.new_zeros(*call.coalitions.shape[:2], self.rules.classes, dtype=torch.float32)
         # (B * M, K), back from order of size to order of the coalitions
         flat = torch.cat(values).index_select(0, torch.cat(order).argsort())
         return flat.unflatten(0, call.coalitions.shape[:2])
 
 
-def freeze_statistics(norms: tuple[nn.Module, ...]) -> None:
+def freeze_statistics(model: nn.Module) -> None:
     """Let batch norms use the statistics they were pretrained with.
 
     In training mode they would take those of the batch, and the values of coalitions, in which part of each image is
     missing, would be measured by another yardstick than the prediction.
     """
-    for norm in norms:
-        norm.training = False
+    if model.training:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = False

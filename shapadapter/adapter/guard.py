@@ -77,7 +77,8 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
             config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
             config.problem_type = model.config.problem_type
         return
-    if config.num_classes != anatomy.classes:
+    own_head = config.prediction == "vote" and anatomy.kind != "matching"  # the adapter brings its classes along
+    if config.num_classes != anatomy.classes and not own_head:
         raise CheckpointError(
             f"The adapter predicts {config.num_classes} classes ({_some(config.id2label)}), the base model has "
             f"{anatomy.classes}. Load the base with AutoModelForImageClassification.from_pretrained("

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, Pass, Tiling, carrier_for, named_fields, tile
@@ -67,7 +66,6 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self._call: ModelCall | None = None
         self._caller: int | None = None
         self._handles: list[Any] = []
-        self._norms: tuple[nn.Module, ...] = ()
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -75,7 +73,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         """Give adapter `name` its parameters, in fp32 on `device`."""
         leaves = new_leaves(
             self.anatomy.width,
-            self.anatomy.classes,
+            config.num_classes or self.anatomy.classes,
             config.head_width,
             # The base model's own head has no need of a null parameter: it is asked for v(empty).
             null=config.prediction == "vote",
@@ -92,6 +90,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         """Take over what the config of adapter `name` says about its game."""
         self.rules[name] = Rules(
             prediction=config.prediction,
+            classes=config.num_classes or self.anatomy.classes,
             removal=config.removal,
             blur=config.fill == "blur",
             fill_color=None if config.fill_color is None else tuple(config.fill_color),
@@ -104,6 +103,11 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         """Name of the adapter in force, None if there is none or adapters are disabled."""
         names = [name for name in self.active_adapters if name in self.rules]
         return None if self.disable_adapters or not names else names[0]
+
+    @property
+    def classes(self) -> int:
+        """K of the active adapter, which may have other classes than the base model; with texts P."""
+        return self.anatomy.classes if self.active is None else self.rules[self.active].classes
 
     def active_token(self) -> Tensor | None:
         """The active adapter's token (1, 1, D), None without one."""
@@ -154,7 +158,6 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def attach(self, model: PreTrainedModel) -> None:
         """Hook the model's own forward and, through the carrier, its blocks."""
         self.carrier.attach(model)
-        self._norms = tuple(module for module in model.modules() if isinstance(module, _BatchNorm))
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             # Always called: after an error, too, nothing of the pass may be left.
@@ -165,7 +168,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._norms = [], ()
+        self._handles = []
         self.carrier.detach()
 
     def _before_model(
@@ -174,7 +177,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         if self.active is None:
             return args, without_token(kwargs)
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
-        freeze_statistics(self._norms)
+        freeze_statistics(model)
         if torch.compiler.is_compiling():
             self._caller = None  # a compiled graph takes no locks
         else:
@@ -215,5 +218,5 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         )
         token = current.token if head.key is None else self.active_token()
         cells = head.contributions(current.features, token, call.tiling.cells)  # (B, cells, K)
-        result = answer(game, call.tiling.attributions(cells), output)
+        result = answer(game, call.tiling.attributions(cells), output, travelled=current.token is not None)
         return result if call.return_dict else result.to_tuple()

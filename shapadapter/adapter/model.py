@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,12 +194,13 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
             f"{type(model).__name__} has no classifier to predict with. Use ShapleyConfig(prediction='vote'), which brings "
             "a head of its own, or load the model with AutoModelForImageClassification."
         )
+    if config.fill_color is not None and len(config.fill_color) != anatomy.channels:
+        raise ValueError(
+            f"fill_color needs one number for each of {anatomy.channels} channels, got {list(config.fill_color)}."
+        )
     config.mechanism = "latents" if anatomy.layout == "latents" else anatomy.mechanism
     if config.grid is not None and config.cell_offset is None:
         config.cell_offset = measure_offset(model, anatomy)
-    if config.prediction == "vote" and config.num_classes is not None and anatomy.kind != "matching":
-        # The adapter brings its own head; how many classes the base model's has does not matter.
-        anatomy = replace(anatomy, classes=config.num_classes)
     return anatomy
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shapadapter.errors import ShapleyError
@@ -40,6 +41,8 @@ class Texts:
         for name in TEXT_INPUTS:
             options.pop(name, None)
         embeds = options.pop("text_embeds", None)
+        if embeds is not None:
+            embeds = F.normalize(embeds, dim=-1)  # (T, P)
         if inputs and embeds is not None:
             raise ValueError("Pass either input_ids or text_embeds, not both.")
         return cls(inputs, embeds, bool(options.pop("return_loss", None)))

@@ -110,6 +110,7 @@ def with_patch_mask(inputs: dict[str, Any], present: Tensor) -> dict[str, Any]:
     """
     if not present.any():
         return inputs
-    mask = torch.zeros_like(inputs["pixel_attention_mask"])  # (B, N)
-    mask[:, : present.shape[1]] = present.to(mask.dtype)
+    patches = inputs["pixel_values"]
+    mask = torch.zeros(patches.shape[:2], dtype=torch.long, device=patches.device)  # (B, N)
+    mask[:, : present.shape[1]] = present.long()
     return {**inputs, "pixel_attention_mask": mask}

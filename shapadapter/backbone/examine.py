@@ -93,7 +93,13 @@ def known(model: nn.Module) -> tuple[Family, Kind]:
         raise UnsupportedModelError(
             f"Expected a vision model, got {type(model).__name__}, whose forward takes no pixel_values."
         )
-    return family, kind_of(model)
+    kind = kind_of(model)
+    if kind == "matching" and not isinstance(getattr(model, "logit_scale", None), nn.Parameter):
+        raise UnsupportedModelError(
+            f"Expected a model that matches images with texts by a scaled product of embeddings, as CLIP and SigLIP do; "
+            f"{type(model).__name__} has no logit_scale."
+        )
+    return family, kind
 
 
 def first_run(model: nn.Module, kind: Kind, family: Family, attempts: _Attempts) -> DryRun:

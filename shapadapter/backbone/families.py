@@ -91,7 +91,8 @@ def register_family(
         raise ValueError(f"prefix counts tokens before the cells, with layout='tokens'; got {prefix} with {layout!r}.")
     layout = "tokens" if prefix else layout
     name = model_class if isinstance(model_class, str) else model_class.__name__
-    _FAMILIES[name] = Family(features=features, layout=layout, prefix=prefix, scores=scores)
+    patches = _FAMILIES.get(name, Family()).patches
+    _FAMILIES[name] = Family(features=features, layout=layout, prefix=prefix, scores=scores, patches=patches)
 
 
 def family_of(model: nn.Module) -> Family:

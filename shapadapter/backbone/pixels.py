@@ -15,7 +15,14 @@ from torch import Tensor
 Fill = Literal["mean", "blur", "learned"]
 
 
-def fill_absent(images: Tensor, present: Tensor, players: tuple[int, int], colour: Tensor, blur: bool) -> Tensor:
+def fill_absent(
+    images: Tensor,
+    present: Tensor,
+    players: tuple[int, int],
+    colour: Tensor,
+    blur: bool,
+    seen: tuple[int, int] | None = None,
+) -> Tensor:
     """Replace the tiles of absent players.
 
     Args:
@@ -24,11 +31,16 @@ def fill_absent(images: Tensor, present: Tensor, players: tuple[int, int], colou
         players: (rows, cols) of the tiles.
         colour: (C,), shown where nothing else is.
         blur: show, instead, the present pixels around, blurred into the gap; the colour where there are none near.
+        seen: (height, width) of the part of the image the players tile, if not the whole. What lies beyond belongs to the
+            last row and column: a convolution may reach into it.
 
     Returns:
         (R, C, H, W).
     """
-    kept = pixels_of(present, players, (images.shape[2], images.shape[3]))[:, None]  # (R, 1, H, W)
+    seen = seen or (images.shape[2], images.shape[3])
+    beyond = (0, images.shape[3] - seen[1], 0, images.shape[2] - seen[0])
+    tiles = pixels_of(present, players, seen)[:, None].to(images.dtype)  # (R, 1, h, w)
+    kept = F.pad(tiles, beyond, mode="replicate").bool()  # (R, 1, H, W)
     shown = colour.to(images.dtype).view(1, -1, 1, 1).expand_as(images)  # (R, C, H, W)
     if blur:
         shown = _blurred(images, kept, shown, players)

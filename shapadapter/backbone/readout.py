@@ -19,6 +19,9 @@ from .families import Family, Layout
 _SAMPLE = (128, 192)
 _SAMPLE_PATCHES = (8, 12)
 
+# And where cells are of 12, 20, 24 or 40 pixels, which do not divide that either.
+_OTHER_SAMPLE = (240, 360)
+
 # The players of a model whose features have no place in the image.
 _PLACELESS_CELL = (32, 32)
 
@@ -37,8 +40,18 @@ def find_readout(model: nn.Module) -> Anatomy:
     family, kind = known(model)
     if family.patches:
         raise UnsupportedModelError("images that come as patches have no feature map to read out")
+    try:
+        return _read_at(model, kind, family, _sample(model))
+    except UnsupportedModelError as error:
+        refused = error
+    try:
+        return _read_at(model, kind, family, _OTHER_SAMPLE)
+    except UnsupportedModelError:
+        raise refused from None  # what was seen at the usual size says more
+
+
+def _read_at(model: nn.Module, kind: Kind, family: Family, sample: tuple[int, int]) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
-    sample = _sample(model)
     run = first_run(model, kind, family, [(sample, {}), (sample, INTERPOLATE), (configured_size(model), {})])
     source, place = _feature_map(model, kind, family, run)
     height, width = run.image

@@ -94,7 +94,8 @@ def choose_removal(
         try:
             _check_base(model, carrier, inputs, plain)
             return _chosen(model, carrier, inputs, removal, grid)
-        except (RuntimeError, TypeError, AttributeError) as error:  # the model itself broke, e.g. on fewer tokens
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+            # The model itself broke, e.g. on fewer tokens.
             raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
         finally:
             carrier.detach()
@@ -178,6 +179,8 @@ def _only_pixels(anatomy: Anatomy, removal: Choice) -> Removal:
 
 
 def _as_told(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Removal:
+    if removal == "drop" and carrier.anatomy.family.patches:
+        raise UnsupportedModelError("this model masks patches by itself; use removal='mask'")
     features = _check_leak(model, carrier, inputs, removal)
     masked, _ = _try_leak(model, carrier, inputs, "mask") if removal == "drop" else (None, None)
     if removal == "drop" and not _in_place(model, carrier, inputs, features, masked):
@@ -235,12 +238,15 @@ def _unordered(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> bo
     order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(2)).to(inputs["pixel_values"].device)
     entering: list[Tensor] = []
 
-    def shuffle(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        entering.append(keep_cells(args[0], order.expand(len(args[0]), -1), anatomy.prefix))  # (2, P + cells, D)
-        return (entering[0], *args[1:])
+    def shuffle(
+        block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entering.append(keep_cells(hidden, order.expand(len(hidden), -1), anatomy.prefix))  # (2, P + cells, D)
+        return ((entering[0], *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": entering[0]})
 
     plain, scores = _run(model, carrier, inputs)
-    with model.get_submodule(anatomy.blocks[0]).register_forward_pre_hook(shuffle, prepend=True):
+    with model.get_submodule(anatomy.blocks[0]).register_forward_pre_hook(shuffle, prepend=True, with_kwargs=True):
         shuffled, again = _run(model, carrier, inputs)
     assert plain.features is not None
     assert shuffled.features is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shapadapter.errors import ImageError
@@ -39,12 +40,14 @@ class Tiling:
         """What the cells contribute, (B, cells, K), shared out among the players: (B, N, K). Sums stay as they are."""
         if self.players == self.cells:
             return contributions
-        return self._shares(contributions) @ contributions  # (N, cells) @ (B, cells, K) -> (B, N, K)
+        with torch.autocast(contributions.device.type, enabled=False):  # it would multiply in bfloat16
+            return self._shares(contributions) @ contributions  # (N, cells) @ (B, cells, K) -> (B, N, K)
 
     def cell_weights(self, present: Tensor) -> Tensor:
         """Which part of each cell belongs to present players: (R, N) bool to (R, cells) fp32."""
         weights = present.float()
-        return weights if self.players == self.cells else weights @ self._shares(weights)
+        with torch.autocast(present.device.type, enabled=False):
+            return weights if self.players == self.cells else weights @ self._shares(weights)
 
     def present_cells(self, present: Tensor) -> Tensor:
         """The cells of present players, where each cell belongs to one player: (R, N) bool to (R, cells) bool."""

@@ -86,7 +86,7 @@ class TokenCarrier(Carrier):
     def _before_first(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0]  # (B, P + cells, D)
+        hidden = args[0] if args else kwargs["hidden_states"]  # (B, P + cells, D)
         current = self.current
         token = self.source()
         prefix = self.anatomy.prefix
@@ -108,7 +108,7 @@ class TokenCarrier(Carrier):
         if token is not None:
             token = token.to(hidden.dtype).expand(hidden.shape[0], -1, -1)  # (B, 1, D)
             hidden = torch.cat([token, hidden], dim=1)  # (B, 1 + T, D)
-        return (hidden, *args[1:]), kwargs
+        return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _check_kernels(self) -> None:
         kernels = {kernel_of(module) for module in self._seats}

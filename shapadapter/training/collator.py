@@ -68,7 +68,7 @@ class ImageCollator:
         images = [row[column] for row in rows]
         if column == "pixel_values":
             own = [name for name in IMAGE_INPUTS if name in rows[0]]
-            return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in own}
+            return {name: _stacked(name, [torch.as_tensor(row[name]) for row in rows]) for name in own}
         if self.processor is None:
             raise ImageError(
                 "Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...)."
@@ -79,6 +79,13 @@ class ImageCollator:
         if unused and not self._warned:
             warnings.warn(f"The collator does not use the columns {sorted(unused)}.", stacklevel=3)
             self._warned = True
+
+
+def _stacked(name: str, values: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) > 1:
+        raise ImageError(f"Expected {name} of one shape in a batch, got {shapes}. Resize the images to one size.")
+    return torch.stack(values)  # (B, ...)
 
 
 def as_labels(values: list[Any]) -> Tensor:

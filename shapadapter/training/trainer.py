@@ -58,7 +58,7 @@ class ShapleyTrainer(Trainer):
         )
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
-                check_classes(kwargs.get(name), self.layer.anatomy.classes)
+                check_classes(kwargs.get(name), self.layer.classes)
         check_setting(model, args, kwargs.get("train_dataset") is not None)
         check_game(self.layer, args, kwargs.get("train_dataset") is not None)
         super().__init__(model, args, **kwargs)
@@ -224,7 +224,7 @@ class ShapleyTrainer(Trainer):
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
-        if self.args.shapley_weight > 0 and warmed_up and is_constant(spread, self.layer.anatomy.classes):
+        if self.args.shapley_weight > 0 and warmed_up and is_constant(spread, self.layer.classes):
             warnings.warn(
                 f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. "
                 "The Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, "
