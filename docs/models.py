@@ -97,7 +97,7 @@ def section(anatomy):
     """Under which title a model belongs."""
     if anatomy.kind != "classifier":
         return anatomy.kind
-    return "latents" if anatomy.layout == "latents" else anatomy.mechanism
+    return anatomy.mechanism
 
 
 def operators(model, chosen):

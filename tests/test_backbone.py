@@ -129,7 +129,8 @@ def test_the_final_map_of_everything_else_is_found(name):
     entry, model = ZOO[name], zoo.base(name)
     before = state(model)
     anatomy, removal = settle(model)
-    assert (anatomy.kind, anatomy.mechanism, removal) == ("classifier", "readout", "pixels")
+    mechanism = "latents" if entry.layout == "latents" else "readout"
+    assert (anatomy.kind, anatomy.mechanism, removal) == ("classifier", mechanism, "pixels")
     assert anatomy.classes == CLASSES
     assert not anatomy.blocks + anatomy.attentions
     if entry.layout == "latents":

@@ -18,8 +18,8 @@ class ShapleyConfig(LoraConfig):
     """LoRA plus a Shapley token and a projection head: everything a `LoraConfig` takes, and the fields below.
 
     `target_modules` may stay empty: the query and value projections are then adapted, in convolutional models the
-    convolutions. The fields after `head_width` are written
-    when a model is wrapped and checked when the adapter is loaded; leave them alone.
+    convolutions. The fields after `head_width` are written when a model is wrapped and checked when the adapter is
+    loaded; leave them alone.
     """
 
     prediction: Literal["vote", "classifier"] = field(

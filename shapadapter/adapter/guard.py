@@ -31,8 +31,8 @@ def refuse_stacking(model: nn.Module, known: set[str]) -> None:
     """
     if isinstance(model, PeftModel):
         raise UnsupportedModelError(
-            "The model is a PeftModel already. Wrap the bare model, get_peft_model(model.unload(), "
-            "ShapleyConfig(...)); ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
+            "The model is a PeftModel already. Wrap the bare model, get_peft_model(model.unload(), ShapleyConfig(...)); "
+            "ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
         )
     foreign = sorted(_adapter_names(model) - known)
     if foreign:

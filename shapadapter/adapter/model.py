@@ -198,7 +198,7 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
         raise ValueError(
             f"fill_color needs one number for each of {anatomy.channels} channels, got {list(config.fill_color)}."
         )
-    config.mechanism = "latents" if anatomy.layout == "latents" else anatomy.mechanism
+    config.mechanism = anatomy.mechanism
     if config.grid is not None and config.cell_offset is None:
         config.cell_offset = measure_offset(model, anatomy)
     return anatomy

@@ -8,7 +8,7 @@ from .carrier import Carrier, Pass, Removal, with_patch_mask
 from .families import Family, register_family
 from .offset import measure_offset
 from .pixels import fill_absent
-from .scoring import embed, named_fields, normalised, score
+from .scoring import named_fields, normalised, score
 from .selftest import carrier_for, choose_removal, settle
 from .targets import default_targets, linear_layers, trainable_parts
 from .tiling import Tiling, tile
@@ -23,7 +23,6 @@ __all__ = [
     "carrier_for",
     "choose_removal",
     "default_targets",
-    "embed",
     "evaluating",
     "fill_absent",
     "linear_layers",

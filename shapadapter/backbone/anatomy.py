@@ -63,8 +63,10 @@ class Anatomy:
     attentions: tuple[str, ...] = ()
 
     @property
-    def mechanism(self) -> Literal["sequence", "readout"]:
-        """Whether the token travels through the blocks, or reads the final features after them."""
+    def mechanism(self) -> Literal["sequence", "readout", "latents"]:
+        """Whether the token travels through the blocks, or reads the final map, or what cells gather from latents."""
+        if self.layout == "latents":
+            return "latents"
         return "sequence" if self.attentions else "readout"
 
     def cells(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> tuple[int, int]:

@@ -49,12 +49,6 @@ def find_sequence(model: nn.Module) -> Anatomy:
         tokens = rows * cols  # the rest is padding
     if not 0 <= tokens - rows * cols <= MOST_PREFIX:
         raise UnsupportedModelError(f"{rows * cols} patches enter, but the blocks hold {tokens} tokens")
-    seats = [names[module] for module in run.attentions]
-    hidden = len(seats) == len(blocks) and all(s.startswith(f"{b}.") for s, b in zip(seats, blocks, strict=True))
-    if seats and not hidden:
-        raise UnsupportedModelError(
-            f"expected one call of transformers' attention interface in each of {len(blocks)} blocks, saw {seats}"
-        )
     return Anatomy(
         kind=settled(kind, run),
         family=family,
@@ -72,8 +66,19 @@ def find_sequence(model: nn.Module) -> Anatomy:
         sample=run.image,
         options=run.options,
         blocks=blocks,
-        attentions=tuple(seats),
+        attentions=_seats(names, run, blocks),
     )
+
+
+def _seats(names: dict[nn.Module, str], run: DryRun, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The attention modules in which a token can be hidden: one in each block, or none at all."""
+    seats = tuple(names[module] for module in run.attentions)
+    hidden = len(seats) == len(blocks) and all(s.startswith(f"{b}.") for s, b in zip(seats, blocks, strict=True))
+    if seats and not hidden:
+        raise UnsupportedModelError(
+            f"expected one call of transformers' attention interface in each of {len(blocks)} blocks, saw {list(seats)}"
+        )
+    return seats
 
 
 def known(model: nn.Module) -> tuple[Family, Kind]:

@@ -28,8 +28,9 @@ from .color import mean_color
 class ShapleyTrainer(Trainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
-    Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns and `processing_class=` an image processor
-    are enough. Every step is one call of the wrapped model. The loss is
+    Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns
+    and `processing_class=` an image processor are enough; for a model that matches images with texts, `image` and `text`
+    columns and the processor of both. Every step is one call of the wrapped model. The loss is
 
         task_loss + shapley_weight * shapley_loss [+ coalition_task_weight * coalition_task_loss]
 
