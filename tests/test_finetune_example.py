@@ -45,7 +45,7 @@ import torch
 from test_finetune_example import train_on_given_coalitions
 trainer = train_on_given_coalitions({folder!r}, 4)
 assert trainer.args.world_size == 2
-drawn = trainer._draw_coalitions({"pixel_values": torch.zeros(4, 3, 32, 32)}, True)
+drawn = trainer._draw_coalitions({{"pixel_values": torch.zeros(4, 3, 32, 32)}}, True)
 torch.save(drawn, {folder!r} + f"/drawn-{{trainer.args.process_index}}.pt")
 if trainer.is_world_process_zero():
     from test_trainer import trained

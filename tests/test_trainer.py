@@ -593,7 +593,7 @@ def test_pairs_without_texts_are_refused(tmp_path):
         train_dataset=[{"pixel_values": pixels} for pixels in prepared],
         data_collator=lambda rows: {"pixel_values": torch.stack([row["pixel_values"] for row in rows])},
     )
-    with pytest.raises(ShapleyError, match="batch without texts"):
+    with pytest.raises(ShapleyError, match="without texts"):
         trainer.train()
 
 
