@@ -11,7 +11,7 @@ from shapadapter.errors import ShapleyError
 from shapadapter.objective import project_on_efficiency
 from shapadapter.outputs import MatchingOutput, ShapleyOutput
 
-from .game import CoalitionGame
+from .coalitions import CoalitionGame
 from .texts import similarity
 
 

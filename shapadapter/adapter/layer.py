@@ -20,8 +20,8 @@ from shapadapter.outputs import ShapleyOutput
 
 from .answer import answer
 from .call import ModelCall, without_token
+from .coalitions import CoalitionGame, Rules, freeze_statistics
 from .config import ShapleyConfig
-from .game import CoalitionGame, Rules, freeze_statistics
 from .head import ProjectionHead, new_leaves
 
 # A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
