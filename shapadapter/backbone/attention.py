@@ -73,8 +73,9 @@ def attend_with_token(
     seat.carrier.count_split()
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2] - 1:
         raise UnsupportedModelError(
-            f"Expected a mask or position bias for {key.shape[2] - 1} tokens, got {tuple(attention_mask.shape)}: the "
-            "model made it for the Shapley token as well. Leave interpolate_pos_encoding out."
+            f"Expected a mask or position bias for {key.shape[2] - 1} tokens, got {tuple(attention_mask.shape)}. Where "
+            "positions are relative, patches are masked, not dropped (removal='mask'), and interpolate_pos_encoding is left "
+            "out."
         )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
