@@ -104,16 +104,8 @@ def retrieval_after_deletion(
         ImageError: an image that the model cannot take.
         ValueError: a share outside 0..1, or a k below 1.
     """
-    layer = active_layer(model)
-    if layer.anatomy.kind != "matching":
-        raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts.")
-    if not deleted or not ks or not all(0 <= share <= 1 for share in deleted) or min(ks) < 1:
-        raise ValueError(f"Expected shares from 0 to 1 and k of at least 1, got deleted={deleted} and ks={ks}.")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    prepared = isinstance(images, Mapping) and "pixel_values" in images
-    count = len(images["pixel_values"]) if prepared else len(as_list(images))
-    if count != len(texts):
-        raise ShapleyError(f"Expected one text for each image, got {count} images and {len(texts)} texts.")
+    _check(model, images, texts, deleted, ks)
     with torch.inference_mode(), evaluating(model):
         directions = embed_texts(model, texts, processor)  # (T, P)
         conditions = [
@@ -129,17 +121,29 @@ def retrieval_after_deletion(
     similarity = torch.cat(parts, dim=1)  # (conditions, B, T)
     matches = torch.tensor([[one == other for other in texts] for one in texts])  # (B, T)
     rows = [
-        RetrievalRow(
-            share,
-            order if share else "none",
-            k,
-            float(recall_at_k(scores, k, matches)),
-            float(recall_at_k(scores.t(), k, matches.t())),
-        )
-        for (share, order), scores in zip(conditions, similarity, strict=True)
+        _row(condition, k, scores, matches)
+        for condition, scores in zip(conditions, similarity, strict=True)
         for k in ks
     ]
     return Retrieval(tuple(rows), len(texts))
+
+
+def _row(condition: tuple[float, str], k: int, similarity: Tensor, matches: Tensor) -> RetrievalRow:
+    """Both recalls of one condition, from similarities and matches (B, T)."""
+    share, order = condition
+    image_to_text, text_to_image = recall_at_k(similarity, k, matches), recall_at_k(similarity.t(), k, matches.t())
+    return RetrievalRow(share, order if share else "none", k, float(image_to_text), float(text_to_image))
+
+
+def _check(model: nn.Module, images: Any, texts: list[str], deleted: Sequence[float], ks: Sequence[int]) -> None:
+    if active_layer(model).anatomy.kind != "matching":
+        raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts.")
+    if not deleted or not ks or not all(0 <= share <= 1 for share in deleted) or min(ks) < 1:
+        raise ValueError(f"Expected shares from 0 to 1 and k of at least 1, got deleted={deleted} and ks={ks}.")
+    prepared = isinstance(images, Mapping) and "pixel_values" in images
+    count = len(images["pixel_values"]) if prepared else len(as_list(images))
+    if count != len(texts):
+        raise ShapleyError(f"Expected one text for each image, got {count} images and {len(texts)} texts.")
 
 
 def _similarities(
