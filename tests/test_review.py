@@ -153,3 +153,11 @@ def test_coordinates_of_an_explanation_at_an_odd_size():
     explanation = explain(model, zoo.inputs("convnext", size=(84, 84))["pixel_values"])
     assert explanation.images.shape[1:3] == (64, 64)
     assert explanation.heatmap().shape == (64, 64)
+
+
+def test_statistics_are_frozen_whatever_the_mode_of_the_whole():
+    """A part in training mode inside of a model in evaluation mode, as PEFT and users leave them."""
+    model = wrap(zoo.base("resnet"), "vote").eval()
+    expected = run(model, **zoo.inputs("resnet")).attributions
+    model.get_base_model().resnet.encoder.train()
+    assert torch.equal(run(model, **zoo.inputs("resnet")).attributions, expected)

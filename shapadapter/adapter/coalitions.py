@@ -25,7 +25,7 @@ class Rules:
         classes: K of the adapter; with texts P.
         removal: "drop", "mask" or "pixels".
         blur: whether absent pixels show the blurred present ones.
-        fill_color: the colour they show otherwise; None for black in the image processor's scale.
+        fill_color: the colour they show otherwise; None for 0 in the image processor's scale.
         grid: (rows, cols) of the players, None for the cells.
         offset: (down, right) by which cells look beside their place, in cells.
     """
@@ -128,7 +128,6 @@ def freeze_statistics(model: nn.Module) -> None:
     In training mode they would take those of the batch, and the values of coalitions, in which part of each image is
     missing, would be measured by another yardstick than the prediction.
     """
-    if model.training:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.training = False
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = False
