@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -218,5 +219,6 @@ def join(parts: Sequence[Explanation]) -> Explanation:
     sizes = sorted({tuple(part.images.shape[1:3]) for part in parts})
     if len(sizes) > 1:
         raise ImageError(f"Images of different sizes {sizes} cannot share one explanation; explain them separately.")
-    fields = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
-    return Explanation(labels=parts[0].labels, **{f: torch.cat([getattr(p, f) for p in parts]) for f in fields})
+    names = [field.name for field in fields(Explanation) if isinstance(getattr(parts[0], field.name), Tensor)]
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Explanation(**together, labels=parts[0].labels, method=parts[0].method)

@@ -1,33 +1,23 @@
 """What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
 
 import difflib
-import hashlib
-import json
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from shapadapter.errors import CheckpointError, ClassNotFoundError
+from shapadapter.files import read_explanation, write_explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMAT = "shapadapter.explanation"
-FORMAT_VERSION = 1
-TENSORS_NAME = "explanation.safetensors"
-JSON_NAME = "explanation.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ class Prediction:
 class Explanation:
     """The predictions for B images and what each player contributed to them.
 
-    For every shown class, null value + attributions = logit. All tensors are detached and on the CPU.
+    For every shown class, null value + attributions = logit, where the method that made the map has a unit (Grad-CAM
+    has none). All tensors are detached and on the CPU.
 
     Attributes:
         attributions: (B, rows, cols, C) float32, the contribution of each player to each shown class, in logits.
@@ -61,6 +52,10 @@ class Explanation:
         probabilities: (B, K) float32, in 0..1; NaN where the scores are quantities (regression).
         labels: The K class names.
         images: (B, H, W, 3) uint8, what the model saw; the grid lies exactly over it.
+        standard_errors: (B, rows, cols, C) float32, how far each attribution is from its Shapley value, in logits: one
+            standard deviation of what refinement leaves open. NaN where nothing is known, None without refinement.
+        evaluations: (B,) int64, the model evaluations spent on each image beyond the one pass, or None if not counted.
+        method: What made the attributions: "shapadapter", refined or not, or the name of another method.
 
     Raises:
         ValueError: If a shape, dtype or class index does not fit the others.
@@ -73,6 +68,9 @@ class Explanation:
     probabilities: Tensor
     labels: tuple[str, ...]
     images: Tensor
+    standard_errors: Tensor | None = None
+    evaluations: Tensor | None = None
+    method: str = "shapadapter"
 
     def __post_init__(self) -> None:
         shapes = [tuple(value.shape) for value in (self.attributions, self.logits, self.images)]
@@ -87,6 +85,10 @@ class Explanation:
         for name in ("logits", "null_values", "probabilities"):
             _check(name, getattr(self, name), (batch, classes), torch.float32)
         _check("images", self.images, (batch, *pixels, 3), torch.uint8)
+        if self.standard_errors is not None:
+            _check("standard_errors", self.standard_errors, (batch, *players, shown), torch.float32)
+        if self.evaluations is not None:
+            _check("evaluations", self.evaluations, (batch,), torch.int64)
         if len(self.labels) != classes:
             raise ValueError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
         if 0 in (*players, shown, *pixels):
@@ -106,15 +108,21 @@ class Explanation:
         else:
             raise IndexError(f"There is no image {item} among {len(self)}.")
         parts = {name: value[chosen] for name, value in self._tensors().items()}  # (B, ...) -> (b, ...)
-        return Explanation(**parts, labels=self.labels)
+        return Explanation(**parts, labels=self.labels, method=self.method)
 
     def __repr__(self) -> str:
         rows, cols, shown = self.attributions.shape[1:]
         gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) else ""
-        return f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes{gap})"
+        method = "" if self.method == "shapadapter" else f", {self.method}"
+        spent = f", {_range(self.evaluations)} evaluations" if self.evaluations is not None and len(self) else ""
+        return (
+            f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes"
+            f"{method}{spent}{gap})"
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def efficiency_gap(self) -> Tensor:
@@ -141,6 +149,35 @@ class Explanation:
             ClassNotFoundError: If the model has no such class.
             ValueError: If the class was not among the columns computed for every image.
         """
+        return self._column(self.attributions, name_or_id)
+
+    def interval(self, name_or_id: str | int, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Where the Shapley values of one class are, as far as refinement can tell.
+
+        Attribution plus and minus standard error times the quantile of the normal law: 1.96 for a level of 0.95.
+
+        Args:
+            name_or_id: A class name or a class index.
+            level: The share of players whose Shapley value lies inside, in 0..1.
+
+        Returns:
+            low (B, rows, cols) float32 and high (B, rows, cols) float32, in logits; NaN where no error is known.
+
+        Raises:
+            ClassNotFoundError: If the model has no such class.
+            ValueError: If the class was not computed for every image, the level is not between 0 and 1, or the
+                explanation has no standard errors.
+        """
+        if self.standard_errors is None:
+            raise ValueError("This explanation has no standard errors: explain again with refine=256.")
+        if not 0 < level < 1:
+            raise ValueError(f"Expected a level between 0 and 1, such as 0.95, but got {level}.")
+        values, errors = (self._column(part, name_or_id) for part in (self.attributions, self.standard_errors))
+        reach = NormalDist().inv_cdf((1 + level) / 2) * errors  # (B, rows, cols)
+        return values - reach, values + reach
+
+    def _column(self, values: Tensor, name_or_id: str | int) -> Tensor:
+        """The entries of one class, (B, rows, cols), of values (B, rows, cols, C)."""
         index = self.class_index(name_or_id)
         found = self.classes == index  # (B, C)
         missing = (~found.any(dim=1)).nonzero().flatten().tolist()  # (B, C) -> (B,) -> list
@@ -150,7 +187,7 @@ class Explanation:
                 f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
             )
         column = found.int().argmax(dim=1)  # (B, C) -> (B,)
-        return self.attributions[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+        return values[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
 
     def top(self, k: int = 3) -> list[list[Prediction]]:
         """The classes with the largest logits, best first.
@@ -220,22 +257,8 @@ class Explanation:
         Raises:
             FileExistsError: If a file of one of the two names is there that is not part of an explanation.
         """
-        directory = Path(directory)
-        taken = [name for name in (TENSORS_NAME, JSON_NAME) if (directory / name).exists()]
-        if taken and _read_json(directory / JSON_NAME).get("format") != FORMAT:
-            raise FileExistsError(f"{directory / taken[0]} is not part of an Explanation: move it or save elsewhere.")
-        # Cloned, because safetensors refuses tensors that share memory.
-        data = save_tensors({name: value.clone().contiguous() for name, value in self._tensors().items()})
-        about = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "shapadapter_version": _version(),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "labels": self.labels,
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        write_together({directory / JSON_NAME: json.dumps(about, indent=2).encode(), directory / TENSORS_NAME: data})
-        return directory
+        write_explanation(Path(directory), self._tensors(), {"labels": self.labels, "method": self.method})
+        return Path(directory)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Explanation":
@@ -250,26 +273,10 @@ class Explanation:
         Raises:
             CheckpointError: If a file is missing, damaged, of a newer version or does not belong to the other.
         """
-        about, path = _read_json(Path(directory) / JSON_NAME), Path(directory) / TENSORS_NAME
-        if about.get("format") != FORMAT or not path.is_file():
-            raise CheckpointError(
-                f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
-            )
-        version, writer = about.get("format_version"), about.get("shapadapter_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"Expected format_version {FORMAT_VERSION} in {directory}, but shapadapter {writer} wrote "
-                f"{version!r}: pip install --upgrade shapadapter"
-            )
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != about.get("sha256"):
-            raise CheckpointError(
-                f"{path} ({len(data)} bytes) is not the file that {JSON_NAME} describes: it was cut short, changed or "
-                "belongs to another explanation."
-            )
+        tensors, words = read_explanation(Path(directory))
         try:
-            return cls(**load_tensors(data), labels=tuple(about["labels"]))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            return cls(**tensors, labels=tuple(words["labels"]), method=words.get("method", "shapadapter"))
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
 
 
@@ -300,26 +307,6 @@ def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
     raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files so that none is ever seen half-written: each takes its name when all are complete.
-
-    Args:
-        contents: What to write, by path. The parent directories must exist.
-
-    Raises:
-        OSError: If a file could not be written; those that were there before are then unchanged.
-    """
-    staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
-    try:
-        for path, temporary in staged.items():
-            temporary.write_bytes(contents[path])
-        for path, temporary in staged.items():
-            temporary.replace(path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
-
-
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     plain = value.dtype == dtype and value.device.type == "cpu" and not value.requires_grad
     if tuple(value.shape) != shape or not plain:
@@ -334,16 +321,6 @@ def _some(values: Iterable[object]) -> str:
     return ", ".join(texts[:10]) + (f", ... ({len(texts)} in all)" if len(texts) > 10 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("shapadapter")
-    except metadata.PackageNotFoundError:
-        return None
+def _range(counts: Tensor) -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return str(low) if low == high else f"{low} to {high}"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 
 import shapadapter.explanation as explanation_module
 from shapadapter.errors import CheckpointError, ClassNotFoundError
-from shapadapter.explanation import JSON_NAME, TENSORS_NAME, Explanation, Prediction, write_together
+from shapadapter.explanation import Explanation, Prediction
+from shapadapter.files import JSON_NAME, TENSORS_NAME, write_together
 
 LABELS = ("zero", "one", "two", "seven", "eight")
 TENSORS = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
@@ -250,7 +251,9 @@ def _drop_a_tensor(path):
         (lambda path: (path / JSON_NAME).unlink(), "missing"),
         (lambda path: (path / JSON_NAME).write_text('{"format": "shapad'), "unreadable"),
         (lambda path: (path / JSON_NAME).write_text("[]"), "unreadable"),
-        (_change(format_version=2, shapadapter_version="9.9"), r"format_version 1 .* shapadapter 9\.9 wrote 2"),
+        (_change(format_version=3, shapadapter_version="9.9"), r"format_version 1 to 2 .* shapadapter 9\.9 wrote 3"),
+        (_change(format_version=0), "format_version 1 to 2 .* wrote 0"),
+        (_change(format_version=None), "format_version 1 to 2 .* wrote None"),
         (_change(labels=["a"]), "5 labels"),
         (_change(labels=None), "incomplete"),
         (_drop_a_tensor, "classes"),
@@ -276,5 +279,68 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
     names = [n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)]
     names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert {name.split(".")[0] for name in foreign} == {"numpy", "safetensors", "shapadapter", "torch"}
-    assert {name for name in foreign if name.startswith("shapadapter")} == {"shapadapter.errors"}
+    assert {name.split(".")[0] for name in foreign} == {"numpy", "shapadapter", "torch"}
+    assert {n for n in foreign if n.startswith("shapadapter")} == {"shapadapter.errors", "shapadapter.files"}
+
+
+@pytest.fixture
+def refined(explanation):
+    return replace(explanation, standard_errors=torch.rand(2, 2, 3, 2), evaluations=torch.tensor([64, 256]))
+
+
+def test_errors_and_their_cost_travel_along(refined, tmp_path):
+    refined = replace(refined, method="kernel_shap")
+    refined.save(tmp_path)
+    loaded = Explanation.load(tmp_path)
+    assert loaded.method == loaded[0].method == "kernel_shap"
+    assert torch.equal(loaded.standard_errors, refined.standard_errors)
+    assert torch.equal(loaded[1].standard_errors[0], refined.standard_errors[1])
+    assert loaded[1].evaluations.tolist() == [256]
+    assert ", kernel_shap, 64 to 256 evaluations, gap" in repr(refined)
+    assert ", 64 evaluations" in repr(refined[0])
+    assert "evaluations" not in repr(refined[:0])
+
+
+def test_an_explanation_without_errors_stays_without(explanation, tmp_path):
+    explanation.save(tmp_path)
+    for one in (explanation, explanation[0], Explanation.load(tmp_path)):
+        assert (one.standard_errors, one.evaluations, one.method) == (None, None, "shapadapter")
+    with pytest.raises(ValueError, match="refine=256"):
+        explanation.interval("seven")
+
+
+def test_files_of_version_1_are_read(explanation, tmp_path):
+    explanation.save(tmp_path)
+    about = json.loads((tmp_path / JSON_NAME).read_text())
+    del about["method"]
+    (tmp_path / JSON_NAME).write_text(json.dumps({**about, "format_version": 1}))
+    assert same(Explanation.load(tmp_path), explanation)
+
+
+def test_an_interval_is_the_attribution_and_its_error(refined):
+    low, high = refined.interval("seven")
+    errors = refined.standard_errors[..., 0]
+    assert torch.allclose((low + high) / 2, refined.for_label("seven"), atol=1e-6)
+    assert torch.allclose(high - low, 2 * 1.959964 * errors, atol=1e-5)
+    narrow, wide = (torch.sub(*reversed(refined.interval(3, level))) for level in (0.5, 0.99))
+    assert (narrow < high - low).all()
+    assert (wide > high - low).all()
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"got {level}"):
+            refined.interval("seven", level)
+    with pytest.raises(ValueError, match="not among the columns"):
+        refined.interval("eight")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("standard_errors", torch.zeros(2, 2, 3, 1)),
+        ("standard_errors", torch.zeros(2, 2, 3, 2, dtype=torch.float64)),
+        ("evaluations", torch.zeros(1, dtype=torch.int64)),
+        ("evaluations", torch.zeros(2)),
+    ],
+)
+def test_errors_that_do_not_fit_are_refused(explanation, name, value):
+    with pytest.raises(ValueError, match=name):
+        replace(explanation, **{name: value})

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.errors import CheckpointError
 from shapadapter.explaining import explain
-from shapadapter.explanation import Explanation, write_together
+from shapadapter.explanation import Explanation
+from shapadapter.files import write_together
 from shapadapter.visual import gallery, write_page
 
 from .digits import DigitScenes, build_digits

@@ -11,7 +11,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from shapadapter.explanation import Explanation, write_together
+from shapadapter.explanation import Explanation
+from shapadapter.files import write_together
 from shapadapter.visual.maps import BLUE, PICTURE_CONTRAST, RED, symmetric_limit
 from shapadapter.visual.wording import UNIT, columns, likelihood, number, one_line
 
