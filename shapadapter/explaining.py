@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from dataclasses import fields
 from typing import Any
 
@@ -51,23 +52,61 @@ def explain(
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
         ValueError: both `top_k` and `targets` were given, or `top_k` is less than 1.
     """
+    with torch.inference_mode(), evaluating(model):
+        found = predictions(model, images, processor, texts, top_k, targets, batch_size, options)
+        parts = [one_pass(batch) for batch in found]
+    return join(parts)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A batch of images after its forward pass.
+
+    Attributes:
+        inputs: the keyword arguments of that pass, texts and options among them.
+        output: what the model returned.
+        tiling: how the players lie on the images.
+        seen: (B, H, W, 3) uint8, the part of the images that the players tile.
+        classes: (B, C) int64, the classes to show.
+        labels: the K class names.
+        likelihood: how scores become probabilities: "softmax", "sigmoid" or "none".
+    """
+
+    inputs: dict[str, Any]
+    output: Any
+    tiling: Tiling
+    seen: Tensor
+    classes: Tensor
+    labels: tuple[str, ...]
+    likelihood: str
+
+
+def predictions(
+    model: nn.Module,
+    images: Any,
+    processor: Any | None,
+    texts: Sequence[str] | str | None,
+    top_k: int | None,
+    targets: Sequence[str | int] | str | int | None,
+    batch_size: int,
+    options: dict[str, Any],
+) -> Iterator[Predicted]:
+    """Prepare images, check what is asked of them, and run one forward pass on each batch; arguments as `explain`."""
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
     if batch_size < 1 or (isinstance(targets, Sequence) and not targets):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
-    parts = []
-    with torch.inference_mode(), evaluating(model):
-        labels, options = _classes(model, layer, texts, processor, options)
-        wanted = [targets] if isinstance(targets, str | int) else targets
-        chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
-        for inputs in prepared_batches(images, processor, batch_size):
-            tiling = layer.tiling(**inputs, **options)
-            seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
-            output = model(**inputs_on(inputs, model), return_dict=True, **options)
-            kept = columns(output.logits, chosen, top_k)
-            parts.append(_collect(output, seen, tiling.players, kept, labels, _likelihood(model)))
-    return join(parts)
+    labels, options = _classes(model, layer, texts, processor, options)
+    wanted = [targets] if isinstance(targets, str | int) else targets
+    chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
+    for inputs in prepared_batches(images, processor, batch_size):
+        tiling = layer.tiling(**inputs, **options)
+        seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
+        given = {**inputs_on(inputs, model), "return_dict": True, **options}
+        output = model(**given)
+        kept = columns(output.logits, chosen, top_k)
+        yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model))
 
 
 def _classes(
@@ -188,25 +227,25 @@ def columns(logits: Tensor, chosen: list[int] | None, top_k: int | None) -> Tens
     return kept.expand(batch, -1)
 
 
-def _collect(
-    output: Any, seen: Tensor, grid: tuple[int, int], kept: Tensor, labels: tuple[str, ...], likelihood: str
-) -> Explanation:
+def one_pass(batch: Predicted) -> Explanation:
+    """What the model itself says about a batch."""
+    output, kept = batch.output, batch.classes
     index = kept[:, None].expand(-1, output.attributions.shape[1], -1)  # (B, N, C)
-    attributions = output.attributions.gather(2, index).unflatten(1, grid)  # (B, rows, cols, C)
+    attributions = output.attributions.gather(2, index).unflatten(1, batch.tiling.players)  # (B, rows, cols, C)
     logits = output.logits.float()
     probabilities = {
         "softmax": logits.softmax(dim=1),
         "sigmoid": logits.sigmoid(),
         "none": torch.full_like(logits, torch.nan),
-    }[likelihood]  # (B, K)
+    }[batch.likelihood]  # (B, K)
     return Explanation(
         attributions=attributions.float().cpu().clone(),
         classes=kept.cpu().clone(),
         logits=logits.cpu().clone(),
         null_values=output.null_values.float().cpu().clone(),
         probabilities=probabilities.cpu().clone(),
-        labels=labels,
-        images=seen,
+        labels=batch.labels,
+        images=batch.seen,
     )
 
 
