@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,7 @@ def explain(
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
         ValueError: both `top_k` and `targets` were given, or `top_k` is less than 1.
     """
+    active_layer(model)  # what is no wrapped model is refused before its modes are touched
     with torch.inference_mode(), evaluating(model):
         found = predictions(model, images, processor, texts, top_k, targets, batch_size, options)
         parts = [one_pass(batch) for batch in found]
