@@ -124,6 +124,13 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         parameters: Any = getattr(self, f"lora_shapley_{leaf}")
         return parameters[name] if name in parameters else None  # noqa: SIM401
 
+    def fill_colour(self) -> Tensor:
+        """What the active adapter shows in place of absent pixels where they are not blurred, (C,), as processed."""
+        assert self.active is not None
+        learned = self._parameter("fill", self.active)
+        colour = self.rules[self.active].fill_color or [0.0] * self.anatomy.channels
+        return torch.tensor(colour) if learned is None else learned.detach()
+
     def tiling(self, pixel_values: Tensor, **options: Any) -> Tiling:
         """How the active adapter's players lie on images (B, C, H, W).
 

@@ -4,10 +4,11 @@ The only room that knows how models are built.
 """
 
 from .anatomy import Anatomy, evaluating, original_name
-from .carrier import Carrier, Pass, Removal, with_patch_mask
+from .attention import attention_weights
+from .carrier import Carrier, Pass, Removal, cells_first, with_patch_mask
 from .families import Family, register_family
 from .offset import measure_offset
-from .pixels import fill_absent
+from .pixels import fill_absent, sum_over_tiles
 from .scoring import named_fields, normalised, score
 from .selftest import carrier_for, choose_removal, settle
 from .targets import default_targets, linear_layers, trainable_parts
@@ -20,7 +21,9 @@ __all__ = [
     "Pass",
     "Removal",
     "Tiling",
+    "attention_weights",
     "carrier_for",
+    "cells_first",
     "choose_removal",
     "default_targets",
     "evaluating",
@@ -33,6 +36,7 @@ __all__ = [
     "register_family",
     "score",
     "settle",
+    "sum_over_tiles",
     "tile",
     "trainable_parts",
     "with_patch_mask",

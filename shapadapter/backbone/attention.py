@@ -49,6 +49,7 @@ class _Seat:
         self.carrier = carrier
         self.config = config
         self.seen = seen
+        self.weights: list[Tensor | None] | None = None  # where attention probabilities are collected
 
 
 def _base_attention(module: nn.Module, config: PretrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -67,9 +68,8 @@ def attend_with_token(
     additive or bool, (B or 1, heads or 1, T or 1, T), with position biases, padding and absent players in it.
     """
     seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
-    base = _base_attention(module, seat.config)
     if seat.carrier is None or not seat.carrier.has_token():
-        return base(module, query, key, value, attention_mask, **kwargs)
+        return _attend(module, seat, query, key, value, attention_mask, **kwargs)
     seat.carrier.count_split()
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2] - 1:
         raise UnsupportedModelError(
@@ -79,13 +79,21 @@ def attend_with_token(
         )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
-    output, weights = base(
-        module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], attention_mask, **kwargs
+    output, weights = _attend(
+        module, seat, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], attention_mask, **kwargs
     )  # (B, T, h, d)
     token = F.scaled_dot_product_attention(
         query[:, :, :1], key, value, attn_mask=_keys_in_sight(attention_mask), scale=kwargs.get("scaling")
     )  # (B, h, 1, d)
     return torch.cat([token.transpose(1, 2), output], dim=1), weights  # (B, 1 + T, h, d)
+
+
+def _attend(module: nn.Module, seat: _Seat, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention; its probabilities are noted where they are collected."""
+    output, weights = _base_attention(module, seat.config)(module, *args, **kwargs)
+    if seat.weights is not None:
+        seat.weights.append(weights)
+    return output, weights
 
 
 def _keys_in_sight(mask: Tensor | None) -> Tensor | None:
@@ -140,6 +148,30 @@ def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: li
         from .data2vec import ADAPTED
 
         module.__class__ = ADAPTED[type(module)]  # type: ignore[index]
+
+
+@contextmanager
+def attention_weights(model: nn.Module) -> Iterator[list[Tensor | None]]:
+    """Collect the attention probabilities (B, heads, T, T) of all seated modules, without the token, in call order.
+
+    Meanwhile the model runs the eager kernel, because the others do not tell their probabilities.
+    """
+    collected: list[Tensor | None] = []
+    seats: list[_Seat] = [m._shapadapter_seat for m in model.modules() if hasattr(m, "_shapadapter_seat")]  # type: ignore[misc]
+    configs = {id(seat.config): seat.config for seat in seats}
+    kernels = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for seat in seats:
+            seat.weights = collected
+        for config, _ in kernels:
+            # Not the public setter, which would hand the name on to the other tower of a matching model.
+            config._attn_implementation_internal = "eager"
+        yield collected
+    finally:
+        for seat in seats:
+            seat.weights = None
+        for config, kernel in kernels:
+            config._attn_implementation_internal = kernel
 
 
 @contextmanager

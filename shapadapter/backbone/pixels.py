@@ -49,12 +49,34 @@ def fill_absent(
 
 def pixels_of(present: Tensor, players: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Which pixels belong to present players: (R, N) to (R, H, W) bool. Tiles are equal, up to rounding."""
-    # The tile in which a pixel's centre lies, in whole numbers: rounding must not shift an edge.
-    rows, cols = (
-        torch.arange(1, 2 * pixels, 2, device=present.device) * tiles // (2 * pixels)
-        for pixels, tiles in zip(size, players, strict=True)
-    )
+    rows, cols = (_tile_of(pixels, tiles).to(present.device) for pixels, tiles in zip(size, players, strict=True))
     return present.unflatten(1, players)[:, rows][:, :, cols]  # (R, H, W)
+
+
+def sum_over_tiles(pixels: Tensor, players: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+    """Sum what belongs to pixels over the tile of each player.
+
+    Args:
+        pixels: (B, H, W, C).
+        players: (rows, cols) of the tiles.
+        seen: (height, width) of the part of the image the players tile. What lies beyond belongs to the last row and
+            column, as for `fill_absent`.
+
+    Returns:
+        (B, N, C) fp32.
+    """
+    sums = pixels.float()
+    for axis, (side, tiles) in enumerate(zip(seen, players, strict=True), start=1):
+        beyond = torch.full((pixels.shape[axis] - side,), tiles - 1)
+        index = torch.cat([_tile_of(side, tiles), beyond]).to(pixels.device)  # (H,), then (W,)
+        shape = (*sums.shape[:axis], tiles, *sums.shape[axis + 1 :])
+        sums = sums.new_zeros(shape).index_add(axis, index, sums)  # (B, rows, W, C), then (B, rows, cols, C)
+    return sums.flatten(1, 2)
+
+
+def _tile_of(pixels: int, tiles: int) -> Tensor:
+    """The tile in which each pixel's centre lies, (pixels,), in whole numbers: rounding must not shift an edge."""
+    return torch.arange(1, 2 * pixels, 2) * tiles // (2 * pixels)
 
 
 def _blurred(images: Tensor, kept: Tensor, colour: Tensor, players: tuple[int, int]) -> Tensor:
