@@ -15,6 +15,7 @@ from .adapter import ShapleyConfig, ShapleyModel, register
 register()
 
 if TYPE_CHECKING:
+    from .attributing import attribute
     from .backbone import register_family
     from .errors import (
         CheckpointError,
@@ -45,6 +46,7 @@ _LAZY = {
     "ShapleyTrainer": "training",
     "ShapleyTrainingArguments": "training",
     "UnsupportedModelError": "errors",
+    "attribute": "attributing",
     "explain": "explaining",
     "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
@@ -66,6 +68,7 @@ __all__ = [
     "ShapleyTrainingArguments",
     "UnsupportedModelError",
     "__version__",
+    "attribute",
     "explain",
     "register_family",
     "retrieval_after_deletion",

@@ -124,6 +124,11 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         parameters: Any = getattr(self, f"lora_shapley_{leaf}")
         return parameters[name] if name in parameters else None  # noqa: SIM401
 
+    @property
+    def travels(self) -> bool:
+        """Whether the active adapter's token stands at index 0 inside the blocks."""
+        return self.anatomy.mechanism == "sequence" and self.active_token() is not None
+
     def fill_colour(self) -> Tensor:
         """What the active adapter shows in place of absent pixels where they are not blurred, (C,), as processed."""
         assert self.active is not None

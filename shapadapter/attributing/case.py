@@ -1,0 +1,94 @@
+"""What every method of explanation is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapadapter.adapter import ShapleyLayer
+from shapadapter.backbone import sum_over_tiles
+from shapadapter.explaining import Predicted
+from shapadapter.images import IMAGE_INPUTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of images to explain, after its forward pass.
+
+    Attributes:
+        model: the wrapped model.
+        layer: its Shapley layer.
+        batch: the images and what the model said of them.
+        evaluations: how many model evaluations a method that samples may spend on each image.
+        generator: source of all randomness; the images draw from it in turn.
+        batch_size: images, or coalitions, in a forward pass.
+    """
+
+    model: nn.Module
+    layer: ShapleyLayer
+    batch: Predicted
+    evaluations: int
+    generator: torch.Generator
+    batch_size: int
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return self.batch.classes.shape[0]
+
+    @property
+    def players(self) -> int:
+        """N."""
+        return self.batch.tiling.count
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """The images (B, C, H, W), or as patches (B, L, p * p * C)."""
+        return self.batch.inputs["pixel_values"]
+
+    def image(self, index: int) -> dict[str, Any]:
+        """The inputs of one image, as a batch of one."""
+        return self._images(lambda value: value[index : index + 1])
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """Logits (r * B, K) of variants of the images, (r * B, C, H, W): first one of each image, then another."""
+        runs = pixel_values.shape[0] // self.images
+        inputs = self._images(lambda value: value.repeat(runs, *[1] * (value.ndim - 1)))
+        return self.model(**{**inputs, "pixel_values": pixel_values}).logits
+
+    def _images(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The inputs, with what belongs to the images changed."""
+        return {name: change(value) if name in IMAGE_INPUTS else value for name, value in self.batch.inputs.items()}
+
+    def shown(self, values: Tensor) -> Tensor:
+        """The columns (B, ..., C) of the classes to show, of (B, ..., K)."""
+        index = self.batch.classes.to(values.device).view(self.images, *[1] * (values.ndim - 2), -1)
+        return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+    def from_cells(self, cells: Tensor) -> Tensor:
+        """What the cells are worth, (B, cells, C), shared out among the players: (B, N, C)."""
+        return self.batch.tiling.attributions(cells.float())
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """What the pixels are worth, (B, H, W, C), summed over the players' tiles: (B, N, C)."""
+        seen = self.batch.seen
+        return sum_over_tiles(pixels, self.batch.tiling.players, (seen.shape[1], seen.shape[2]))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says.
+
+    Attributes:
+        maps: (B, N, C), what each player is worth to each shown class.
+        evaluations: model evaluations spent on each image beyond its forward pass; None if nobody counted.
+        standard_errors: (B, N, C), of the maps, where the method knows them.
+    """
+
+    maps: Tensor
+    evaluations: int | None = 0
+    standard_errors: Tensor | None = None
