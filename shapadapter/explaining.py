@@ -1,15 +1,17 @@
-"""Explain images with a wrapped model: one forward pass each."""
+"""Explain images with a wrapped model: one forward pass each, and more evaluations if asked for."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .adapter import ShapleyLayer
 from .backbone import Tiling, evaluating, normalised
@@ -17,6 +19,7 @@ from .errors import ImageError, ShapleyError
 from .explanation import Explanation, find_class
 from .game import active_layer
 from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify, unprocess
+from .refining import UNTIL, BatchGame, Plan, refined
 from .texts import prepare_texts, text_rules
 
 
@@ -29,9 +32,17 @@ def explain(
     top_k: int | None = None,
     targets: Sequence[str | int] | str | int | None = None,
     batch_size: int = 32,
+    refine: int | Literal["until"] = 0,
+    relative_error: float = 0.1,
+    max_refine: int = 4096,
+    seed: int = 0,
     **options: Any,
 ) -> Explanation:
     """Predict and explain images in one forward pass each, without gradients.
+
+    With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
+    standard errors: the posterior of `shapadapter.refinement.shapley_posterior`. From 2^N - 2 evaluations on they are the
+    Shapley values of the N players, exactly.
 
     Args:
         model: a wrapped model; its training mode is left as it was.
@@ -42,20 +53,48 @@ def explain(
             classes, and the logits are the similarities before softmax.
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
-        batch_size: images in a forward pass.
+        batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
+        refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
+        relative_error: with "until", an image is done when the expected L2 error of each shown map, as a share of the
+            map's length, is at most this.
+        max_refine: with "until", the most evaluations for an image; a warning says how many images are not done then.
+        seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
     Raises:
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
-        ValueError: both `top_k` and `targets` were given, or `top_k` is less than 1.
+        ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, or `refine` is not an even number.
     """
     active_layer(model)  # what is no wrapped model is refused before its modes are touched
-    with torch.inference_mode(), evaluating(model):
-        found = predictions(model, images, processor, texts, top_k, targets, batch_size, options)
-        parts = [one_pass(batch) for batch in found]
-    return join(parts)
+    plan = Plan.of(refine, relative_error, max_refine, seed)
+    parts: list[Explanation] = []
+    bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)
+    with torch.inference_mode(), evaluating(model), bar:
+        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
+            part = one_pass(batch)
+            if plan is not None:
+                game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
+                part = refined(part, game, plan, first=sum(map(len, parts)))
+            parts.append(part)
+    whole = join(parts)
+    if refine == UNTIL:
+        _warn_of_errors(whole, relative_error, max_refine)
+    return whole
+
+
+def _warn_of_errors(explanation: Explanation, wanted: float, most: int) -> None:
+    assert explanation.relative_errors is not None
+    worst = explanation.relative_errors.amax(dim=1)  # (B, C) -> (B,)
+    # They have been rounded to float32 since they were compared.
+    missed = worst[~(worst <= wanted * (1 + 1e-5))]
+    if len(missed):
+        warnings.warn(
+            f"{len(missed)} of {len(worst)} images are not at relative_error={wanted} after {most} evaluations, the worst "
+            f"is at {float(missed.max()):.2g}. Raise max_refine, or show fewer classes with top_k.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +285,7 @@ def one_pass(batch: Predicted) -> Explanation:
         probabilities=probabilities.cpu().clone(),
         labels=batch.labels,
         images=batch.seen,
+        evaluations=torch.zeros(len(kept), dtype=torch.int64),
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from shapadapter.errors import CheckpointError, ClassNotFoundError
 from shapadapter.files import read_explanation, write_explanation
+from shapadapter.refinement import relative_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +115,11 @@ class Explanation:
         rows, cols, shown = self.attributions.shape[1:]
         gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) else ""
         method = "" if self.method == "shapadapter" else f", {self.method}"
-        spent = f", {_range(self.evaluations)} evaluations" if self.evaluations is not None and len(self) else ""
+        spent = (
+            f", {_range(self.evaluations)} evaluations"
+            if self.evaluations is not None and self.evaluations.any()
+            else ""
+        )
         return (
             f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes"
             f"{method}{spent}{gap})"
@@ -131,6 +136,13 @@ class Explanation:
         total = self.attributions.double().sum(dim=(1, 2))  # (B, rows, cols, C) -> (B, C)
         rest = (self.null_values.double() - self.logits.double()).gather(1, self.classes)  # (B, K) -> (B, C)
         return (total + rest).abs().amax(dim=1)  # (B, C) -> (B,)
+
+    @property
+    def relative_errors(self) -> Tensor | None:
+        """(B, C) float64: the expected L2 error of each map as a share of its length, None without standard errors."""
+        if self.standard_errors is None:
+            return None
+        return relative_error(*(p.double().flatten(1, 2) for p in (self.attributions, self.standard_errors)))
 
     def class_index(self, name_or_id: str | int) -> int:
         """The index of a class, 0..K-1, from its name or index; see `find_class`."""

@@ -280,7 +280,11 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
     names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in foreign} == {"numpy", "shapadapter", "torch"}
-    assert {n for n in foreign if n.startswith("shapadapter")} == {"shapadapter.errors", "shapadapter.files"}
+    assert {n for n in foreign if n.startswith("shapadapter")} == {
+        "shapadapter.errors",
+        "shapadapter.files",
+        "shapadapter.refinement",
+    }
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""Spend more evaluations of the model on an explanation: which coalitions, in which rounds, and when it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .explanation import Explanation
+from .images import IMAGE_INPUTS
+from .refinement import Posterior, exact_posterior, shapley_posterior
+from .shapley import MAX_ENUMERATED_PLAYERS, all_coalitions, sample_in_turns, sample_sizes
+
+UNTIL = "until"
+
+FIRST_ROUND = 64
+"""Evaluations of the first round of "until"; each later round adds half of what was spent before."""
+
+COALITIONS = 32
+"""Coalitions of an image in a call of the model, which also evaluates the whole image each time."""
+
+ROWS = 8
+"""Coalitions, of all images, in a call: so many times `batch_size`. Most of them are much smaller than an image."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many evaluations each image gets.
+
+    Attributes:
+        totals: evaluations spent on an image after each round, increasing and even.
+        relative_error: an image whose shown classes all have at most this error is done.
+        seed: of the coalitions.
+    """
+
+    totals: tuple[int, ...]
+    relative_error: float
+    seed: int
+
+    @classmethod
+    def of(cls, refine: int | str, relative_error: float, max_refine: int, seed: int) -> Plan | None:
+        """The plan that arguments of `explain` ask for, None without refinement.
+
+        Raises:
+            ValueError: an odd or negative number of evaluations, or a relative error that is not positive.
+        """
+        most = max_refine if refine == UNTIL else refine
+        if isinstance(most, str) or most < 0 or most % 2 or (refine == UNTIL and not most):
+            raise ValueError(
+                "Coalitions come in pairs: expected refine to be an even number of evaluations, such as 256, or "
+                f"{UNTIL!r} with an even max_refine, got refine={refine!r} and max_refine={max_refine}."
+            )
+        if not relative_error > 0:
+            raise ValueError(f"Expected a positive relative_error, such as 0.1, got {relative_error}.")
+        if refine != UNTIL:
+            return cls((most,), 0.0, seed) if most else None
+        totals = [min(FIRST_ROUND, most)]
+        while totals[-1] < most:
+            totals.append(min(totals[-1] + max(2, totals[-1] // 4 * 2), most))
+        return cls(tuple(totals), relative_error, seed)
+
+    def coalitions(self, turn: int, images: list[int], players: int) -> Tensor:
+        """The new coalitions (b, m, N) of a round.
+
+        The sizes are the same for all images, so that coalitions of one size are a rectangular batch. Each image draws
+        from a source of its own, so that it does not matter with which others it is explained.
+        """
+        count = self.totals[turn] - (self.totals[turn - 1] if turn else 0)
+        sizes = sample_sizes(players, count // 2, self._source(turn, 0))  # (m / 2,)
+        return torch.stack([sample_in_turns(players, sizes, self._source(turn, 1 + image)) for image in images])
+
+    def _source(self, turn: int, place: int) -> torch.Generator:
+        state = np.random.SeedSequence(self.seed, spawn_key=(turn, place)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class BatchGame:
+    """The games of a batch of images.
+
+    Attributes:
+        model: a wrapped model.
+        inputs: keyword arguments of its forward for the batch.
+        classes: (B, C), the classes whose values are asked for.
+        batch_size: images in a forward pass.
+        count: called with the number of evaluations after each call of the model.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    classes: Tensor
+    batch_size: int
+    count: Callable[[int], Any] = field(default=lambda evaluations: None)
+
+    def values(self, images: Tensor, coalitions: Tensor) -> Tensor:
+        """v(S) of some images (b,), each with its coalitions (b, m, N) of the same sizes: (b, m, C) fp32, on the CPU."""
+        order = coalitions[0].sum(dim=1).argsort(stable=True)  # (m,): by size
+        together = max(1, ROWS * self.batch_size // COALITIONS)
+        parts = [
+            torch.cat([self._call(some, chosen[:, columns]) for columns in order.split(COALITIONS)], dim=1)
+            for some, chosen in zip(images.split(together), coalitions.split(together), strict=True)
+        ]
+        return torch.cat(parts)[:, order.argsort()]
+
+    def _call(self, images: Tensor, coalitions: Tensor) -> Tensor:
+        device = self.classes.device
+        rows = images.to(device)
+        inputs = {name: value[rows] if name in IMAGE_INPUTS else value for name, value in self.inputs.items()}
+        values = self.model(**inputs, coalitions=coalitions.to(device)).coalition_values  # (b, m, K)
+        self.count(coalitions.shape[0] * coalitions.shape[1])
+        shown = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, m, C)
+        return values.gather(2, shown).float().cpu()
+
+
+def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -> Explanation:
+    """The explanation of a batch after more evaluations.
+
+    Args:
+        explanation: what one forward pass says.
+        game: of the same images.
+        plan: how many evaluations.
+        first: the number of its first image among all that are explained; coalitions depend on it.
+    """
+    prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
+    batch, players, shown = prior.shape
+    ends = torch.stack([explanation.null_values, explanation.logits], dim=1)  # (B, 2, K)
+    ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C)
+    mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
+    spent = torch.zeros(batch, dtype=torch.int64)
+    # Of the images that are not done yet, (b,): their coalitions and values so far.
+    images = torch.arange(batch)
+    coalitions, values = torch.empty(batch, 0, players, dtype=torch.bool), torch.empty(batch, 0, shown)
+    for turn, total in enumerate(plan.totals):
+        # The same for all images that are left.
+        before = plan.totals[turn - 1] if turn else 0
+        if players <= MAX_ENUMERATED_PLAYERS and total >= 2**players - 2 <= plan.totals[-1] - before:
+            found = _enumerated(game, images, ends[images], players)
+            spent[images] += 2**players - 2
+        else:
+            new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
+            coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
+            values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
+            found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
+            spent[images] = total
+        mean[images], error[images] = found.mean, found.standard_error
+        left = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
+        images, coalitions, values = images[left], coalitions[left], values[left]
+        if not len(images):
+            break
+    grid = explanation.attributions.shape[1:3]
+    maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
+    return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent)
+
+
+def _enumerated(game: BatchGame, images: Tensor, ends: Tensor, players: int) -> Posterior:
+    """The Shapley values (b, N, C) of some images (b,), given the values of nobody and of everybody (b, 2, C)."""
+    proper = all_coalitions(players)[1:-1].expand(len(images), -1, -1)  # (b, 2**N - 2, N)
+    values = torch.cat([ends[:, :1], game.values(images, proper), ends[:, 1:]], dim=1)  # (b, 2**N, C)
+    found = exact_posterior(values.transpose(0, 1))  # (N, b, C)
+    return Posterior(found.mean.transpose(0, 1), found.standard_error.transpose(0, 1))
