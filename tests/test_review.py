@@ -17,7 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from shapadapter import PatchGame, ShapleyConfig, ShapleyError, explain
 from shapadapter.errors import ImageError
 from shapadapter.images import prepare_images, unprocess
-from shapadapter.training.collator import ImageCollator
+from shapadapter.collator import ImageCollator
 
 
 def run(model, **inputs):

@@ -1,7 +1,8 @@
 """Fine-tuning with the Shapley objective."""
 
+from shapadapter.collator import ImageCollator
+
 from .arguments import ShapleyTrainingArguments
-from .collator import ImageCollator
 from .trainer import ShapleyTrainer
 
 __all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments"]

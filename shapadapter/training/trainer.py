@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from shapadapter.adapter.answer import task_loss
+from shapadapter.collator import IMAGE_COLUMNS, TEXT_COLUMNS, ImageCollator
 from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
 from shapadapter.game import active_layer
 from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
@@ -21,7 +22,6 @@ from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
 from .checks import check_classes, check_game, check_setting, is_constant
-from .collator import IMAGE_COLUMNS, TEXT_COLUMNS, ImageCollator
 from .color import mean_color
 
 
