@@ -1,0 +1,1 @@
+"""Measure a wrapped model and its explanations on a data set."""
