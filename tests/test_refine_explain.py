@@ -1,0 +1,204 @@
+"""`explain(refine=...)`: the model's own Shapley values, however images are batched and players removed."""
+
+import warnings
+
+import families
+import matching
+import pytest
+import torch
+from families import images, wrap
+
+from shapadapter import Explanation, PatchGame, explain
+
+SMALL = {"interpolate_pos_encoding": True}  # 2 x 4 players: 254 coalitions besides nobody and everybody
+TEXTS = ["a cat", "a dog", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wrap("vit", "classifier")
+
+
+@pytest.fixture(scope="module")
+def exact(model):
+    """(3, 8, 5), by enumeration."""
+    return torch.stack([PatchGame(model, image, **SMALL).exact() for image in images(3, 16, 32)])
+
+
+def error(explanation, exact):
+    return ((explanation.attributions.flatten(1, 2) - exact).norm(dim=1) / exact.norm(dim=1)).mean()
+
+
+def test_without_refinement_nothing_changes(model):
+    plain, none = explain(model, images()), explain(model, images(), refine=0)
+    assert torch.equal(plain.attributions, none.attributions)
+    assert none.standard_errors is none.relative_errors is None
+    assert none.evaluations.tolist() == [0, 0]
+    assert "evaluations" not in repr(none)
+
+
+def test_more_evaluations_come_nearer_to_the_truth(model, exact):
+    found = [explain(model, images(3, 16, 32), refine=evaluations, **SMALL) for evaluations in (0, 32, 128, 252)]
+    errors = [error(one, exact) for one in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.15
+    expected = [one.relative_errors.mean() for one in found[1:]]
+    assert expected == sorted(expected, reverse=True)
+    for one, spent in zip(found[1:], (32, 128, 252), strict=True):
+        assert one.evaluations.tolist() == [spent] * 3
+        assert one.efficiency_gap.max() < 1e-5
+        low, high = (part.flatten(1, 2) for part in one.interval(2))
+        assert ((low <= exact[..., 2]) & (exact[..., 2] <= high)).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("refine", [254, 1000])
+def test_all_coalitions_give_the_truth_itself(model, exact, refine):
+    found = explain(model, images(3, 16, 32), refine=refine, **SMALL)
+    assert error(found, exact) < 1e-5
+    assert (found.standard_errors == 0).all()
+    assert found.evaluations.tolist() == [254] * 3
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("vit", {"prediction": "vote", "removal": "drop"}),
+        ("vit", {"prediction": "vote", "removal": "mask"}),
+        ("vit", {"prediction": "vote", "removal": "pixels"}),
+        ("dinov2", {"prediction": "classifier", "removal": "pixels", "fill": "blur"}),
+        ("siglip", {"prediction": "vote", "grid": (2, 4)}),
+    ],
+)
+def test_every_way_of_removal(family, config):
+    model = wrap(family, **{"grid": (2, 2), **config})
+    exact = torch.stack([PatchGame(model, image).exact() for image in images(2)])
+    found = explain(model, images(2), refine=1000)
+    assert error(found, exact) < 1e-5
+    assert (error(explain(model, images(2), refine=12), exact) < 5 * error(explain(model, images(2)), exact)).all()
+
+
+def test_texts():
+    """The values are similarities; each image shows texts of its own."""
+    model, processor = matching.wrapped("clip", grid=(2, 4)), matching.processor("clip")
+    options = {"texts": TEXTS, "top_k": 2}
+    found = explain(model, matching.pictures(3), processor, refine=254, **options)
+    plain = explain(model, matching.pictures(3), processor, **options)
+    assert torch.equal(found.classes, plain.classes)
+    assert torch.equal(found.logits, plain.logits)
+    pixels = matching.images("clip", 3)["pixel_values"]
+    ids = matching.tokens("clip", TEXTS)
+    with torch.no_grad():
+        embeds = model.get_base_model().get_text_features(**ids).pooler_output
+    for index in range(3):
+        game = PatchGame(model, pixels[index], text_embeds=embeds / embeds.norm(dim=1, keepdim=True))
+        exact = game.exact()[:, found.classes[index]]
+        assert (found.attributions[index].flatten(0, 1) - exact).abs().max() < 1e-4 * exact.abs().max()
+    some = explain(model, matching.pictures(3), processor, refine=100, **options)
+    assert (some.attributions - found.attributions).norm() < 0.5 * (plain.attributions - found.attributions).norm()
+
+
+def test_the_shown_classes_are_refined_as_if_all_were_shown(model):
+    everything = explain(model, images(), refine=20)
+    some = explain(model, images(), refine=20, targets=["dog", 1])
+    for label in ("dog", "bee"):
+        assert torch.allclose(some.for_label(label), everything.for_label(label), atol=1e-5)
+        assert torch.allclose(some.interval(label)[0], everything.interval(label)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("refine", [40, "until"])
+def test_it_does_not_matter_how_images_are_batched(model, refine):
+    options = {"refine": refine, "relative_error": 0.4, "max_refine": 1000, "top_k": 1}
+    together = explain(model, images(5), **options)
+    for batch_size in (1, 2):
+        parts = explain(model, images(5), batch_size=batch_size, **options)
+        assert torch.equal(parts.evaluations, together.evaluations)
+        assert torch.allclose(parts.attributions, together.attributions, atol=1e-4)
+        assert torch.allclose(parts.standard_errors, together.standard_errors, atol=1e-4)
+
+
+def test_seeds(model):
+    first, again, other = (explain(model, images(), refine=20, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.attributions, again.attributions)
+    assert not torch.allclose(first.attributions, other.attributions)
+    # One image twice: not the same coalitions.
+    twice = explain(model, images(1).expand(2, -1, -1, -1), refine=20)
+    assert not torch.allclose(twice.attributions[0], twice.attributions[1])
+    state = torch.get_rng_state()
+    explain(model, images(), refine=20)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_until_spends_on_each_image_what_it_takes(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = explain(model, images(6), refine="until", relative_error=0.35, top_k=1)
+    assert (found.relative_errors <= 0.35 * (1 + 1e-5)).all()
+    assert len(found.evaluations.unique()) > 1
+    assert (found.evaluations % 2 == 0).all()
+    for index, spent in enumerate(found.evaluations.tolist()):
+        # Not much more than needed: one round less was not enough.
+        if spent > 64:
+            less = explain(model, images(6), refine="until", relative_error=1e-9, max_refine=spent // 4 * 2, top_k=1)
+            assert less.relative_errors[index] > 0.35 / 2
+
+
+def test_until_the_budget_ends(model):
+    with pytest.warns(UserWarning, match=r"4 of 4 images .* 0\.001 after 100 evaluations, the worst is at"):
+        found = explain(model, images(4), refine="until", relative_error=0.001, max_refine=100, batch_size=2)
+    assert found.evaluations.tolist() == [100] * 4
+
+
+def test_until_few_players_are_enumerated(model, exact):
+    found = explain(model, images(3, 16, 32), refine="until", relative_error=0.01, **SMALL)
+    assert error(found, exact) < 1e-5
+    assert (found.relative_errors == 0).all()
+    assert (found.evaluations <= 4096).all()
+    with pytest.warns(UserWarning, match="after 300"):  # 216 are spent when all 254 would be the next step
+        found = explain(model, images(3, 16, 32), refine="until", relative_error=0.01, max_refine=300, **SMALL)
+    assert found.evaluations.tolist() == [300] * 3
+
+
+def test_coalitions_are_evaluated_together_and_the_mode_is_left(model):
+    shapes = []
+    block = model.get_base_model().vit.layers[0]
+    hook = block.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+    try:
+        model.train()
+        explain(model, images(4), refine=64, batch_size=4)
+        assert model.training
+    finally:
+        hook.remove()
+        model.eval()
+    whole = sum(images for images, tokens, _ in shapes if tokens == families.PLAYERS + 2)
+    calls = 1 + 4 * 64 // 32
+    assert whole == 4 + calls - 1  # the one pass, and one image more in every 32 coalitions
+    assert sum(images for images, _, _ in shapes) == 4 * 64 + whole + calls  # each also evaluates nobody once
+    assert max(images for images, _, _ in shapes) <= 8 * 4
+
+
+def test_errors_are_saved_and_shown(model, tmp_path):
+    found = explain(model, images(), refine=20, top_k=2)
+    found.save(tmp_path / "why")
+    loaded = Explanation.load(tmp_path / "why")
+    assert torch.equal(loaded.standard_errors, found.standard_errors)
+    assert torch.equal(loaded.evaluations, found.evaluations)
+    assert ", 20 evaluations, gap" in repr(loaded)
+    assert loaded[1].standard_errors.shape == (1, 4, 4, 2)
+    found.figure(0)
+    assert found.save_html(tmp_path / "why.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"refine": 7},
+        {"refine": -2},
+        {"refine": "always"},
+        {"refine": "until", "max_refine": 101},
+        {"refine": "until", "max_refine": 0},
+        {"refine": "until", "relative_error": 0},
+    ],
+)
+def test_wrong_requests(model, wrong):
+    with pytest.raises(ValueError, match=r"refine=|relative_error"):
+        explain(model, images(), **wrong)
