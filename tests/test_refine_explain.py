@@ -143,7 +143,7 @@ def test_until_spends_on_each_image_what_it_takes(model):
 
 
 def test_until_the_budget_ends(model):
-    with pytest.warns(UserWarning, match=r"4 of 4 images .* 0\.001 after 100 evaluations, the worst is at"):
+    with pytest.warns(UserWarning, match=r"4 of 4 images .*=0\.001 after 100 evaluations, the worst is at"):
         found = explain(model, images(4), refine="until", relative_error=0.001, max_refine=100, batch_size=2)
     assert found.evaluations.tolist() == [100] * 4
 
