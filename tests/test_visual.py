@@ -268,6 +268,21 @@ def test_page_holds_the_attributions_and_the_picture(tmp_path):
         assert number(image["limit"], sign=True) in page.words
 
 
+def test_page_states_errors_beside_the_values(tmp_path):
+    errors = torch.rand(2, 4, 4, 3)
+    errors[1] = torch.nan
+    explanation = replace(make(), standard_errors=errors)
+    _, page = read(explanation.save_html(tmp_path / "why.html"))
+    refined, unknown = json.loads(page.scripts[0])
+    for found in refined["classes"]:
+        column = explanation.classes[0].tolist().index(explanation.class_index(found["label"]))
+        np.testing.assert_allclose(found["errors"], errors[0, :, :, column], rtol=0.06)
+    assert {found["errors"] for found in unknown["classes"]} == {None}
+    assert "stated(row, col)" in page.scripts[1]
+    plain = read(make().save_html(tmp_path / "plain.html"))[1]
+    assert {found["errors"] for image in json.loads(plain.scripts[0]) for found in image["classes"]} == {None}
+
+
 def test_page_needs_nothing_else(tmp_path):
     text, page = read(write_page(make(), tmp_path / "why.html"))
     assert "http:" not in text

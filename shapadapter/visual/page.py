@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
+from torch import Tensor
 
 from shapadapter.explanation import Explanation
 from shapadapter.files import write_together
@@ -30,7 +31,8 @@ def write_page(
     """Write an explanation as a self-contained HTML page.
 
     Each image comes with a button per class, the map of the chosen class over the picture, the value of any patch on
-    hover, tap or arrow key, one colour scale per image and the sum check. Class names may hold anything.
+    hover, tap or arrow key, with its standard error if it has one, one colour scale per image and the sum check. Class
+    names may hold anything.
 
     Args:
         explanation: Any explanation.
@@ -74,7 +76,8 @@ def _image(explanation: Explanation, index: int, max_classes: int) -> dict[str, 
             "probability": column.probability,
             "total": column.total,
             "check": column.check,
-            "values": [[float(f"{value:.5g}") for value in row] for row in column.values.tolist()],
+            "values": _rounded(column.values, 5),
+            "errors": None if column.errors is None else _rounded(column.errors, 2),
         }
         for column in shown
     ]
@@ -86,6 +89,11 @@ def _image(explanation: Explanation, index: int, max_classes: int) -> dict[str, 
         "limits": (number(-limit), number(limit, sign=True)) if limit else ("0", "0"),
         "data": {"limit": limit, "classes": classes},
     }
+
+
+def _rounded(values: Tensor, digits: int) -> list[list[float]]:
+    """Values (rows, cols) as json takes them."""
+    return [[float(f"{value:.{digits}g}") for value in row] for row in values.tolist()]
 
 
 def _data_uri(pixels: np.ndarray) -> str:

@@ -23,6 +23,7 @@ class Column:
         total: The sum of its attributions, such as `Σφ=+4.10`.
         check: Two lines: the sum of null value and attributions, then the logit and the distance between them.
         values: (rows, cols) float32, the attributions, in logits.
+        errors: (rows, cols) float32, their standard errors; None without them, or where not all are finite.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Column:
     total: str
     check: str
     values: Tensor
+    errors: Tensor | None = None
 
 
 def columns(
@@ -77,7 +79,17 @@ def _column(one: Explanation, class_id: int) -> Column:
         check=f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}\n"
         f"(logit {number(logit)}, gap {gap})",
         values=values,
+        errors=_errors(one, class_id),
     )
+
+
+def _errors(one: Explanation, class_id: int) -> Tensor | None:
+    if one.standard_errors is None:
+        return None
+    errors = one.standard_errors[
+        0, :, :, one.classes[0].tolist().index(class_id)
+    ]  # (1, rows, cols, C) -> (rows, cols)
+    return errors if bool(errors.isfinite().all()) else None
 
 
 def likelihood(probability: float, score: float) -> str:
