@@ -76,8 +76,8 @@ def attribute(
         targets: keep the maps of these classes (names or indices) instead.
         evaluations: model evaluations for each image, of "refined", "kernel_shap" and "permutation"; for each shown class
             the steps of "integrated_gradients".
-        seed: of all that is drawn.
-        batch_size: images, or coalitions, in a forward pass.
+        seed: of all that is drawn, which depends on it and on the image's place among the images, not on `batch_size`.
+        batch_size: images in a forward pass; of coalitions, which are smaller, eight times as many.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
     Returns:
@@ -93,16 +93,16 @@ def attribute(
     """
     _check(method, evaluations)
     if method == "refined":
-        options = {**options, "refine": evaluations, "seed": seed}
+        options = {**options, "refine": evaluations // 2 * 2, "seed": seed}
         found = explain(
             model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
         )
         return replace(found, method="refined")
-    layer, generator = active_layer(model), torch.Generator().manual_seed(seed)
-    parts = []
+    layer = active_layer(model)
+    parts: list[Explanation] = []
     with torch.no_grad(), evaluating(model):
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
-            case = Case(model, layer, batch, evaluations, generator, batch_size)
+            case = Case(model, layer, batch, evaluations, seed, sum(map(len, parts)), batch_size)
             parts.append(_explained(case, method))
     return join(parts)
 
@@ -142,8 +142,10 @@ def _own(case: Case, method: OwnMethod) -> Answer:
     Raises:
         ShapleyError: it is neither of pixels nor of players.
     """
+    # A copy, so that whoever asks for gradients leaves no mark on the caller's tensor.
+    inputs = {**case.batch.inputs, "pixel_values": case.pixel_values.detach().clone()}
     with torch.enable_grad():
-        maps = torch.as_tensor(method(case.model, dict(case.batch.inputs), case.batch.classes)).detach()
+        maps = torch.as_tensor(method(case.model, inputs, case.batch.classes)).detach()
     images, shown = case.batch.classes.shape
     grid = case.batch.tiling.players
     pixels = tuple(case.pixel_values.shape[-2:]) if case.pixel_values.ndim == 4 else tuple(case.batch.seen.shape[1:3])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,15 +23,17 @@ class Case:
         layer: its Shapley layer.
         batch: the images and what the model said of them.
         evaluations: how many model evaluations a method that samples may spend on each image.
-        generator: source of all randomness; the images draw from it in turn.
-        batch_size: images, or coalitions, in a forward pass.
+        seed: of all that is drawn.
+        first: the number of the first image of the batch among all; what is drawn depends on it.
+        batch_size: images in a forward pass.
     """
 
     model: nn.Module
     layer: ShapleyLayer
     batch: Predicted
     evaluations: int
-    generator: torch.Generator
+    seed: int
+    first: int
     batch_size: int
 
     @property
@@ -50,19 +51,20 @@ class Case:
         """The images (B, C, H, W), or as patches (B, L, p * p * C)."""
         return self.batch.inputs["pixel_values"]
 
-    def image(self, index: int) -> dict[str, Any]:
-        """The inputs of one image, as a batch of one."""
-        return self._images(lambda value: value[index : index + 1])
+    def source(self, image: int | None = None) -> torch.Generator:
+        """A source of randomness of one image's own, whatever batch it is in, or one that all images share."""
+        place = 0 if image is None else 1 + self.first + image
+        state = np.random.SeedSequence(self.seed, spawn_key=(place,)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Logits (r * B, K) of variants of the images, (r * B, C, H, W): first one of each image, then another."""
         runs = pixel_values.shape[0] // self.images
-        inputs = self._images(lambda value: value.repeat(runs, *[1] * (value.ndim - 1)))
+        inputs = {
+            name: value.repeat(runs, *[1] * (value.ndim - 1)) if name in IMAGE_INPUTS else value
+            for name, value in self.batch.inputs.items()
+        }
         return self.model(**{**inputs, "pixel_values": pixel_values}).logits
-
-    def _images(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """The inputs, with what belongs to the images changed."""
-        return {name: change(value) if name in IMAGE_INPUTS else value for name, value in self.batch.inputs.items()}
 
     def shown(self, values: Tensor) -> Tensor:
         """The columns (B, ..., C) of the classes to show, of (B, ..., K)."""

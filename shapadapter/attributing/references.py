@@ -10,8 +10,7 @@ from .case import Answer, Case
 def random(case: Case) -> Answer:
     """Uniform numbers in 0..1, seeded."""
     shape = (case.players, case.batch.classes.shape[1])
-    # One by one, so that the numbers of an image do not depend on the batch it is in.
-    return Answer(torch.stack([torch.rand(shape, generator=case.generator) for _ in range(case.images)]))
+    return Answer(torch.stack([torch.rand(shape, generator=case.source(image)) for image in range(case.images)]))
 
 
 def centre(case: Case) -> Answer:

@@ -5,84 +5,87 @@ All of them play the game the adapter is trained for, with its removal operator 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from shapadapter.game import PatchGame
+from shapadapter.refining import BatchGame
+from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs, sample_sizes
 from shapadapter.shapley import kernel_shap as fit
-from shapadapter.shapley import sample_paired_coalitions
 
 from .case import Answer, Case
 
 
 def kernel_shap(case: Case) -> Answer:
     """KernelSHAP with paired coalitions of the exact kernel law (Lundberg & Lee 2017; Covert & Lee 2021)."""
-    count = case.evaluations // 2 * 2
-    maps = []
-    for game in _games(case):
-        coalitions = sample_paired_coalitions(game.players, count, case.generator)  # (M, N)
-        values = game.values(coalitions).cpu()  # (M, K)
-        maps.append(fit(coalitions, values, game.null_values.cpu(), game.full_values.cpu()))  # (N, K)
-    return Answer(case.shown(torch.stack(maps)), count)
+    pairs = case.evaluations // 2
+    # All images share the sizes, so that coalitions of one size are a rectangular batch; the players are their own.
+    sizes = sample_sizes(case.players, pairs, case.source())  # (P,)
+    drawn = [sample_pairs(1, case.players, pairs, case.source(image), sizes) for image in range(case.images)]
+    coalitions = torch.cat(drawn)  # (B, 2 P, N)
+    maps = fit(coalitions, _values(case, coalitions), *_ends(case))  # (B, N, C)
+    return Answer(maps, 2 * pairs)
 
 
 def permutation(case: Case) -> Answer:
-    """Mean gains in random orders of joining, each order used forwards and backwards (Castro et al. 2009; Mitchell et al. 2022).
+    """Mean gains in random orders of joining, each used forwards and backwards (Castro et al. 2009; Mitchell et al. 2022).
 
-    The gains of one order sum to v(all) - v(empty), so the estimate does. Pairs of orders are independent: their spread
-    gives the standard errors.
+    The gains of one order sum to v(all) - v(empty), so the estimate does. The pairs of orders are independent: their
+    spread gives the standard errors.
 
     Raises:
         ValueError: not even one pair of orders can be paid.
     """
-    cost = 2 * (case.players - 1)
+    players = case.players
+    cost = 2 * (players - 1)
     pairs = case.evaluations // cost
     if pairs < 1:
         raise ValueError(
-            f"A pair of orders of {case.players} players takes {cost} evaluations, got evaluations={case.evaluations}. "
-            f"Pass evaluations={cost} or more, or method='kernel_shap'."
+            f"A pair of orders of {players} players takes {cost} evaluations, got evaluations={case.evaluations}. Pass "
+            f"evaluations={cost} or more, or method='kernel_shap'."
         )
-    maps, errors = [], []
-    for game in _games(case):
-        gains = _gains_in_orders(game, pairs, case.generator)  # (P, N, K)
-        maps.append(gains.mean(dim=0))
-        if pairs > 1:
-            errors.append(gains.std(dim=0) / pairs**0.5)
-    standard_errors = case.shown(torch.stack(errors)) if errors else None
-    return Answer(case.shown(torch.stack(maps)), pairs * cost, standard_errors)
+    draws = [torch.rand(pairs, players, generator=case.source(image)) for image in range(case.images)]
+    place = torch.stack(draws).argsort(dim=-1)  # (B, P, N): when each player joins
+    gains = _gains(case, torch.cat([place, players - 1 - place], dim=1))  # (B, 2 P, N, C)
+    means = (gains[:, :pairs] + gains[:, pairs:]) / 2  # (B, P, N, C)
+    errors = means.std(dim=1) / pairs**0.5 if pairs > 1 else None  # (B, N, C)
+    return Answer(means.mean(dim=1), pairs * cost, errors)
 
 
-def _gains_in_orders(game: PatchGame, pairs: int, generator: torch.Generator) -> Tensor:
-    """What each player adds on joining, mean of an order and its reverse, for P of these pairs: (P, N, K) float64."""
-    players = game.players
-    place = torch.rand(pairs, players, generator=generator).argsort(dim=1)  # (P, N): when each player joins
-    place = torch.cat([place, players - 1 - place])  # (2 P, N)
-    sizes = torch.arange(1, players)[:, None]  # (N - 1, 1)
-    coalitions = place[:, None] < sizes  # (2 P, N - 1, N)
-    inner = game.values(coalitions.flatten(0, 1)).cpu().double().unflatten(0, (2 * pairs, -1))  # (2 P, N - 1, K)
-    null, full = (v.cpu().double().expand(2 * pairs, 1, -1) for v in (game.null_values, game.full_values))
-    steps = torch.cat([null, inner, full], dim=1).diff(dim=1)  # (2 P, N, K): in order of joining
-    gains = steps.gather(1, place[..., None].expand_as(steps))  # (2 P, N, K): in order of the players
-    return (gains[:pairs] + gains[pairs:]) / 2
+def _gains(case: Case, place: Tensor) -> Tensor:
+    """What each player adds when the players join in the order of `place` (B, R, N): (B, R, N, C) float64."""
+    sizes = torch.arange(1, case.players)[:, None]  # (N - 1, 1)
+    coalitions = place[:, :, None] < sizes  # (B, R, N - 1, N)
+    inner = _values(case, coalitions.flatten(1, 2)).unflatten(1, coalitions.shape[1:3])  # (B, R, N - 1, C)
+    null, full = (end[:, None, None].expand(-1, place.shape[1], -1, -1) for end in _ends(case))  # (B, R, 1, C)
+    steps = torch.cat([null, inner, full], dim=2).double().diff(dim=2)  # (B, R, N, C): in order of joining
+    return steps.gather(2, place[..., None].expand_as(steps))  # in order of the players
 
 
 def exact(case: Case) -> Answer:
     """The Shapley values themselves, from all 2^N coalitions; at most 16 players."""
-    maps = torch.stack([game.exact() for game in _games(case)])  # (B, N, K)
-    return Answer(case.shown(maps), 2**case.players)
+    null, full = _ends(case)
+    proper = all_coalitions(case.players)[1:-1]  # (2**N - 2, N)
+    values = _values(case, proper.expand(case.images, -1, -1))  # (B, 2**N - 2, C)
+    every = torch.cat([null[:, None], values, full[:, None]], dim=1)  # (B, 2**N, C)
+    maps = exact_shapley_values(every.transpose(0, 1)).transpose(0, 1)  # (N, B, C) to (B, N, C)
+    return Answer(maps, len(proper))
 
 
 def leave_one_out(case: Case) -> Answer:
     """What is lost without one player: v(all) - v(all without n)."""
     without = ~torch.eye(case.players, dtype=torch.bool)  # (N, N)
-    maps = torch.stack([game.full_values - game.values(without) for game in _games(case)])  # (B, N, K)
-    return Answer(case.shown(maps), case.players)
+    values = _values(case, without.expand(case.images, -1, -1))  # (B, N, C)
+    return Answer(_ends(case)[1][:, None] - values, case.players)
 
 
-def _games(case: Case) -> Iterator[PatchGame]:
-    """The game of each image. One by one, so that a call is about many coalitions and the full image costs little."""
-    for index in range(case.images):
-        inputs = case.image(index)
-        yield PatchGame(case.model, inputs.pop("pixel_values"), case.batch_size, **inputs)
+def _values(case: Case, coalitions: Tensor) -> Tensor:
+    """v(S) of coalitions (B, M, N), whose sizes are the same for all images, for the shown classes: (B, M, C)."""
+    game = BatchGame(case.model, case.batch.inputs, case.batch.classes, case.batch_size)
+    return game.values(torch.arange(case.images), coalitions)
+
+
+def _ends(case: Case) -> tuple[Tensor, Tensor]:
+    """v(empty) and v(all) for the shown classes, (B, C) each."""
+    output = case.batch.output
+    null, full = (case.shown(value).float().cpu() for value in (output.null_values, output.logits))
+    return null, full
