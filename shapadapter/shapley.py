@@ -92,10 +92,10 @@ def sample_pairs(
 def sample_in_turns(players: int, sizes: Tensor, generator: torch.Generator) -> Tensor:
     """Draw pairs of a coalition and its complement in which the players take turns.
 
-    As `sample_pairs` for one image: every coalition is a uniform subset of its size. But up to a third of the
-    players, coalitions of one size are successive parts of one random order of the players, so that none is drawn
-    again before it is the others' turn. On games of 8 to 64 players this lowers the error of a fit by 5 to 30 %. Larger
-    parts of one order would nearly be each other's complements, and those are evaluated anyway.
+    As `sample_pairs` for one image: every coalition is a uniform subset of its size. But up to a third of the players,
+    coalitions of one size are successive parts of one random order of the players, so that none is drawn again before
+    it is the others' turn. That lowers the error of a fit: by a quarter on random games of 8 or 12 players, by about
+    5 % with 64. Larger parts of one order would nearly be each other's complements, and those are evaluated anyway.
 
     Args:
         players: Number of players N, at least 2.
