@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ShapleyError,
         UnsupportedModelError,
     )
+    from .evaluation import Evaluation, evaluate
     from .explaining import explain
     from .explanation import Explanation
     from .game import PatchGame
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "CheckpointError": "errors",
     "ClassNotFoundError": "errors",
+    "Evaluation": "evaluation",
     "Explanation": "explanation",
     "ImageError": "errors",
     "MatchingOutput": "outputs",
@@ -47,6 +49,7 @@ _LAZY = {
     "ShapleyTrainingArguments": "training",
     "UnsupportedModelError": "errors",
     "attribute": "attributing",
+    "evaluate": "evaluation",
     "explain": "explaining",
     "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
@@ -55,6 +58,7 @@ _LAZY = {
 __all__ = [
     "CheckpointError",
     "ClassNotFoundError",
+    "Evaluation",
     "Explanation",
     "ImageError",
     "MatchingOutput",
@@ -69,6 +73,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attribute",
+    "evaluate",
     "explain",
     "register_family",
     "retrieval_after_deletion",

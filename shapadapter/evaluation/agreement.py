@@ -1,0 +1,34 @@
+"""How near maps are to the true Shapley values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shapadapter.metrics import pearson, relative_l2, spearman, top_k_overlap
+
+
+def agreement(maps: Tensor, truth: Tensor, units: Sequence[bool]) -> dict[str, Tensor]:
+    """Distance and likeness of maps (B, methods, N) to the truth (B, N), (B, methods) each.
+
+    Args:
+        maps: of every method.
+        truth: Shapley values.
+        units: whether each method speaks of the value; an error in the value's unit means nothing for the others.
+    """
+    true = truth[:, None]  # (B, 1, N)
+    error = relative_l2(maps, true).masked_fill(~torch.tensor(units), torch.nan)  # (B, methods)
+    return {
+        "error": error,
+        "pearson": pearson(maps, true),
+        "spearman": spearman(maps, true),
+        "top_k_overlap": top_k_overlap(maps, true, top_count(truth.shape[-1])),
+    }
+
+
+def top_count(players: int) -> int:
+    """How many players are the top: a tenth, rounded up."""
+    return math.ceil(players / 10)

@@ -1,0 +1,80 @@
+"""Rows of a data set, by index, as the model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ProcessorMixin
+
+from shapadapter.collator import IMAGE_COLUMNS, LABEL_COLUMNS, ImageCollator
+from shapadapter.errors import ShapleyError
+from shapadapter.images import IMAGE_INPUTS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few rows, collated.
+
+    Attributes:
+        inputs: `pixel_values` (B, C, H, W) and what else the model takes of images.
+        labels: (B,), or (B, K) for several labels; None if the data has none.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+
+
+class Rows:
+    """A data set whose rows are collated as in training.
+
+    Args:
+        dataset: has a length and rows by index: `datasets.Dataset`, a torch data set, a list of dicts.
+        processor: the image processor, or a collator of the user's: rows in, `pixel_values` and `labels` out.
+    """
+
+    def __init__(self, dataset: Any, processor: Any | None) -> None:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+            raise ShapleyError(
+                "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
+                f"{'an empty' if hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
+            )
+        self.dataset = dataset
+        own = processor is not None and not isinstance(processor, ImageProcessingMixin | ProcessorMixin)
+        if own and not callable(processor):
+            raise ShapleyError(f"Expected an image processor or a collator, got {type(processor).__name__}.")
+        self.collate: Callable[..., dict[str, Any]] = processor if own else ImageCollator(processor)  # type: ignore[assignment]
+        self.processor = getattr(processor, "processor", None) if own else processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows of these indices."""
+        rows = [self.dataset[index] for index in indices]
+        if isinstance(self.collate, ImageCollator):
+            known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *IMAGE_INPUTS}
+            rows = [{name: value for name, value in row.items() if name in known} for row in rows]
+        found = self.collate(rows)
+        return Batch({name: found[name] for name in IMAGE_INPUTS if name in found}, found.get("labels"))
+
+    def column(self, name: str, indices: Sequence[int]) -> list[Any]:
+        """One column of these rows; images in other columns are not decoded for it, where that can be helped."""
+        dataset = self.dataset
+        if name in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "select_columns"):
+            dataset = dataset.with_format(None).select_columns([name])
+        return [dataset[index][name] for index in indices]
+
+    def has(self, name: str) -> bool:
+        """Whether the rows have a column."""
+        return name in self.dataset[0]
+
+
+def choose(count: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` of `count` rows, drawn without replacement; fewer are a part of more."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # (count,)
+    return sorted(order[:wanted].tolist())

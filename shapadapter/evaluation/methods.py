@@ -1,0 +1,119 @@
+"""The explanation methods that are compared, by name or as the user's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapadapter.attributing import METHODS, attribute
+from shapadapter.errors import ShapleyError
+from shapadapter.explaining import Predicted
+from shapadapter.explanation import Explanation
+from shapadapter.images import IMAGE_INPUTS
+
+from .seeds import seed_of
+
+ONE_PASS = "shapadapter"
+ALWAYS = ("random", "centre")
+"""What knows nothing of the model stands beside every comparison."""
+
+WITHOUT_UNIT = ("attention", "attention_rollout", "grad_cam", "random", "centre")
+
+Explainer = Callable[..., Explanation]
+"""`explainer(model, images, targets=[class])`, with `images` as `explain` takes them: prepared, in a mapping."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Methods by the name that stands in the table.
+
+    Attributes:
+        explainers: a name that `attribute` knows, or a function.
+        seed: of all that they draw.
+        options: further keyword arguments of the model's forward.
+    """
+
+    explainers: dict[str, str | Explainer]
+    seed: int
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, wanted: Sequence[str] | Mapping[str, str | Explainer], seed: int, options: dict[str, Any]) -> Methods:
+        """Check what was asked for, and add the references that are always there.
+
+        Raises:
+            ShapleyError: there is no such method.
+        """
+        listed = [wanted] if isinstance(wanted, str) else wanted
+        explainers = dict(listed) if isinstance(listed, Mapping) else {name: name for name in listed}
+        for name, explainer in explainers.items():
+            if not callable(explainer) and explainer not in METHODS:
+                raise ShapleyError(
+                    f"There is no method {explainer!r}. The methods are {', '.join(METHODS)}; your own is a function: "
+                    f"methods={{{name!r}: function}}."
+                )
+        rest = {name: name for name in explainers if name not in (ONE_PASS, *ALWAYS)}
+        order = [ONE_PASS, *rest, *ALWAYS]
+        return cls({name: explainers.get(name, name) for name in order}, seed, options)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all methods, the one pass first, what knows nothing last."""
+        return list(self.explainers)
+
+    def explain(self, name: str, model: nn.Module, inputs: dict[str, Tensor], target: int, index: int) -> Explanation:
+        """The explanation of one image by one method.
+
+        Args:
+            name: of the method.
+            model: a wrapped model.
+            inputs: the image, as a batch of one.
+            target: the class to explain.
+            index: the image's place in the data set, which seeds what is drawn for it.
+        """
+        explainer = self.explainers[name]
+        if callable(explainer):
+            return explainer(model, inputs, targets=[target])
+        # The same seed for every method, so that a method under two names is the same twice.
+        seed = seed_of(self.seed, index, "method")
+        return attribute(model, inputs, method=explainer, targets=[target], seed=seed, **self.options)
+
+    def maps(self, model: nn.Module, batch: Predicted, indices: Sequence[int]) -> list[list[Explanation]]:
+        """The explanations of B images by every method, one image at a time, so that no image depends on the others."""
+        return [
+            [self.explain(name, model, image_of(batch.inputs, place), target, index) for name in self.names]
+            for place, (target, index) in enumerate(zip(batch.classes[:, 0].tolist(), indices, strict=True))
+        ]
+
+
+def has_unit(explanation: Explanation) -> bool:
+    """Whether the map speaks of the model's value."""
+    return explanation.method not in WITHOUT_UNIT
+
+
+def image_of(inputs: Mapping[str, Any], place: int) -> dict[str, Tensor]:
+    """What belongs to one image among a batch's inputs, as a batch of one."""
+    return {name: value[place : place + 1] for name, value in inputs.items() if name in IMAGE_INPUTS}
+
+
+def stacked(explanations: list[list[Explanation]], classes: Sequence[int]) -> Tensor:
+    """The maps (B, methods, N) float64 of the explained classes (B,).
+
+    Raises:
+        ShapleyError: a method did not say a finite number of every player.
+    """
+    maps = [
+        [one.for_label(target).flatten().double() for one in several]
+        for several, target in zip(explanations, classes, strict=True)
+    ]
+    joined = torch.stack([torch.stack(several) for several in maps])  # (B, methods, N)
+    if not bool(joined.isfinite().all()):
+        bad = sorted(
+            {one.method for several in explanations for one in several if not one.attributions.isfinite().all()}
+        )
+        raise ShapleyError(f"The methods {bad} gave attributions that are not finite; no curve can be drawn of them.")
+    return joined

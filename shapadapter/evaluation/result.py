@@ -1,0 +1,140 @@
+"""What an evaluation found: plain numbers with their intervals, to print, save and draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shapadapter.errors import CheckpointError
+from shapadapter.files import write_together
+from shapadapter.metrics import EquivalentEvaluations, Interval
+
+from .records import plain
+from .table import as_markdown, as_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "shapadapter.evaluation"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Equivalent(EquivalentEvaluations):
+    """The KernelSHAP budget whose error equals a method's, with a 95 % bootstrap interval.
+
+    Attributes:
+        low: the lower end, in evaluations; not below the smallest budget.
+        high: the upper end; not above the largest.
+    """
+
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything `evaluate` found. Means are over images, with 95 % bootstrap intervals over images or groups.
+
+    Attributes:
+        about: model, removal, numbers of images and evaluations, seed, versions: what a reader must know.
+        task: measures on all the data: `accuracy`, `cross_entropy`, `efficiency_gap`, ...
+        methods: of each method, the mean of each measure.
+        kernel_shap: KernelSHAP's relative L2 error with each budget, in evaluations.
+        equivalents: of each method with a unit, the KernelSHAP budget that has its error.
+        curves: of each method `insertion`, `deletion` (N + 1 points), `road_morf`, `road_lerf` (10 % to 90 % removed).
+        notes: what could not be measured, and why.
+    """
+
+    about: Mapping[str, Any]
+    task: Mapping[str, Interval]
+    methods: Mapping[str, Mapping[str, Interval]]
+    kernel_shap: Mapping[int, Interval]
+    equivalents: Mapping[str, Equivalent]
+    curves: Mapping[str, Mapping[str, tuple[Interval, ...]]]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """The results as text, 120 columns wide at most: blocks with a row for each method."""
+        from .blocks import blocks, summary
+
+        return as_text(blocks(self), summary(self), self.notes)
+
+    def markdown(self) -> str:
+        """The same as Markdown tables."""
+        from .blocks import blocks, summary
+
+        return as_markdown(blocks(self), summary(self), self.notes)
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured of the one-pass attributions, as plain numbers by stable names.
+
+        The task's measures, those of the methods (`error`, `spearman`, `insertion`, `deletion`, ...), `truth_error` and
+        `equivalent_evaluations`. A measure that could not be taken is left out.
+        """
+        means = {**self.task, **self.methods["shapadapter"]}
+        found = {name: interval.mean for name, interval in means.items()}
+        found["truth_error"] = self.about["truth_error"]
+        if "shapadapter" in self.equivalents:
+            found["equivalent_evaluations"] = self.equivalents["shapadapter"].evaluations
+        return {name: value for name, value in found.items() if plain(value) is not None}
+
+    def figure(self) -> Figure:
+        """The curves with their bands as a matplotlib figure; see `shapadapter.visual.draw_curves`."""
+        from shapadapter.visual import draw_curves
+
+        return draw_curves(self.curves, value=self.about["curves_read"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts, with None for what is not finite."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(asdict(self))}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as one json file, which is never seen half-written; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_together({path: json.dumps(self.to_dict(), indent=1).encode()})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of a newer version.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found["format"] != FORMAT or found["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {found['format']} {found['format_version']}")
+            return cls(
+                about=found["about"],
+                task=_intervals(found["task"]),
+                methods={name: _intervals(values) for name, values in found["methods"].items()},
+                kernel_shap={int(budget): _interval(value) for budget, value in found["kernel_shap"].items()},
+                equivalents={name: Equivalent(**_numbers(value)) for name, value in found["equivalents"].items()},
+                curves={
+                    method: {name: tuple(map(_interval, points)) for name, points in lines.items()}
+                    for method, lines in found["curves"].items()
+                },
+                notes=tuple(found["notes"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is no evaluation that this version of shapadapter wrote: {error}"
+            ) from error
+
+
+def _intervals(values: Mapping[str, Any]) -> dict[str, Interval]:
+    return {name: _interval(value) for name, value in values.items()}
+
+
+def _interval(value: Mapping[str, Any]) -> Interval:
+    return Interval(**_numbers(value))
+
+
+def _numbers(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float("nan") if number is None else number for name, number in value.items()}

@@ -1,0 +1,89 @@
+"""Explain and measure a part of the data, image by image, and sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .about import about, settings_of
+from .data import Rows, choose
+from .measure import Measurer
+from .plan import Plan
+from .records import Record, Records
+from .result import Evaluation
+from .summary import by_name, equivalent, mean_curves, mean_of, per_method
+
+_IMAGES_TOGETHER = 32
+"""Of so many images in a forward pass, one is measured at a time: it brings thousands of coalitions."""
+
+
+def study(
+    model: nn.Module, rows: Rows, plan: Plan, masks: str | None, groups: Tensor | None, cache: str | Path | None
+) -> Evaluation:
+    """Measure `plan.images` images; everything but the task and the cost.
+
+    Args:
+        model: a wrapped model in evaluation mode.
+        rows: the data.
+        plan: what to measure.
+        masks: the column of masks, None without.
+        groups: (R,) the group of each row of the data, None without.
+        cache: the folder of records, None without.
+    """
+    chosen = choose(len(rows), plan.images, plan.seed)
+    measurer = Measurer(model, rows, plan, masks)
+    kept = Records(cache, settings_of(model, plan, masks), model)
+    records = _measured(measurer, kept, chosen)
+    own = None if groups is None else groups[torch.tensor(chosen)]
+    budgets = by_name(
+        [dict(zip(map(str, plan.budgets), record["kernel_shap"], strict=True)) for record in records], own, plan.seed
+    )
+    methods = per_method(records, own, plan.seed)
+    known = {name: equivalent(records, name, plan.budgets, own, plan.seed) for name in plan.methods.names}
+    counts = {
+        "data": len(rows),
+        "images": len(chosen),
+        "groups": None if own is None else len(own.unique()),
+        "truth_error": sum(record["truth_error"] for record in records) / len(records),
+        "area": _area(records, own, plan.seed),
+    }
+    return Evaluation(
+        about=about(model, plan, measurer.predict(chosen[:1]), counts),
+        task={},
+        methods=methods,
+        kernel_shap={int(budget): error for budget, error in budgets.items()},
+        equivalents={name: found for name, found in known.items() if found is not None},
+        curves=mean_curves(records, own, plan.seed),
+    )
+
+
+def _measured(measurer: Measurer, kept: Records, chosen: Sequence[int]) -> list[Record]:
+    """The record of every chosen row, from the cache or measured now."""
+    plan = measurer.plan
+    found: dict[int, Record] = {}
+    names = {index: measurer.name_of(index) for index in chosen} if kept.folder is not None else {}
+    for index, name in names.items():
+        record = kept.find(name)
+        if record is not None:
+            found[index] = record
+    missing = [index for index in chosen if index not in found]
+    together = max(1, plan.batch_size // _IMAGES_TOGETHER)
+    with tqdm(total=len(chosen), initial=len(found), desc="Images", unit="image", disable=not plan.progress) as bar:
+        for start in range(0, len(missing), together):
+            part = missing[start : start + together]
+            for index, record in zip(part, measurer.records(part), strict=True):
+                found[index] = record
+                kept.keep(names.get(index, ""), record)
+            bar.update(len(part))
+    return [found[index] for index in chosen]
+
+
+def _area(records: Sequence[Record], groups: Tensor | None, seed: int) -> float | None:
+    """The mean share of the image that is the object; None without masks."""
+    if "area" not in records[0]:
+        return None
+    return mean_of(torch.tensor([record["area"] for record in records]), groups, seed).mean

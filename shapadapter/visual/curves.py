@@ -1,0 +1,74 @@
+"""Curves of an evaluation: what happens to the model's answer while players come or go, in the order of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shapadapter.metrics import Interval
+
+from .maps import RED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PANELS = {
+    "insertion": ("Insertion: most relevant first", "share of players present"),
+    "deletion": ("Deletion: most relevant first", "share of players removed"),
+    "road_morf": ("ROAD: most relevant imputed", "share of players imputed"),
+    "road_lerf": ("ROAD: least relevant imputed", "share of players imputed"),
+}
+_FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
+_NOTHING = {"random": "0.45", "centre": "0.7"}
+# Okabe and Ito's colours for readers who see few, without those near the red.
+_OTHERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442", "#000000")
+
+
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value: str = "probability") -> Figure:
+    """Draw mean curves with their bands, a panel for each kind and a line for each method.
+
+    Args:
+        curves: by method and kind, `Evaluation.curves`; of insertion and deletion N + 1 points, of ROAD those from 10 % to
+            90 %.
+        value: what insertion and deletion follow, for the axis.
+
+    Returns:
+        The figure; nothing is shown.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
+    kinds = [kind for kind in _PANELS if any(kind in lines for lines in curves.values())]
+    figure = Figure(figsize=(4.2 * len(kinds), 3.6), dpi=150, layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        others = iter(_OTHERS * len(curves))
+        for method, lines in curves.items():
+            if kind in lines:
+                colour = _NOTHING.get(method) or (_FIRST if method == "shapadapter" else next(others))
+                _draw_line(axes, method, lines[kind], colour, imputed=kind.startswith("road"))
+        title, below = _PANELS[kind]
+        axes.set(title=title, xlabel=below, xlim=(0, 1))
+        axes.set_ylabel(
+            "share still predicted alike" if kind.startswith("road") else f"{value} of the explained class"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, imputed: bool) -> None:
+    """One mean curve, its band, and its mean height in the legend."""
+    count = len(points)
+    place = np.arange(1, count + 1) / (count + 1) if imputed else np.linspace(0, 1, count)  # (points,)
+    mean, low, high = (np.array([getattr(point, end) for point in points]) for end in ("mean", "low", "high"))
+    area = mean.mean() if imputed else float(np.trapezoid(mean, place))
+    dashes = "--" if method in _NOTHING else "-"
+    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.4, label=f"{method}  {area:.3f}")
+    if np.isfinite(low).all() and np.isfinite(high).all():
+        axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
