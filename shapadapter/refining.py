@@ -127,6 +127,7 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
     batch, players, shown = prior.shape
+    everything = 2**players - 2  # coalitions, without nobody and everybody
     ends = torch.stack([explanation.null_values, explanation.logits], dim=1)  # (B, 2, K)
     ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C)
     mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
@@ -135,11 +136,10 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
     images = torch.arange(batch)
     coalitions, values = torch.empty(batch, 0, players, dtype=torch.bool), torch.empty(batch, 0, shown)
     for turn, total in enumerate(plan.totals):
-        # The same for all images that are left.
-        before = plan.totals[turn - 1] if turn else 0
-        if players <= MAX_ENUMERATED_PLAYERS and total >= 2**players - 2 <= plan.totals[-1] - before:
+        left_to_spend = plan.totals[-1] - (plan.totals[turn - 1] if turn else 0)
+        if players <= MAX_ENUMERATED_PLAYERS and everything <= min(total, left_to_spend):
             found = _enumerated(game, images, ends[images], players)
-            spent[images] += 2**players - 2
+            spent[images] += everything
         else:
             new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
             coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
@@ -147,8 +147,8 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
             found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
             spent[images] = total
         mean[images], error[images] = found.mean, found.standard_error
-        left = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
-        images, coalitions, values = images[left], coalitions[left], values[left]
+        open_ = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
+        images, coalitions, values = images[open_], coalitions[open_], values[open_]
         if not len(images):
             break
     grid = explanation.attributions.shape[1:3]
