@@ -16,7 +16,7 @@ _ERRORS = {
     "error": "relative L2 ↓",
     "pearson": "Pearson ↑",
     "spearman": "Spearman ↑",
-    "top_k_overlap": "top-k overlap ↑",
+    "top_k_overlap": "top-k ↑",
 }
 _CURVES = {
     "insertion": "insertion ↑",
@@ -27,7 +27,7 @@ _CURVES = {
 }
 _RANDOM_REMOVAL = {
     "sensitivity_n": "sensitivity-n ↑",
-    "faithfulness_correlation": "faithfulness corr. ↑",
+    "faithfulness_correlation": "faithfulness ↑",
     "infidelity": "infidelity ↓",
 }
 _ROAD = {"road_morf": "ROAD MoRF ↓", "road_lerf": "ROAD LeRF ↑", "road_gap": "ROAD gap ↑"}
@@ -108,7 +108,8 @@ def cell(interval: Interval | None) -> str:
     """A mean with half the width of its interval; of what does not vary, or is known once, the mean alone."""
     if interval is None or not math.isfinite(interval.mean):
         return ""
-    if not math.isfinite(interval.low) or interval.low == interval.high:
+    spread = interval.high - interval.low
+    if not math.isfinite(spread) or spread <= 1e-9 * abs(interval.mean):
         return f"{interval.mean:.3g}" if abs(interval.mean) < 1000 else f"{interval.mean:,.0f}"
     return str(interval)
 
@@ -139,7 +140,7 @@ def _errors(evaluation: Evaluation) -> Block:
     rows = [(name, (*cells, _equivalent(evaluation.equivalents.get(name)))) for name, cells in plain.rows]
     blank = ("",) * len(plain.columns)
     ladder = [
-        (f"KernelSHAP, {budget} evaluations", (cell(error), *blank[1:], str(budget)))
+        (f"KernelSHAP {budget}", (cell(error), *blank[1:], str(budget)))
         for budget, error in evaluation.kernel_shap.items()
     ]
     about = evaluation.about
@@ -147,7 +148,7 @@ def _errors(evaluation: Evaluation) -> Block:
     if about["truth"] != "exact":
         note = f"The truth is KernelSHAP with {about['truth_evaluations']:,} evaluations, its own error {about['truth_error']:.2g}."
     note += f" Top-k: k = {about['top_k']}. Methods without a unit have no L2 error."
-    return Block(plain.title, (*plain.columns, "equals KernelSHAP with"), tuple(rows + ladder), note)
+    return Block(plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), note)
 
 
 def _equivalent(found: Equivalent | None) -> str:

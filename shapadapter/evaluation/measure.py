@@ -58,10 +58,10 @@ class Measurer:
         """The model with random parameters, made when it is first needed."""
         return with_random_parameters(self.model, self.plan.seed)
 
-    def predict(self, indices: Sequence[int]) -> Predicted:
-        """The forward pass of some rows, with their predicted classes to explain."""
-        inputs = self.rows.batch(indices).inputs
-        (batch,) = predictions(self.model, inputs, None, None, 1, None, len(indices), self.methods.options)
+    def predict(self, inputs: dict[str, Tensor]) -> Predicted:
+        """The forward pass of some images, with their predicted classes to explain."""
+        count = len(inputs["pixel_values"])
+        (batch,) = predictions(self.model, inputs, None, None, 1, None, count, self.methods.options)
         if batch.tiling.count < 2:
             raise ShapleyError("The image is a single player; there is nothing to explain.")
         return batch
@@ -75,7 +75,8 @@ class Measurer:
 
     def records(self, indices: Sequence[int]) -> list[Record]:
         """Measure the rows of these indices together."""
-        batch, seed = self.predict(indices), self.plan.seed
+        rows, seed = self.rows.batch(indices), self.plan.seed
+        batch = self.predict(rows.inputs)
         explanations = self.methods.maps(self.model, batch, indices)
         maps = stacked(explanations, batch.classes[:, 0].tolist())  # (B, methods, N)
         games = Games(self.model, batch, COALITIONS_PER_IMAGE * self.plan.batch_size)
@@ -96,6 +97,7 @@ class Measurer:
             lines |= road_lines(kept)
         common = {
             "class": games.classes.cpu(),
+            "label": _single(rows.labels, len(indices)),
             "likelihood": games.full.likelihoods[:, 0],
             "truth_error": truth.errors,
             "kernel_shap": relative_l2(truth.estimates, truth.values[:, None]),  # (B, budgets)
@@ -154,6 +156,13 @@ def _by_method(names: list[str], values: dict[str, Tensor], place: int) -> dict[
         name: {measure: as_numbers(value[place, column]) for measure, value in values.items()}
         for column, name in enumerate(names)
     }
+
+
+def _single(labels: Tensor | None, images: int) -> Tensor:
+    """The one label of each image, (B,); nan where there is none, or several."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return torch.full((images,), torch.nan)
+    return labels.cpu()
 
 
 def _spent(explanation: Any) -> float:

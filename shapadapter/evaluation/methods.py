@@ -65,27 +65,29 @@ class Methods:
         """Of all methods, the one pass first, what knows nothing last."""
         return list(self.explainers)
 
-    def explain(self, name: str, model: nn.Module, inputs: dict[str, Tensor], target: int, index: int) -> Explanation:
+    def explain(
+        self, name: str, model: nn.Module, inputs: dict[str, Tensor], targets: list[int], index: int
+    ) -> Explanation:
         """The explanation of one image by one method.
 
         Args:
             name: of the method.
             model: a wrapped model.
             inputs: the image, as a batch of one.
-            target: the class to explain.
+            targets: the classes to explain.
             index: the image's place in the data set, which seeds what is drawn for it.
         """
         explainer = self.explainers[name]
         if callable(explainer):
-            return explainer(model, inputs, targets=[target])
+            return explainer(model, inputs, targets=targets)
         # The same seed for every method, so that a method under two names is the same twice.
         seed = seed_of(self.seed, index, "method")
-        return attribute(model, inputs, method=explainer, targets=[target], seed=seed, **self.options)
+        return attribute(model, inputs, method=explainer, targets=targets, seed=seed, **self.options)
 
     def maps(self, model: nn.Module, batch: Predicted, indices: Sequence[int]) -> list[list[Explanation]]:
         """The explanations of B images by every method, one image at a time, so that no image depends on the others."""
         return [
-            [self.explain(name, model, image_of(batch.inputs, place), target, index) for name in self.names]
+            [self.explain(name, model, image_of(batch.inputs, place), [target], index) for name in self.names]
             for place, (target, index) in enumerate(zip(batch.classes[:, 0].tolist(), indices, strict=True))
         ]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shapadapter.metrics import faithfulness_correlation, normalised_infidelity, removal_coalitions, sensitivity_n
+from shapadapter.metrics import normalised_infidelity, removal_coalitions, sensitivity_n
 
 from .games import Games
 from .seeds import generator_of
@@ -28,7 +28,7 @@ def removed_counts(players: int) -> list[int]:
 
 
 def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Sensitivity-n, mean over n; faithfulness correlation; infidelity over all these coalitions.
+    """Sensitivity-n and infidelity, means over n, and the faithfulness correlation.
 
     Args:
         games: of B images.
@@ -37,8 +37,8 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
         seed: of the coalitions.
 
     Returns:
-        (B, methods) each. The infidelity is that of the map times the factor that suits it best, divided by the variance
-        of the true drops: methods without a unit are not punished for it.
+        (B, methods) each. The infidelity for one n is that of the map times the factor that suits it best, divided by the
+        variance of the true drops: no method is punished for its unit, and equal shares for all players get 1.
     """
     counts = removed_counts(games.players)
     generators = [generator_of(seed, index, "sensitivity") for index in indices]
@@ -49,20 +49,18 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
         ]
     )  # (B, n's, draws, N)
     values = games.play(coalitions.flatten(1, 2)).values.unflatten(1, coalitions.shape[1:3])  # (B, n's, draws)
-    # (B, 1, ...): the same coalitions for every method
-    full = games.full.values
-    each = {
-        count: sensitivity_n(maps, coalitions[:, None, place], values[:, None, place], full)
-        for place, count in enumerate(counts)
-    }
-    chosen = counts.index(_count(games.players, FAITHFULNESS_SHARE))
-    every = coalitions.flatten(1, 2)[:, None], values.flatten(1, 2)[:, None], full  # (B, 1, n's * draws, N)
+    full = games.full.values  # (B, 1)
+    correlations, distances = [], []
+    for place in range(len(counts)):
+        # (B, 1, ...): the same coalitions for every method
+        arguments = coalitions[:, None, place], values[:, None, place], full
+        correlations.append(sensitivity_n(maps, *arguments))  # (B, methods)
+        distances.append(normalised_infidelity(maps, *arguments, rescale=True))  # (B, methods)
     return {
-        "sensitivity_n": torch.stack(list(each.values())).nanmean(dim=0),
-        "faithfulness_correlation": faithfulness_correlation(
-            maps, coalitions[:, None, chosen], values[:, None, chosen], full
-        ),
-        "infidelity": normalised_infidelity(maps, *every, rescale=True),
+        "sensitivity_n": torch.stack(correlations).nanmean(dim=0),
+        # With one number of players removed, sensitivity-n is the faithfulness correlation.
+        "faithfulness_correlation": correlations[counts.index(_count(games.players, FAITHFULNESS_SHARE))],
+        "infidelity": torch.stack(distances).nanmean(dim=0),
     }
 
 

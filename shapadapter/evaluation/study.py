@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shapadapter.metrics import Interval
+
 from .about import about, settings_of
+from .cost import costs
 from .data import Rows, choose
 from .measure import Measurer
+from .montage import montages
 from .plan import Plan
 from .records import Record, Records
 from .result import Evaluation
 from .summary import by_name, equivalent, mean_curves, mean_of, per_method
+
+_IMAGES_TIMED = 8
+"""How many images the cost of the one pass is measured on."""
 
 _IMAGES_TOGETHER = 32
 """Of so many images in a forward pass, one is measured at a time: it brings thousands of coalitions."""
@@ -43,6 +50,7 @@ def study(
         [dict(zip(map(str, plan.budgets), record["kernel_shap"], strict=True)) for record in records], own, plan.seed
     )
     methods = per_method(records, own, plan.seed)
+    notes = _thorough(measurer, kept, records, methods) if plan.thorough else []
     known = {name: equivalent(records, name, plan.budgets, own, plan.seed) for name in plan.methods.names}
     counts = {
         "data": len(rows),
@@ -52,13 +60,31 @@ def study(
         "area": _area(records, own, plan.seed),
     }
     return Evaluation(
-        about=about(model, plan, measurer.predict(chosen[:1]), counts),
+        about=about(model, plan, measurer.predict(rows.batch(chosen[:1]).inputs), counts),
         task={},
         methods=methods,
         kernel_shap={int(budget): error for budget, error in budgets.items()},
         equivalents={name: found for name, found in known.items() if found is not None},
         curves=mean_curves(records, own, plan.seed),
+        notes=tuple(notes),
     )
+
+
+def _thorough(
+    measurer: Measurer, kept: Records, records: Sequence[Record], methods: dict[str, dict[str, Interval]]
+) -> list[str]:
+    """Add to the measures of `methods` what is not measured image by image; returns what could not be measured."""
+    pointed, reason = montages(measurer, kept, records)
+    played = [record for record in pointed if record["methods"]]
+    few = [record["index"] for record in records[:_IMAGES_TIMED]]
+    extra = [
+        per_method(played, None, measurer.plan.seed) if played else {},
+        costs(measurer.model, measurer.methods, measurer.predict(measurer.rows.batch(few).inputs)),
+    ]
+    for found in extra:
+        for name, values in found.items():
+            methods[name].update(values)
+    return [] if reason is None else [reason]
 
 
 def _measured(measurer: Measurer, kept: Records, chosen: Sequence[int]) -> list[Record]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH = 120
-_NAME = 24
+_NAME = 16
 
 
 @dataclass(frozen=True)

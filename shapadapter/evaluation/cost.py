@@ -1,0 +1,116 @@
+"""What explaining costs in time and memory, against the base model's plain forward pass, measured side by side."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from shapadapter.errors import ShapleyError
+from shapadapter.explaining import Predicted
+from shapadapter.metrics import Interval
+
+from .methods import ONE_PASS, Methods, image_of
+
+REPEATS = 11
+"""Of what takes a few forward passes; of what takes many, one."""
+
+
+def costs(model: nn.Module, methods: Methods, batch: Predicted) -> dict[str, dict[str, Interval]]:
+    """Time and peak memory of every method on one image, over those of the plain pass; of the one pass on the batch.
+
+    The one pass is measured with LoRA merged, as one would deploy it, and against the base model alone.
+
+    Args:
+        model: a wrapped model in evaluation mode.
+        methods: to measure.
+        batch: some images, and the classes to explain.
+    """
+    plain, merged = base_alone(model), with_merged_lora(model)
+    inputs, single = batch.inputs, image_of(batch.inputs, 0)
+    passing = {name: value for name, value in inputs.items() if name not in single}
+    target = int(batch.classes[0, 0])
+    found = {ONE_PASS: compare(lambda: plain(**inputs), lambda: merged(**inputs))}
+    for name in methods.names:
+        if name != ONE_PASS:
+            found[name] = compare(
+                lambda: plain(**single, **passing),
+                lambda name=name: methods.explain(name, model, single, [target], 0),  # type: ignore[misc]
+            )
+    return found
+
+
+def compare(plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, Interval]:
+    """The ratio of the median times of two calls, made in turns, and of the memory that they take at most."""
+    plain()
+    start = _seconds(plain)
+    repeats = REPEATS if _seconds(other) < 20 * start else 1
+    times = [(_seconds(plain), _seconds(other)) for _ in range(repeats)]
+    slow, quick = median(b for _, b in times), median(a for a, _ in times)
+    memory = _peak(other) / _peak(plain)
+    return {
+        name: Interval(value, float("nan"), float("nan"), 1)
+        for name, value in (("time", slow / quick), ("memory", memory))
+    }
+
+
+def base_alone(model: nn.Module) -> nn.Module:
+    """A copy of the model without any adapter."""
+    other: Any = copy.deepcopy(model)
+    if isinstance(other, PeftModel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it predicts with an untrained classifier: only time counts
+            return other.unload().eval()
+    other.disable_adapters()
+    return other.eval()
+
+
+def with_merged_lora(model: nn.Module) -> nn.Module:
+    """A copy with LoRA merged in the weights, where that can be done."""
+    other: Any = copy.deepcopy(model)
+    if isinstance(other, PeftModel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it may be merged already
+            try:
+                other.merge_adapter()
+            except ShapleyError:  # weights that are transformed before they are used
+                return model
+    return other.eval()
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(run: Callable[[], Any]) -> float:
+    """The most bytes that a call had allocated at a time, beyond what was there before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return float(most)
