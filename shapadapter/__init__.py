@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ShapleyError,
         UnsupportedModelError,
     )
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import Evaluation, Evaluator, evaluate, map_agreement
     from .explaining import explain
     from .explanation import Explanation
     from .game import PatchGame
@@ -38,6 +38,7 @@ _LAZY = {
     "CheckpointError": "errors",
     "ClassNotFoundError": "errors",
     "Evaluation": "evaluation",
+    "Evaluator": "evaluation",
     "Explanation": "explanation",
     "ImageError": "errors",
     "MatchingOutput": "outputs",
@@ -51,6 +52,7 @@ _LAZY = {
     "attribute": "attributing",
     "evaluate": "evaluation",
     "explain": "explaining",
+    "map_agreement": "evaluation",
     "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "CheckpointError",
     "ClassNotFoundError",
     "Evaluation",
+    "Evaluator",
     "Explanation",
     "ImageError",
     "MatchingOutput",
@@ -75,6 +78,7 @@ __all__ = [
     "attribute",
     "evaluate",
     "explain",
+    "map_agreement",
     "register_family",
     "retrieval_after_deletion",
 ]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
@@ -68,6 +72,18 @@ class Rows:
         if name in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "select_columns"):
             dataset = dataset.with_format(None).select_columns([name])
         return [dataset[index][name] for index in indices]
+
+    def mask(self, name: str, index: int) -> NDArray[np.bool_]:
+        """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object."""
+        (found,) = self.column(name, [index])
+        if isinstance(found, str | Path):
+            with Image.open(found) as file:
+                found = file.copy()
+        pixels = np.asarray(found)
+        if pixels.ndim == 3:
+            opaque = 1 if pixels.shape[-1] in (2, 4) else 0  # how much of an object a picture is, alpha does not say
+            pixels = pixels[..., : pixels.shape[-1] - opaque].max(axis=-1)  # (H, W, C) -> (H, W)
+        return pixels > 0
 
     def has(self, name: str) -> bool:
         """Whether the rows have a column."""

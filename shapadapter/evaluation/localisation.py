@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -47,35 +48,33 @@ def saliency(batch: Predicted) -> Tensor:
     return distance.double().unflatten(1, batch.tiling.players)
 
 
-def tiles_inside(mask: Any, batch: Predicted, processor: Any | None) -> Tensor:
+def tiles_inside(inside: NDArray[np.bool_], batch: Predicted, processor: Any | None) -> Tensor:
     """The share of each tile that is part of the object, (rows, cols) float64 in 0..1.
 
     The mask goes the way of the images: resized and cropped by the same processor.
 
     Args:
-        mask: (H, W) picture or array, not 0 on the object, as large as the image in the data set.
+        inside: (H, W), the object's pixels, as large as the image in the data set.
         batch: what the images became.
         processor: the image processor; without one the mask must fit the prepared images.
 
     Raises:
         ShapleyError: the mask is of another size than the prepared images, and there is no processor.
     """
-    array = np.asarray(mask)
-    object_ = (array.max(axis=-1) if array.ndim == 3 else array) > 0  # (H, W)
     size = tuple(batch.inputs["pixel_values"].shape[-2:])
     if processor is not None:
-        pixels = _processed(object_, processor)  # (h, w)
-    elif object_.shape == size:
-        pixels = torch.from_numpy(object_).double()
+        pixels = _processed(inside, processor)  # (h, w)
+    elif inside.shape == size:
+        pixels = torch.from_numpy(inside).double()
     else:
         raise ShapleyError(
-            f"Without a processor expected masks of the size of the prepared images, {size}, got {object_.shape}."
+            f"Without a processor expected masks of the size of the prepared images, {size}, got {inside.shape}."
         )
     height, width = batch.tiling.seen
     return adaptive_avg_pool2d(pixels[None, :height, :width], batch.tiling.players)[0]  # (rows, cols)
 
 
-def _processed(inside: np.ndarray, processor: Any) -> Tensor:
+def _processed(inside: NDArray[np.bool_], processor: Any) -> Tensor:
     """A mask (H, W) as the processor resizes and crops it, (h, w) in 0..1.
 
     What a processor does to colours is linear: where black and white end up tells what a grey is.

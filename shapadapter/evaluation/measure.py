@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,8 +68,8 @@ class Measurer:
     def name_of(self, index: int) -> str:
         """A name for the record of a row that changes with its image, label and mask."""
         row = self.rows.batch([index])
-        mask = None if self.masks is None else np.asarray(self.rows.column(self.masks, [index])[0])
-        parts = {**row.inputs, "labels": row.labels, "mask": None if mask is None else torch.from_numpy(mask.copy())}
+        mask = None if self.masks is None else torch.from_numpy(self.rows.mask(self.masks, index))
+        parts = {**row.inputs, "labels": row.labels, "mask": mask}
         return f"image-{index}-{digest(parts).hex()[:12]}"
 
     def records(self, indices: Sequence[int]) -> list[Record]:
@@ -121,7 +120,7 @@ class Measurer:
         """The object's share of each image (B,) and the measures (B, methods + 1), with the reference without a model."""
         if self.masks is None:
             return None
-        masks = self.rows.column(self.masks, indices)
+        masks = [self.rows.mask(self.masks, index) for index in indices]
         inside = torch.stack([tiles_inside(mask, batch, self.rows.processor) for mask in masks])  # (B, rows, cols)
         grids = maps.unflatten(-1, batch.tiling.players)  # (B, methods, rows, cols)
         every = torch.cat([grids, saliency(batch)[:, None]], dim=1)  # (B, methods + 1, rows, cols)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ class ShapleyTrainer(Trainer):
     values where patches interact. In `eval_*` all terms are measured on held-out images and coalitions.
     `compute_metrics` receives the logits.
 
+    With an `evaluator`, each evaluation ends with `evaluator(model, dataset, collator) -> dict of numbers`, which stand
+    among the `eval_*`: `evaluator=Evaluator(images=16)` and `metric_for_best_model="eval_error"` keep the checkpoint that
+    explains best. Every process measures the same images of the whole set and finds the same numbers.
+
     Raises:
         ShapleyError: the model holds no Shapley adapter, or the data set has more classes than the model.
     """
@@ -47,8 +52,16 @@ class ShapleyTrainer(Trainer):
     loss_is_scaled_for_ga = False
     args: ShapleyTrainingArguments
 
-    def __init__(self, model: Any = None, args: ShapleyTrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: ShapleyTrainingArguments | None = None,
+        *,
+        evaluator: Callable[[nn.Module, Any, Any], Mapping[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.layer = active_layer(model)
+        self.evaluator = evaluator
         args = args or ShapleyTrainingArguments("trainer_output")
         if not isinstance(args, ShapleyTrainingArguments):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
@@ -173,11 +186,17 @@ class ShapleyTrainer(Trainer):
         return loss.detach(), None if self.matching else outputs.logits.detach(), inputs.get("labels")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """`Trainer`'s loop, with the loss's terms and the coalition fit among the metrics."""
+        """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
         self._draws["eval"], self._sums["eval"] = 0, {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = {f"{prefix}_{name}": value for name, value in self._gather("eval").items()}
+        found = self._gather("eval")
+        if self.evaluator is not None:
+            model: Any = self.model
+            dataset = (args[0] if args else kwargs["dataloader"]).dataset
+            with self.compute_loss_context_manager():
+                found |= self.evaluator(model, dataset, self.data_collator)
+        means = {f"{prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,108 @@
+"""Evaluate a saved adapter on a folder of images: what the command line does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModel, PeftConfig
+from transformers import AutoImageProcessor
+
+from shapadapter.errors import ShapleyError
+from shapadapter.files import write_together
+
+from .evaluating import evaluate
+from .plan import METHODS
+from .result import Evaluation
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, data: Path, masks: Path | None, methods: tuple[str, ...], output: Path | None, **settings: Any
+) -> Evaluation:
+    """Load an adapter and images, evaluate, and write the results.
+
+    Args:
+        checkpoint: a folder with `adapter_config.json`, which names the base model.
+        data: a folder with a subfolder of images for each class.
+        masks: a folder with a png mask at the same relative path for each image; None without.
+        methods: to compare, those of `evaluate` by default.
+        output: where `evaluation.json`, `table.md` and `curves.png` go, and the records with which an interrupted run goes
+            on; None writes nothing.
+        **settings: further arguments of `evaluate`.
+
+    Raises:
+        ShapleyError: a folder is not what it should be, or the classes are not the model's.
+        ImportError: matplotlib, which draws the curves, is missing.
+    """
+    if output is not None:
+        import matplotlib  # noqa: F401 - found missing now rather than after the work
+    model, processor = load_checkpoint(checkpoint)
+    rows = labelled_images(data, [str(name) for name in model.config.id2label.values()], masks)
+    cache = None if output is None else output / "records"
+    result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
+    if output is not None:
+        unfinished = output / ".curves.png"
+        result.figure().savefig(unfinished, format="png")
+        picture = unfinished.read_bytes()
+        unfinished.unlink()
+        result.save(output / "evaluation.json")
+        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture})
+    return result
+
+
+def load_checkpoint(folder: Path) -> tuple[Any, Any]:
+    """The wrapped model of an adapter folder, on the GPU if there is one, and its image processor.
+
+    Raises:
+        ShapleyError: there is no adapter in the folder.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ShapleyError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors.")
+    model: Any = AutoPeftModel.from_pretrained(folder)
+    own = (folder / "preprocessor_config.json").is_file()
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    processor = AutoImageProcessor.from_pretrained(folder if own else base)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def labelled_images(data: Path, labels: list[str], masks: Path | None) -> list[dict[str, Any]]:
+    """A row for each image of a folder with a subfolder for each class.
+
+    Raises:
+        ShapleyError: there are no images, a subfolder is no class of the model, or a mask is missing.
+    """
+    folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    rows = [
+        {"image": str(path), "label": folder.name}
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not rows:
+        raise ShapleyError(
+            f"Expected {data} to hold a subfolder of images for each class, e.g. {data}/{labels[0]}/1.png."
+        )
+    strangers = sorted({row["label"] for row in rows} - set(labels))
+    if strangers:
+        raise ShapleyError(
+            f"The subfolders {strangers[:5]} of {data} are no classes of the model. Its classes are {labels[:10]}"
+            f"{' ...' if len(labels) > 10 else ''}."
+        )
+    return [
+        {
+            "image": row["image"],
+            "label": labels.index(row["label"]),
+            **({} if masks is None else {"mask": _mask_of(Path(row["image"]), data, masks)}),
+        }
+        for row in rows
+    ]
+
+
+def _mask_of(image: Path, data: Path, masks: Path) -> str:
+    path = (masks / image.relative_to(data)).with_suffix(".png")
+    if not path.is_file():
+        raise ShapleyError(f"There is no mask {path} for {image}.")
+    return str(path)
