@@ -77,9 +77,9 @@ class Evaluation:
         """
         means = {**self.task, **self.methods["shapadapter"]}
         found = {name: interval.mean for name, interval in means.items()}
-        found["truth_error"] = self.about["truth_error"]
+        found["truth_error"] = float(self.about["truth_error"])
         if "shapadapter" in self.equivalents:
-            found["equivalent_evaluations"] = self.equivalents["shapadapter"].evaluations
+            found["equivalent_evaluations"] = float(self.equivalents["shapadapter"].evaluations)
         return {name: value for name, value in found.items() if plain(value) is not None}
 
     def figure(self) -> Figure:

@@ -1,0 +1,379 @@
+"""`evaluate` from rows to the table, on a tiny ViT."""
+
+import json
+import math
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from small import CLASSES, SMALL, pictures, processor, rows_of, wrapped
+
+from shapadapter import Evaluation, PatchGame, ShapleyError, attribute, evaluate, explain
+from shapadapter.errors import CheckpointError, ImageError
+from shapadapter.evaluation import map_agreement
+from shapadapter.evaluation.data import choose
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wrapped()
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return evaluate(model, rows_of(), processor(), methods=("leave_one_out", "equal"), **SMALL)
+
+
+def settings(**changes):
+    return {**SMALL, "methods": (), **changes}
+
+
+def means(evaluation):
+    return {
+        (method, name): interval.mean
+        for method, values in evaluation.methods.items()
+        for name, interval in values.items()
+        if name not in ("time", "memory")
+    }
+
+
+class Calls:
+    """How often the model was asked, and about how many coalitions."""
+
+    def __init__(self, model):
+        self.model, self.count, self.coalitions = model, 0, 0
+
+    def __enter__(self):
+        self.handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def _note(self, module, args, kwargs):
+        self.count += 1
+        if kwargs.get("coalitions") is not None:
+            self.coalitions += kwargs["coalitions"].shape[0] * kwargs["coalitions"].shape[1]
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_error_is_the_distance_to_the_enumerated_values(model, result):
+    errors, gaps = [], []
+    for index in choose(8, 2, 0):
+        found = explain(model, rows_of()[index]["image"], processor(), top_k=1)
+        game = PatchGame(model, processor()(rows_of()[index]["image"], return_tensors="pt")["pixel_values"])
+        truth = game.exact()[:, int(found.classes[0, 0])]
+        errors.append(((found.attributions.flatten().double() - truth).norm() / truth.norm()).item())
+        gaps.append(found.efficiency_gap.item())
+    assert result.methods["shapadapter"]["error"].mean == pytest.approx(sum(errors) / 2, rel=1e-4)
+    assert result.about["truth"] == "exact"
+    assert result.about["truth_error"] == 0
+    assert result.task["largest_efficiency_gap"].mean < 1e-4
+
+
+def test_the_task_is_measured_on_all_images(model, result):
+    logits = explain(model, pictures(), processor()).logits
+    labels = torch.arange(8) % CLASSES
+    assert result.task["accuracy"].mean == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert result.task["cross_entropy"].mean == pytest.approx(expected, rel=1e-5)
+    assert result.task["accuracy"].count == 8
+
+
+def test_every_method_has_every_measure_that_suits_it(result):
+    assert list(result.methods) == ["shapadapter", "leave_one_out", "equal", "random", "centre"]
+    everywhere = {"insertion", "deletion", "aopc_morf", "aopc_lerf", "aopc_gap", "infidelity", "noise_change", "time"}
+    for values in result.methods.values():
+        assert everywhere | {"road_morf", "road_lerf", "memory", "evaluations"} <= set(values)
+    assert "error" not in result.methods["random"], "no unit"
+    assert "spearman" not in result.methods["equal"], "a constant map has no ranks"
+    assert result.methods["random"]["randomised"].mean == pytest.approx(1), "random maps do not depend on the model"
+    assert set(result.equivalents) == {"shapadapter", "leave_one_out", "equal"}
+    assert list(result.kernel_shap) == [16, 64]
+
+
+def test_curves_begin_and_end_at_the_same_values_for_every_method(result):
+    for kind, end in (("insertion", 0), ("deletion", -1)):
+        lines = [result.curves[method][kind] for method in result.methods]
+        assert {len(line) for line in lines} == {10}
+        assert len({round(line[end].mean, 9) for line in lines}) == 1
+        assert len({round(line[-1 - end].mean, 9) for line in lines}) == 1
+
+
+def test_the_truth_itself_as_a_method_has_no_error(model):
+    found = evaluate(model, rows_of(), processor(), **settings(methods=("exact",)))
+    assert found.methods["exact"]["error"].mean < 1e-5
+    assert found.methods["exact"]["spearman"].mean == pytest.approx(1)
+    assert str(found.equivalents["exact"]).startswith("> 64")
+
+
+def test_own_methods_are_measured_beside_the_others(model):
+    methods = {"mine": partial(attribute, method="exact"), "again": "exact"}
+    found = evaluate(model, rows_of(), processor(), **settings(methods=methods))
+    for name, interval in found.methods["again"].items():
+        if name not in ("time", "memory"):
+            assert found.methods["mine"][name].mean == interval.mean
+
+
+@pytest.mark.parametrize("config", [{"prediction": "classifier"}, {"removal": "pixels"}, {"removal": "mask"}])
+def test_every_kind_of_game(config):
+    found = evaluate(wrapped(**config), rows_of(), processor(), **settings())
+    assert found.about["removal"] == config.get("removal", "drop")
+    assert all(math.isfinite(value) for value in found.metrics().values())
+    assert found.task["largest_efficiency_gap"].mean < 1e-4
+
+
+def test_beyond_sixteen_players_the_truth_has_an_error_of_its_own():
+    found = evaluate(wrapped(rows=6), rows_of(), processor(6), **settings(images=1))
+    assert found.about["truth"] == "kernel_shap"
+    assert 0 < found.about["truth_error"] < 1
+    assert "KernelSHAP with 256 evaluations, its own error" in " ".join(found.table().split())
+
+
+def test_several_labels_and_quantities():
+    model = wrapped()
+    model.config.problem_type = "multi_label_classification"
+    rows = [{**row, "label": [1.0, 0.0, 0.0, 1.0]} for row in rows_of()]
+    found = evaluate(model, rows, processor(), **settings(images=1))
+    logits = explain(model, pictures(), processor()).logits
+    right = ((logits > 0) == torch.tensor([True, False, False, True])).double().mean().item()
+    assert found.task["accuracy"].mean == pytest.approx(right)
+    model.config.problem_type = "regression"
+    found = evaluate(model, rows, processor(), **settings(images=1))
+    assert "squared_error" in found.task
+    assert "road_morf" not in found.methods["shapadapter"]
+    assert found.about["curves_read"] == "value"
+
+
+def test_without_labels_there_is_no_task(model):
+    found = evaluate(model, [{"image": picture} for picture in pictures()], processor(), **settings(images=1))
+    assert set(found.task) == {"efficiency_gap", "largest_efficiency_gap"}
+
+
+# -- the same numbers, whatever the road -----------------------------------------------------------------------------
+
+
+def test_batches_do_not_matter(model):
+    one, many = (
+        evaluate(model, rows_of(), processor(), **settings(images=3, batch_size=size, methods=("kernel_shap",)))
+        for size in (1, 96)
+    )
+    assert means(one).keys() == means(many).keys()
+    for key, value in means(one).items():
+        assert means(many)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    for budget, error in one.kernel_shap.items():
+        assert many.kernel_shap[budget].mean == pytest.approx(error.mean, rel=1e-3)
+
+
+def test_seeds_decide(model):
+    found = [evaluate(model, rows_of(), processor(), **settings(seed=seed, images=8)) for seed in (0, 0, 1)]
+    assert means(found[0]) == means(found[1])
+    assert found[0].kernel_shap == found[1].kernel_shap
+    assert found[0].kernel_shap != found[2].kernel_shap
+
+
+def test_prepared_pixels_and_data_sets_give_the_same(model, result):
+    rows = rows_of()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    prepared = [
+        {"pixel_values": processor()(row["image"], return_tensors="pt")["pixel_values"][0], "label": row["label"]}
+        for row in rows
+    ]
+    for data, using in ((dataset, processor()), (prepared, None)):
+        found = evaluate(model, data, using, **settings())
+        assert found.task["cross_entropy"] == result.task["cross_entropy"]
+        assert found.methods["shapadapter"]["error"] == result.methods["shapadapter"]["error"]
+
+
+def test_a_collator_takes_the_place_of_the_processor(model, result):
+    def collate(rows):
+        pixels = processor()([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
+
+    found = evaluate(model, rows_of(), collate, **settings())
+    assert found.methods["shapadapter"]["error"] == result.methods["shapadapter"]["error"]
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    evaluate(model, rows_of(), processor(), **settings(images=1))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+
+
+def test_the_callers_autocast_is_in_force(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(model, rows_of(), processor(), **settings(images=1))
+    assert found.about["precision"] == "float32, autocast to bfloat16"
+
+
+def test_unused_columns_bring_no_warning(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, rows_of(animal=list("abababab")), processor(), **settings(images=1), groups="animal")
+
+
+# -- a cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
+    from shapadapter.evaluation import study
+
+    expected = evaluate(model, rows_of(), processor(), **settings(images=4))
+    original, done = study.Measurer.records, []
+
+    def interrupted(self, indices):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.extend(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(study.Measurer, "records", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, rows_of(), processor(), cache=tmp_path, **settings(images=4))
+    monkeypatch.setattr(study.Measurer, "records", original)
+    assert len(list(tmp_path.glob("*/image-*.json"))) == 2
+    with Calls(model) as rest:
+        found = evaluate(model, rows_of(), processor(), cache=tmp_path, **settings(images=4))
+    assert means(found) == means(expected)
+    assert found.kernel_shap == expected.kernel_shap
+    with Calls(model) as nothing:
+        again = evaluate(model, rows_of(), processor(), cache=tmp_path, **settings(images=4))
+    assert means(again) == means(expected)
+    assert nothing.coalitions == 0 < rest.coalitions
+
+
+@pytest.mark.parametrize("change", ["seed", "weights", "image", "methods"])
+def test_a_cache_of_something_else_is_not_used(tmp_path, change):
+    model, rows, options = wrapped(), rows_of(), settings(images=1)
+    evaluate(model, rows, processor(), cache=tmp_path, **options)
+    if change == "seed":
+        options["seed"] = 5
+    elif change == "methods":
+        options["methods"] = ("equal",)
+    elif change == "weights":
+        with torch.no_grad():
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).add_(1)
+    else:
+        for row in rows:
+            row["image"] = row["image"].rotate(90)
+    with Calls(model) as calls:
+        evaluate(model, rows, processor(), cache=tmp_path, **options)
+    assert calls.coalitions > 0
+
+
+# -- what it looks like ----------------------------------------------------------------------------------------------
+
+
+def test_the_table_fits_a_terminal_and_says_what_must_be_known(result):
+    table = result.table()
+    assert max(map(len, table.splitlines())) <= 120
+    for text in ("3 x 3 players", "2 of 8 images", "relative L2", "= KernelSHAP with", "KernelSHAP 64", "insertion ↑"):
+        assert text in table
+    assert table.splitlines().count("") == 7
+    assert "| shapadapter |" in result.markdown()
+
+
+def test_saved_and_loaded(result, tmp_path):
+    path = result.save(tmp_path / "folder" / "evaluation.json")
+    assert Evaluation.load(path).table() == result.table()
+    assert Evaluation.load(path).metrics() == result.metrics()
+    assert json.loads(path.read_text()) == result.to_dict()
+    assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CheckpointError, match="no evaluation"):
+        Evaluation.load(path)
+
+
+def test_metrics_are_plain_numbers(result):
+    found = result.metrics()
+    assert {
+        "accuracy",
+        "cross_entropy",
+        "error",
+        "spearman",
+        "equivalent_evaluations",
+        "insertion",
+        "deletion",
+    } <= set(found)
+    assert all(type(value) is float and math.isfinite(value) for value in found.values())
+
+
+def test_curves_are_drawn_with_a_line_for_each_method(result):
+    pytest.importorskip("matplotlib")
+    figure = result.figure()
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        assert len(axes.lines) == 5
+    mean = [point.mean for point in result.curves["shapadapter"]["insertion"]]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx(mean)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("shap",)}, "There is no method 'shap'"),
+        ({"groups": "animal"}, "no column 'animal'"),
+    ],
+)
+def test_what_does_not_exist_is_named(model, changes, words):
+    with pytest.raises(ShapleyError, match=words):
+        evaluate(model, rows_of(), processor(), **settings(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"budgets": (64, 16)}, {"budgets": (15,)}, {"budgets": ()}, {"truth_evaluations": 6}, {"images": 0}]
+)
+def test_numbers_that_make_no_sense(model, changes):
+    with pytest.raises(ValueError, match=r"budgets|truth_evaluations|image"):
+        evaluate(model, rows_of(), processor(), **settings(**changes))
+
+
+def test_data_without_rows_by_index(model):
+    for data in (iter(rows_of()), []):
+        with pytest.raises(ShapleyError, match="rows by index"):
+            evaluate(model, data, processor(), **settings())
+
+
+def test_images_without_a_processor(model):
+    with pytest.raises(ImageError, match="image processor"):
+        evaluate(model, rows_of(), **settings())
+
+
+def test_a_matching_model_is_sent_elsewhere():
+    import matching
+
+    with pytest.raises(ShapleyError, match="retrieval_after_deletion"):
+        evaluate(matching.wrapped("clip"), rows_of(), **settings())
+
+
+# -- maps of two models ----------------------------------------------------------------------------------------------
+
+
+def test_maps_of_the_same_model_agree_and_those_of_another_do_not(model):
+    same = map_agreement(model, model, rows_of(), processor(), images=8)
+    assert same.mean == pytest.approx(1)
+    assert same.count == 8
+    other = wrapped()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(
+                parameter.mean() + parameter.std() * torch.randn_like(parameter)
+                if parameter.numel() > 1
+                else parameter
+            )
+    assert abs(map_agreement(model, other, rows_of(), processor(), images=8).mean) < 0.6
+    with pytest.raises(ShapleyError, match="players"):
+        map_agreement(model, wrapped(grid=(1, 3)), rows_of(), processor())
