@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 pytest.importorskip("captum")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+# At the end: two scripts there have the names of modules here.
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import compare
 import rivals

@@ -9,7 +9,8 @@ import torch
 from families import PLAYERS, base, images, wrap
 from test_trainer import arguments
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+# At the end: two scripts there have the names of modules here.
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import rivals
 from rivals import AUTOGNOTHI, DUO, RIVALS, VIT_SHAPLEY, RivalTrainer, SurrogateTrainer
