@@ -98,7 +98,7 @@ class ShapleyModel(LoraModel):
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
-        progressbar: bool = True,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:

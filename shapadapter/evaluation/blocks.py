@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shapadapter.metrics import Interval
 
+from . import notes
 from .table import Block
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _ROAD = {"road_morf": "ROAD MoRF ↓", "road_lerf": "ROAD LeRF ↑", "road_gap":
 _PLACES = {
     "energy_inside": "energy inside ↑",
     "pointing_game": "pointing ↑",
-    "segmentation_accuracy": "pixel acc. ↑",
+    "segmentation_accuracy": "accuracy ↑",
     "segmentation_iou": "IoU ↑",
     "segmentation_ap": "AP ↑",
     "grid_pointing": "grid pointing ↑",
@@ -44,7 +45,7 @@ _SANITY = {
     "noise_change": "change under noise ↓",
     "noise_ratio": "over change of logits ↓",
 }
-_COST = {"evaluations": "evaluations", "time": "time", "memory": "peak memory"}
+_COST = {"evaluations": "evaluations", "time": "time / plain", "memory": "memory / plain"}
 _TASK = {
     "accuracy": "accuracy",
     "cross_entropy": "cross-entropy",
@@ -55,51 +56,17 @@ _TASK = {
 }
 
 
-def summary(evaluation: Evaluation) -> str:
-    """What was measured, in a few sentences."""
-    about = evaluation.about
-    rows, cols = about["players"]
-    over = "images" if about["groups"] is None else f"{about['groups']} groups of images"
-    return (
-        f"{about['model']}, {rows} x {cols} players, removal by {about['removal']}, prediction by {about['prediction']}. "
-        f"{about['images']} of {about['data']} images explained, seed {about['seed']}; explained is {about['explained']}, "
-        f"and the game's value is its {about['value']}. Mean ± half the width of the 95 % bootstrap interval over {over}."
-    )
-
-
 def blocks(evaluation: Evaluation) -> list[Block]:
     """Every block that has something to say."""
     about = evaluation.about
-    counts = ", ".join(map(str, about["removed_counts"]))
-    curves = (
-        f"Curves are read as the explained class's {about['curves_read']}, on the same removal as the attributions."
-    )
-    removal = f"n = {counts} of {math.prod(about['players'])} players, {about['removal_draws']} coalitions each, values in logits. "
-    removal += (
-        "Infidelity: of the map scaled to fit best, 1 is no better than the mean drop. ROAD: share of images still "
-    )
-    removal += "predicted alike, mean over 10 % to 90 % of the players imputed."
-    area = about["area"]
-    places = (
-        "" if area is None else f"The object covers {area:.3g} of the image: what chance gets of energy and pointing. "
-    )
-    places += "Grid pointing on 2 x 2 montages: chance 0.25." if _has(evaluation, "grid_pointing") else ""
-    sanity = (
-        "Spearman correlation with the maps of a model with random parameters; relative change of the map under pixel "
-    )
-    sanity += "noise of 5 % of the image's deviation, and that over the relative change of the logits."
-    cost = (
-        "Evaluations beyond the forward pass. Time and peak memory of its activations, against the base model's plain "
-    )
-    cost += "forward pass, side by side; of the one pass with LoRA merged."
     found = [
         _task(evaluation),
         _errors(evaluation),
-        _block(evaluation, "Curves", _CURVES, curves),
-        _block(evaluation, "Random removal and imputation", {**_RANDOM_REMOVAL, **_ROAD}, removal),
-        _block(evaluation, "Localisation", _PLACES, places.strip()),
-        _block(evaluation, "Sanity", _SANITY, sanity),
-        _block(evaluation, "Cost", _COST, cost),
+        _block(evaluation, "Curves", _CURVES, notes.curves(about)),
+        _block(evaluation, "Random removal and imputation", {**_RANDOM_REMOVAL, **_ROAD}, notes.removal(about)),
+        _block(evaluation, "Localisation", _PLACES, notes.places(about, _has(evaluation, "grid_pointing"))),
+        _block(evaluation, "Sanity", _SANITY, notes.SANITY),
+        _block(evaluation, "Cost", _COST, notes.COST),
     ]
     return [block for block in found if block.rows]
 
@@ -143,12 +110,9 @@ def _errors(evaluation: Evaluation) -> Block:
         (f"KernelSHAP {budget}", (cell(error), *blank[1:], str(budget)))
         for budget, error in evaluation.kernel_shap.items()
     ]
-    about = evaluation.about
-    note = f"The truth is exact: all {about['truth_evaluations']:,} coalitions."
-    if about["truth"] != "exact":
-        note = f"The truth is KernelSHAP with {about['truth_evaluations']:,} evaluations, its own error {about['truth_error']:.2g}."
-    note += f" Top-k: k = {about['top_k']}. Methods without a unit have no L2 error."
-    return Block(plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), note)
+    return Block(
+        plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), notes.truth(evaluation.about)
+    )
 
 
 def _equivalent(found: Equivalent | None) -> str:

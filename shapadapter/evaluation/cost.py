@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def _peak(run: Callable[[], Any]) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return float(torch.cuda.max_memory_allocated() - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report its start and stop on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]

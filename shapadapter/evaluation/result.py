@@ -12,6 +12,8 @@ from shapadapter.errors import CheckpointError
 from shapadapter.files import write_together
 from shapadapter.metrics import EquivalentEvaluations, Interval
 
+from .blocks import blocks
+from .notes import summary
 from .records import plain
 from .table import as_markdown, as_text
 
@@ -59,15 +61,11 @@ class Evaluation:
 
     def table(self) -> str:
         """The results as text, 120 columns wide at most: blocks with a row for each method."""
-        from .blocks import blocks, summary
-
-        return as_text(blocks(self), summary(self), self.notes)
+        return as_text(blocks(self), summary(self.about), self.notes)
 
     def markdown(self) -> str:
         """The same as Markdown tables."""
-        from .blocks import blocks, summary
-
-        return as_markdown(blocks(self), summary(self), self.notes)
+        return as_markdown(blocks(self), summary(self.about), self.notes)
 
     def metrics(self) -> dict[str, float]:
         """What was measured of the one-pass attributions, as plain numbers by stable names.
