@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SCALE_FLOOR = 1e-8
-"""The least mean square of `v(S) - v(empty)` to divide by, so that a model that says nothing yet does not explode."""
+"""The least yardstick to divide by, so that a model that says nothing yet does not explode."""
 
 
 def _precise(values: Tensor) -> Tensor:
@@ -52,28 +52,34 @@ def coalition_residuals(
     return gains - coalition_sums(attributions, coalitions)
 
 
-def coalition_scale(coalition_values: Tensor, null_values: Tensor) -> Tensor:
-    """The mean square of `v(S) - v(empty)` of each image: the yardstick of the Shapley loss, without a gradient.
+def expected_square(attributions: Tensor) -> Tensor:
+    """What the squares of `coalition_sums` are on average over the kernel law: the yardstick of the Shapley loss.
+
+    For one class it is `((1 - 1/H) (sum phi)^2 + sum phi^2 / H) / 2` with `H = 1 + 1/2 + ... + 1/(N - 1)`, since under
+    the kernel law a player is present with probability 1/2 and two with `(1 - 1/H) / 2`. It does not depend on the
+    coalitions that were drawn: a yardstick that did, like the mean square of their values, would weigh small and
+    large coalitions otherwise than the kernel law, and the minimiser would no longer be the Shapley value.
 
     Args:
-        coalition_values: (B, M, K) values `v(S)`.
-        null_values: (B, K) values `v(empty)`.
+        attributions: (B, N, K) attribution of each player to each class.
 
     Returns:
-        (B,), in the squared unit of the values, at least `SCALE_FLOOR`.
+        (B,) the mean over classes, without a gradient, in the squared unit of the attributions, at least `SCALE_FLOOR`.
     """
-    gains = _precise(coalition_values.detach()) - _precise(null_values.detach())[:, None]  # (B, M, K)
-    return gains.square().mean(dim=(1, 2)).clamp(min=SCALE_FLOOR)  # (B,)
+    attributions = _precise(attributions.detach())  # (B, N, K)
+    harmonic = sum(1 / size for size in range(1, attributions.shape[1]))
+    total, squares = attributions.sum(dim=1).square(), attributions.square().sum(dim=1)  # (B, K) each
+    return ((total + (squares - total) / harmonic) / 2).mean(dim=1).clamp(min=SCALE_FLOOR)  # (B,)
 
 
 def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
     """The Shapley loss: how far the attributions are from explaining the coalitions, relative to their values.
 
-    For each image the mean of the squared `coalition_residuals`, divided by `coalition_scale`; then the mean over
+    For each image the mean of the squared `coalition_residuals`, divided by `expected_square`; then the mean over
     images. For coalitions of the kernel law and attributions that obey efficiency, its minimiser is the Shapley value
     (Charnes et al. 1988; Lundberg & Lee 2017; as a loss to train with: FastSHAP, Jethani et al. 2022). The division
     makes it free of the scale of the logits, image by image, so that accumulated micro-batches add up to the whole
-    batch. The divisor has no gradient, or larger coalition values alone would lower the loss.
+    batch. The divisor has no gradient, or larger attributions alone would lower the loss.
 
     Args:
         attributions: (B, N, K) attributions that obey efficiency (`project_on_efficiency`, or by construction).
@@ -82,10 +88,10 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Ten
         null_values: (B, K) values `v(empty)`; no gradient flows through them (`coalition_residuals` says why).
 
     Returns:
-        Scalar without a unit: 0 for a perfect fit, 1 for attributions that are all zero.
+        Scalar without a unit: 0 for a perfect fit.
     """
     residuals = coalition_residuals(attributions, coalitions, coalition_values, null_values)  # (B, M, K)
-    return (residuals.square().mean(dim=(1, 2)) / coalition_scale(coalition_values, null_values)).mean()
+    return (residuals.square().mean(dim=(1, 2)) / expected_square(attributions)).mean()
 
 
 @torch.no_grad()

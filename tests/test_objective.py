@@ -8,15 +8,15 @@ import torch
 from shapadapter.objective import (
     coalition_fit,
     coalition_residuals,
-    coalition_scale,
     coalition_sums,
     contrastive_loss,
+    expected_square,
     pairwise_sigmoid_loss,
     project_on_efficiency,
     shapley_loss,
     warmup_weight,
 )
-from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs
+from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs, size_distribution
 
 
 def seeded(seed=0):
@@ -49,7 +49,9 @@ def minimise(game, start):
 
     def closure():
         optimiser.zero_grad()
-        loss = shapley_loss(project_on_efficiency(raw, full, null), coalitions, values, null)
+        attributions = project_on_efficiency(raw, full, null)
+        # The yardstick moves along without a gradient, which a line search would take for a mistake.
+        loss = shapley_loss(attributions, coalitions, values, null) * expected_square(attributions)
         loss.backward()
         return loss
 
@@ -89,14 +91,49 @@ def test_the_minimiser_knows_dummies_symmetry_and_linear_games():
 # --- the loss
 
 
+def kernel_law(players):
+    """Probability of each coalition (2^N,) float64; 0 of the empty and the full one."""
+    sizes = all_coalitions(players).sum(dim=1)  # (2^N,)
+    law = [0, *size_distribution(players).tolist(), 0]
+    return torch.tensor([law[size] / math.comb(players, size) for size in sizes.tolist()], dtype=torch.float64)
+
+
 def test_sums_residuals_and_loss_by_hand():
     attributions = torch.tensor([[[1.0], [2.0], [4.0]]])
     coalitions = torch.tensor([[[True, False, True], [False, True, False]]])
     values, null = torch.tensor([[[16.0], [11.0]]]), torch.tensor([[10.0]])
     assert coalition_sums(attributions, coalitions).flatten().tolist() == [5, 2]
     assert coalition_residuals(attributions, coalitions, values, null).flatten().tolist() == [1, -1]
-    assert coalition_scale(values, null).item() == pytest.approx(37 / 2)
-    assert shapley_loss(attributions, coalitions, values, null).item() == pytest.approx(2 / 37)
+    # Of three players one or two are present, each alone or left out as often: (1 + 4 + 16 + 36 + 25 + 9) / 6.
+    assert expected_square(attributions).item() == pytest.approx(91 / 6)
+    assert shapley_loss(attributions, coalitions, values, null).item() == pytest.approx(6 / 91)
+
+
+def test_the_yardstick_is_the_mean_square_under_the_kernel_law():
+    attributions = normal(2, 6, 3)
+    law = kernel_law(6)  # (64,)
+    squares = (coalition_sums(attributions, all_coalitions(6).expand(2, -1, -1)) ** 2).mean(dim=2)  # (2, 64)
+    assert torch.allclose(expected_square(attributions).double(), squares.double() @ law)
+
+
+@pytest.mark.parametrize("players", [3, 6, 8])
+def test_one_pair_at_a_time_leads_to_the_shapley_value_too(players):
+    """In expectation over single pairs, as training draws them, the loss has no slope at the Shapley value."""
+    game = normal(2**players, 3, dtype=torch.float64)
+    truth = exact_shapley_values(game)  # (N, K)
+    coalitions = all_coalitions(players)  # (2^N, N)
+    pairs = torch.stack([coalitions, ~coalitions], dim=1)  # (2^N, 2, N): each its own image
+    values = torch.stack([game, game.flip(0)], dim=1)  # (2^N, 2, K)
+    slopes = []
+    for attributions in (truth, truth + 0.1 * normal(players, 1, seed=3, dtype=torch.float64)):
+        copies = attributions.expand(2**players, -1, -1).clone().requires_grad_()
+        each = [
+            shapley_loss(copies[i : i + 1], pairs[i : i + 1], values[i : i + 1], game[:1]) for i in range(2**players)
+        ]
+        (torch.stack(each) @ kernel_law(players)).backward()
+        slope = copies.grad.sum(dim=0)  # (N, K)
+        slopes.append((slope - slope.mean(dim=0)).abs().max().item())  # within the efficiency plane
+    assert slopes[0] < 1e-9 < 1e-3 < slopes[1]
 
 
 def test_the_loss_is_free_of_scale_and_shift():
@@ -104,7 +141,6 @@ def test_the_loss_is_free_of_scale_and_shift():
     loss = shapley_loss(attributions, coalitions, values, null)
     assert torch.allclose(shapley_loss(50 * attributions, coalitions, 50 * values, 50 * null), loss, rtol=1e-4)
     assert torch.allclose(shapley_loss(attributions, coalitions, values + 2, null + 2), loss, rtol=1e-4)
-    assert torch.allclose(shapley_loss(torch.zeros_like(attributions), coalitions, values, null), torch.tensor(1.0))
 
 
 def test_a_silent_model_has_a_finite_loss_and_gradient():
@@ -128,11 +164,12 @@ def test_gradients_reach_attributions_and_coalition_values_but_never_the_null():
 
 
 def test_the_divisor_has_no_gradient():
-    _, coalitions, values, null = example()
-    values.requires_grad_()
-    shapley_loss(torch.zeros(3, 7, 4), coalitions, values, null).backward()
-    gains = (values - null[:, None]).detach()
-    assert (values.grad * gains).sum().item() == pytest.approx(2, rel=1e-5)  # 0 if it had one
+    attributions, coalitions, _, null = example()
+    attributions.requires_grad_()
+    values = null[:, None].expand(-1, coalitions.shape[1], -1)  # a game in which nothing is gained
+    loss = shapley_loss(attributions, coalitions, values, null)
+    loss.backward()
+    assert (attributions.grad * attributions).sum().item() == pytest.approx(2 * loss.item(), rel=1e-5)  # else 0
 
 
 @pytest.mark.parametrize("autocast", [False, True])
