@@ -19,7 +19,7 @@ from .curves import follow, orders
 from .data import Rows
 from .games import Games
 from .localisation import SALIENCY, localisation, saliency, tiles_inside
-from .methods import Methods, has_unit, stacked
+from .methods import Methods, check_finite, has_unit, stacked
 from .plan import Plan
 from .records import Record, as_numbers, digest
 from .road import road, road_lines, road_measures
@@ -78,6 +78,7 @@ class Measurer:
         batch = self.predict(rows.inputs)
         explanations = self.methods.maps(self.model, batch, indices)
         maps = stacked(explanations, batch.classes[:, 0].tolist())  # (B, methods, N)
+        check_finite(maps, self.methods.names)
         games = Games(self.model, batch, COALITIONS_PER_IMAGE * self.plan.batch_size)
         truth = find_truth(games, indices, self.plan.truth_evaluations, self.plan.budgets, seed)
         order = orders(maps, indices, seed)  # (B, methods, N)
@@ -95,6 +96,7 @@ class Measurer:
             measures |= road_measures(kept)
             lines |= road_lines(kept)
         common = {
+            "players": torch.tensor([batch.tiling.players]).expand(len(indices), -1),
             "class": games.classes.cpu(),
             "label": _single(rows.labels, len(indices)),
             "likelihood": games.full.likelihoods[:, 0],

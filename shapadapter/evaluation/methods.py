@@ -103,19 +103,21 @@ def image_of(inputs: Mapping[str, Any], place: int) -> dict[str, Tensor]:
 
 
 def stacked(explanations: list[list[Explanation]], classes: Sequence[int]) -> Tensor:
-    """The maps (B, methods, N) float64 of the explained classes (B,).
-
-    Raises:
-        ShapleyError: a method did not say a finite number of every player.
-    """
+    """The maps (B, methods, N) float64 of the explained classes (B,)."""
     maps = [
         [one.for_label(target).flatten().double() for one in several]
         for several, target in zip(explanations, classes, strict=True)
     ]
-    joined = torch.stack([torch.stack(several) for several in maps])  # (B, methods, N)
-    if not bool(joined.isfinite().all()):
-        bad = sorted(
-            {one.method for several in explanations for one in several if not one.attributions.isfinite().all()}
-        )
+    return torch.stack([torch.stack(several) for several in maps])  # (B, methods, N)
+
+
+def check_finite(maps: Tensor, names: Sequence[str]) -> None:
+    """Refuse maps (B, methods, N) of which no curve can be drawn.
+
+    Raises:
+        ShapleyError: a method did not say a finite number of every player.
+    """
+    finite = maps.isfinite().all(dim=-1).all(dim=0)  # (B, methods, N) -> (methods,)
+    if not bool(finite.all()):
+        bad = [name for name, whole in zip(names, finite.tolist(), strict=True) if not whole]
         raise ShapleyError(f"The methods {bad} gave attributions that are not finite; no curve can be drawn of them.")
-    return joined

@@ -54,7 +54,9 @@ def _impossible(batch: Predicted) -> str | None:
     pixels, players = batch.inputs["pixel_values"], batch.tiling.players
     if batch.likelihood == "none" or batch.output.logits.shape[1] < SIDE**2:
         return f"Grid pointing needs a model with {SIDE**2} classes or more."
-    if pixels.ndim != 4 or any(side % SIDE for side in (*pixels.shape[-2:], *players)):
+    if pixels.ndim != 4:
+        return "Grid pointing needs images as pixels; these are cut in patches."
+    if any(side % SIDE for side in (*pixels.shape[-2:], *players)):
         return (
             f"Grid pointing needs images and players that {SIDE} x {SIDE} quarters divide; there are {players[0]} x "
             f"{players[1]} players."

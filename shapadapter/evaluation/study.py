@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shapadapter.errors import ImageError
 from shapadapter.metrics import Interval
 
 from .about import about, settings_of
@@ -104,8 +105,20 @@ def _measured(measurer: Measurer, kept: Records, chosen: Sequence[int]) -> list[
             for index, record in zip(part, measurer.records(part), strict=True):
                 found[index] = record
                 kept.keep(names.get(index, ""), record)
+            _check_players(found)
             bar.update(len(part))
     return [found[index] for index in chosen]
+
+
+def _check_players(found: Mapping[int, Record]) -> None:
+    """Refuse images whose curves have no mean.
+
+    Raises:
+        ImageError: they have several grids of players.
+    """
+    grids = sorted({tuple(record["players"]) for record in found.values()})
+    if len(grids) > 1:
+        raise ImageError(f"Expected images of one size, got {grids} players. Resize them, or evaluate them apart.")
 
 
 def _area(records: Sequence[Record], groups: Tensor | None, seed: int) -> float | None:

@@ -54,9 +54,8 @@ def mean_curves(
     curves: dict[str, dict[str, tuple[Interval, ...]]] = {}
     for method in records[0]["curves"]:
         for name in records[0]["curves"][method]:
-            values = torch.tensor(
-                [record["curves"][method][name] for record in records], dtype=torch.float64
-            )  # (R, P)
+            lines = [[_number(point) for point in record["curves"][method][name]] for record in records]
+            values = torch.tensor(lines, dtype=torch.float64)  # (R, P)
             curves.setdefault(method, {})[name] = tuple(intervals(values, groups, seed))
     return curves
 

@@ -3,13 +3,14 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from small import CLASSES, SMALL, pictures, processor, rows_of, wrapped
+from small import CLASSES, SMALL, bare, pictures, processor, rows_of, wrapped
 
-from shapadapter import Evaluation, PatchGame, ShapleyError, attribute, evaluate, explain
+from shapadapter import Evaluation, PatchGame, ShapleyConfig, ShapleyError, attribute, evaluate, explain
 from shapadapter.errors import CheckpointError, ImageError
 from shapadapter.evaluation import map_agreement
 from shapadapter.evaluation.data import choose
@@ -222,6 +223,20 @@ def test_unused_columns_bring_no_warning(model):
         evaluate(model, rows_of(animal=list("abababab")), processor(), **settings(images=1), groups="animal")
 
 
+def test_a_model_that_holds_the_adapter_itself():
+    model = bare()
+    model.add_adapter(ShapleyConfig(r=4))
+    found = evaluate(model.eval(), rows_of(), processor(), **settings(images=1))
+    assert found.about["model"] == "ViTForImageClassification"
+    assert found.methods["shapadapter"]["time"].mean > 0
+
+
+def test_options_reach_the_model(model):
+    rows = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(2)]
+    found = evaluate(model, rows, **settings(images=1), interpolate_pos_encoding=True)
+    assert found.about["players"] == [4, 4]
+
+
 # -- a cache ---------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +365,23 @@ def test_data_without_rows_by_index(model):
 def test_images_without_a_processor(model):
     with pytest.raises(ImageError, match="image processor"):
         evaluate(model, rows_of(), **settings())
+
+
+def test_images_of_several_sizes():
+    import families
+
+    rows = [{"pixel_values": torch.randn(3, side, side)} for side in (16, 24)]
+    with pytest.raises(ImageError, match="one size"):
+        evaluate(families.wrap("dinov2"), rows, **settings(batch_size=1))
+
+
+def test_maps_that_are_not_finite_are_named(model):
+    def broken(model, images, targets):
+        found = explain(model, images, targets=targets)
+        return replace(found, attributions=found.attributions / 0)
+
+    with pytest.raises(ShapleyError, match=r"\['broken'\] gave attributions that are not finite"):
+        evaluate(model, rows_of(), processor(), **settings(methods={"broken": broken}))
 
 
 def test_a_matching_model_is_sent_elsewhere():
