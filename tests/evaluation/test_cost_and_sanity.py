@@ -55,7 +55,7 @@ def test_time_and_memory_are_ratios():
         torch.zeros(4000).add(1)
 
     found = compare(small, large)
-    assert 2 < found["time"].mean < 4
+    assert 1.5 < found["time"].mean < 4.5
     if not torch.cuda.is_available():
         assert found["memory"].mean == pytest.approx(4, rel=0.1)
         assert _peak(small) == pytest.approx(8000, rel=0.1)
