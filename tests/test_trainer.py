@@ -776,3 +776,29 @@ def test_reentrant_checkpointing_is_ruled_out_under_both_names(tmp_path):
 
 def test_integer_multi_hot_labels_train(tmp_path):
     trainer_of(tmp_path, train=images(8, [[1, 0, 1], [0, 1, 0]] * 4), max_steps=1).train()
+
+
+def test_token_and_head_have_a_learning_rate_of_their_own(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=1e-4, head_learning_rate=3e-3, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    head = {id(parameter) for parameter in trainer.layer.parameters()}
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            rate, decay = rates[id(parameter)]
+            assert rate == (3e-3 if id(parameter) in head else 1e-4), name
+            assert decay == (0.0 if "bias" in name or "norm" in name else 0.1), name
+
+
+def test_a_frozen_model_has_the_head_s_learning_rate_alone(tmp_path):
+    optimizer = trainer_of(tmp_path, wrapped(tune="frozen"), head_learning_rate=3e-3).create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {3e-3}
+
+
+def test_an_optimizer_of_the_user_s_is_left_as_it_is(tmp_path):
+    model = wrapped()
+    mine = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    trainer = ShapleyTrainer(model, arguments(tmp_path), train_dataset=images(), optimizers=(mine, None))
+    assert trainer.create_optimizer() is mine
+    assert [group["lr"] for group in mine.param_groups] == [0.5]

@@ -42,6 +42,12 @@ class ShapleyTrainingArguments(TrainingArguments):
             "model to predict from part of an image (about twice the step's cost)."
         },
     )
+    head_learning_rate: float = field(
+        default=5e-3,
+        metadata={
+            "help": "Learning rate of token and head, which start from nothing; `learning_rate` is that of everything else."
+        },
+    )
     truncate_texts: bool = field(
         default=False,
         metadata={"help": "Whether captions longer than the model takes are cut; by default they are refused."},

@@ -167,6 +167,22 @@ class ShapleyTrainer(Trainer):
         config.fill_color = mean_color(self.train_dataset, self.data_collator)
         self.layer.read_rules(name, config)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`Trainer`'s optimiser, in which token and head have a learning rate of their own."""
+        if self.optimizer is not None:  # the user's
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        own = {id(parameter) for parameter in self.layer.parameters()}
+        for group in list(optimizer.param_groups):
+            head = [parameter for parameter in group["params"] if id(parameter) in own]
+            rest = [parameter for parameter in group["params"] if id(parameter) not in own]
+            if head and rest:
+                group["params"] = rest
+                optimizer.add_param_group({**group, "params": head, "lr": self.args.head_learning_rate})
+            elif head:
+                group["lr"] = self.args.head_learning_rate
+        return optimizer
+
     # -- evaluation and logs -----------------------------------------------------------------------------------------
 
     def prediction_step(
