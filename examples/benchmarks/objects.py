@@ -77,6 +77,7 @@ class ObjectScenes(Dataset[dict[str, Any]]):
 
     def __init__(self, objects: list[int], placements: int, seed: int, folder: Path = STAMPS) -> None:
         self.objects, self.placements, self.seed, self.folder = objects, placements, seed, folder
+        self.made: dict[int, tuple[int, NDArray[np.uint8], NDArray[np.bool_]]] = {}
 
     def __len__(self) -> int:
         return len(self.objects) * self.placements
@@ -90,6 +91,11 @@ class ObjectScenes(Dataset[dict[str, Any]]):
         """Class, picture (H, W, 3) and mask (H, W) of one scene."""
         if not 0 <= item < len(self):
             raise IndexError(f"There is no scene {item} among {len(self)}.")
+        if item not in self.made:
+            self.made[item] = self._compose(item)
+        return self.made[item]
+
+    def _compose(self, item: int) -> tuple[int, NDArray[np.uint8], NDArray[np.bool_]]:
         random = default_rng(SeedSequence([self.seed, item]))
         label, stamp = cut_outs(self.folder)[self.objects[item % len(self.objects)]]
         if random.random() < 0.5:

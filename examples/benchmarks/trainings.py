@@ -189,7 +189,7 @@ def plain(setting: Setting, folder: Path, like: Path, seed: int) -> Any:
     """The same base model fine-tuned without us: LoRA on the layers of the adapter in `like`, a trained classifier."""
     if not folder.exists():
         set_seed(seed)
-        base = AutoModelForImageClassification.from_pretrained(setting.base)
+        base = to_train(setting.base)
         adapter = {name: setting.recipe["adapter"][name] for name in ("r", "lora_alpha")}
         targets = sorted(PeftConfig.from_pretrained(str(like)).target_modules)
         model = get_peft_model(base, LoraConfig(**adapter, target_modules=targets, modules_to_save=["classifier"]))
@@ -201,7 +201,14 @@ def plain(setting: Setting, folder: Path, like: Path, seed: int) -> Any:
 def wrapped(base: Path, seed: int, **config: Any) -> PeftModel:
     """The model of a folder with a new adapter."""
     set_seed(seed)
-    return get_peft_model(AutoModelForImageClassification.from_pretrained(base), ShapleyConfig(**config))
+    return get_peft_model(to_train(base), ShapleyConfig(**config))
+
+
+def to_train(base: Path) -> Any:
+    """The model of a folder. On a CPU torch's fused attention has a slow backward pass: there, without it."""
+    return AutoModelForImageClassification.from_pretrained(
+        base, attn_implementation="eager" if DEVICE == "cpu" else None
+    )
 
 
 def save_merged(model: PeftModel, folder: Path) -> None:
