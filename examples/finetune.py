@@ -6,12 +6,12 @@
 
 python examples/finetune.py \
     --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --output_dir vit-beans \
-    --num_train_epochs 3 --per_device_train_batch_size 32 --learning_rate 1e-3 --logging_steps 10 --eval_strategy epoch
+    --num_train_epochs 3 --per_device_train_batch_size 32 --logging_steps 10 --eval_strategy epoch
 
 A folder has one subfolder per class, in `train/` and `test/` (or `validation/`, `val/`) or without any split:
 
 python examples/finetune.py \
-    --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos --learning_rate 1e-3 \
+    --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos \
     --logging_steps 10 --eval_strategy epoch
 
 On several GPUs: `accelerate launch --num_processes 2 examples/finetune.py ...` (without them, `torchrun

@@ -29,14 +29,14 @@ from shapadapter.demo.scale import Scale
 
 RECIPE: dict[str, dict[str, Any]] = {
     "demo": {  # the numbers of shapadapter.demo.models.tune, which trains ours
-        "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "head_width": 256},
-        "training": {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-        "shapley": {"shapley_weight": 3.0},
+        "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "training": {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+        "shapley": {"head_learning_rate": 5e-3},
     },
-    "objects": {
+    "objects": {  # for ours the defaults
         "adapter": {"r": 16, "lora_alpha": 32},
-        "training": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-        "shapley": {"shapley_weight": 1.0},
+        "training": {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+        "shapley": {},
     },
 }
 BATCH = 32
@@ -44,11 +44,11 @@ BUDGETS = (64, 128, 256, 512, 1024, 2048)  # evaluations of KernelSHAP and of re
 SCALES = {
     "demo": Scale(5000, 4, 6, 1.5, truth_images=32, truth_evaluations=4096, budgets=BUDGETS),
     "demo, quick": Scale(2000, 2, 8, 2, truth_images=6, truth_evaluations=2048, budgets=BUDGETS[:-1]),
-    # All the objects, on six backgrounds each; the base model is the reader's.
-    "objects": Scale(0, 6, 0, 4, truth_images=32, truth_evaluations=4096, budgets=BUDGETS),
+    # Each object on 44 backgrounds, seen once; the base model is the reader's.
+    "objects": Scale(0, 44, 0, 1, truth_images=10, truth_evaluations=4096, budgets=BUDGETS[1:-1]),
     "objects, quick": Scale(0, 1, 0, 1, truth_images=4, truth_evaluations=1024, budgets=BUDGETS[:-1]),
 }
-TEST_PLACEMENTS = 4
+TEST_PLACEMENTS = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -69,7 +69,7 @@ class ShapleyConfig(LoraConfig):
         default=True,
         metadata={"help": "Whether a learned read-only token conditions how attributions are shared among players."},
     )
-    head_width: int = field(default=64, metadata={"help": "Width of the head's token-conditioned branch."})
+    head_width: int = field(default=256, metadata={"help": "Width of the head's token-conditioned branch."})
     cell_offset: tuple[float, float] | None = field(
         default=None,
         metadata={

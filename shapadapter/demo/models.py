@@ -94,9 +94,7 @@ def tune(
     """Load the pretrained model from disk, wrap it, fine-tune it and save the adapter; also returns its accuracy."""
     set_seed(seed)
     model = AutoModelForImageClassification.from_pretrained(pretrained)
-    config = ShapleyConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", head_width=256, shapley_token=shapley_token
-    )
+    config = ShapleyConfig(r=16, lora_alpha=32, target_modules="all-linear", shapley_token=shapley_token)
     model = get_peft_model(model, config)
     with whole_folder(folder) as unfinished, TemporaryDirectory() as runs:
         trainer = ShapleyTrainer(
@@ -104,8 +102,9 @@ def tune(
             ShapleyTrainingArguments(
                 runs,
                 num_train_epochs=scale.tune_epochs,
-                learning_rate=2e-3,
-                shapley_weight=3.0,
+                # Ten times the default for LoRA: this base model has been pretrained for a minute, not for days.
+                learning_rate=5e-3,
+                head_learning_rate=5e-3,
                 **_common(seed),
             ),
             train_dataset=train,

@@ -5,18 +5,28 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+LORA_LEARNING_RATE = 5e-4
+
 
 @dataclass
 class ShapleyTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the weight and form of the Shapley loss.
 
-    Changed inherited default: `remove_unused_columns=False`, because the collator turns the data set's `image` column
-    into `pixel_values`; columns it has no use for are named in a warning. With gradient checkpointing,
-    `use_reentrant=False` is enforced.
+    Changed inherited defaults: `learning_rate=5e-4` and `warmup_steps=0.1` (a tenth of the steps), which suit LoRA; with
+    `tune="full"` pass a smaller one, such as 5e-5. `remove_unused_columns=False`, because the collator turns the data
+    set's `image` column into `pixel_values`; columns it has no use for are named in a warning. With gradient
+    checkpointing, `use_reentrant=False` is enforced. What the defaults are worth is measured in docs/benchmarks.md.
     """
 
+    learning_rate: float = field(
+        default=LORA_LEARNING_RATE,
+        metadata={"help": "Learning rate of LoRA, or of the backbone with tune='full', which wants about 5e-5."},
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps, or with a number below 1 share of them, over which rates rise from 0."}
+    )
     shapley_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the Shapley loss beside the task loss, after the warm-up."}
+        default=20.0, metadata={"help": "Weight of the Shapley loss beside the task loss, after the warm-up."}
     )
     shapley_warmup: float = field(
         default=0.3,
@@ -43,7 +53,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         },
     )
     head_learning_rate: float = field(
-        default=5e-3,
+        default=3e-3,
         metadata={
             "help": "Learning rate of token and head, which start from nothing; `learning_rate` is that of everything else."
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft import PeftModel
@@ -10,7 +11,7 @@ from torch import nn
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.errors import ShapleyError
 
-from .arguments import ShapleyTrainingArguments
+from .arguments import LORA_LEARNING_RATE, ShapleyTrainingArguments
 
 # A classifier whose logits differ by less than this between images says the same about all of them.
 _CONSTANT_SPREAD = 0.05
@@ -71,6 +72,12 @@ def check_game(layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool
     if args.coalition_task_weight > 0 and layer.anatomy.kind == "matching":
         raise ShapleyError(
             "coalition_task_weight is for classes; a model that matches images with texts has none. Set it to 0."
+        )
+    if trains and layer.tunes.get(name or "") == "full" and args.learning_rate == LORA_LEARNING_RATE:
+        warnings.warn(
+            f"learning_rate={args.learning_rate} is the default for LoRA; with tune='full' it may overwrite what the "
+            "model was pretrained for. Pass a smaller one, such as learning_rate=5e-5.",
+            stacklevel=3,
         )
     learned = name is not None and name in layer.lora_shapley_fill  # type: ignore[operator]
     if trains and learned and not (args.coalition_gradients or args.coalition_task_weight > 0):
