@@ -500,7 +500,7 @@ def test_state_dict_round_trip(base_dir):
 # -- counting ---------------------------------------------------------------------------------------------------------
 
 
-def _expected(form, width=32, classes=CLASSES, branch=64):
+def _expected(form, width=32, classes=CLASSES, branch=256):
     head = classes + 2 * width + width * classes + (width * branch + branch) + branch * classes
     token = width + 2 * width + (width * branch + branch)
     lora = 2 * 2 * 2 * 4 * width  # q and v, A and B, 2 blocks, r = 4

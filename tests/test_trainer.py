@@ -308,7 +308,7 @@ def test_coalition_pairs_are_drawn_for_each_image(tmp_path):
 
 
 def test_held_out_coalitions_stay_the_same(tmp_path):
-    trainer = trainer_of(tmp_path, learning_rate=0.0, eval_strategy="steps", eval_steps=1)
+    trainer = trainer_of(tmp_path, learning_rate=0.0, head_learning_rate=0.0, eval_strategy="steps", eval_steps=1)
     trainer.train()
     fits = [logs["eval_coalition_fit"] for logs in trainer.state.log_history if "eval_coalition_fit" in logs]
     fits += [trainer.evaluate()["eval_coalition_fit"]]
@@ -725,8 +725,8 @@ def test_metrics_are_finite_or_left_out(tmp_path):
 
 
 def test_evaluated_terms_add_up_with_a_smaller_last_batch(tmp_path):
-    metrics = trainer_of(tmp_path, held_out=images(9), per_device_eval_batch_size=8).evaluate()
-    together = metrics["eval_task_loss"] + metrics["eval_shapley_loss"]
+    metrics = trainer_of(tmp_path, held_out=images(9), per_device_eval_batch_size=8, shapley_weight=2.0).evaluate()
+    together = metrics["eval_task_loss"] + 2 * metrics["eval_shapley_loss"]
     assert metrics["eval_loss"] == pytest.approx(together, rel=1e-5)
 
 
