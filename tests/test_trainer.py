@@ -794,6 +794,8 @@ def test_token_and_head_have_a_learning_rate_of_their_own(tmp_path):
 def test_a_frozen_model_has_the_head_s_learning_rate_alone(tmp_path):
     optimizer = trainer_of(tmp_path, wrapped(tune="frozen"), head_learning_rate=3e-3).create_optimizer()
     assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {3e-3}
+    with pytest.warns(UserWarning, match="learning_rate=0.01 has no effect"):
+        trainer_of(tmp_path, wrapped(tune="frozen"), learning_rate=0.01)
 
 
 def test_an_optimizer_of_the_user_s_is_left_as_it_is(tmp_path):

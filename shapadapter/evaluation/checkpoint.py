@@ -40,7 +40,9 @@ def evaluate_checkpoint(
     if output is not None:
         import matplotlib  # noqa: F401 - found missing now rather than after the work
     model, processor = load_checkpoint(checkpoint)
-    rows = labelled_images(data, [str(name) for name in model.config.id2label.values()], masks)
+    names = model.config.id2label
+    # By index: a configuration may list its classes in any order.
+    rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
     cache = None if output is None else output / "records"
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
     if output is not None:
@@ -61,10 +63,13 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     """
     if not (folder / "adapter_config.json").is_file():
         raise ShapleyError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors.")
-    model: Any = AutoPeftModel.from_pretrained(folder)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    # A new classifier is saved with the adapter; the base model must have room for its classes.
+    new_head = getattr(config, "prediction", "vote") == "classifier" and config.modules_to_save
+    room = {"num_labels": config.num_classes, "ignore_mismatched_sizes": True} if new_head else {}
+    model: Any = AutoPeftModel.from_pretrained(folder, **room)
     own = (folder / "preprocessor_config.json").is_file()
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    processor = AutoImageProcessor.from_pretrained(folder if own else base)
+    processor = AutoImageProcessor.from_pretrained(folder if own else config.base_model_name_or_path)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

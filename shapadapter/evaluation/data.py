@@ -19,6 +19,9 @@ from shapadapter.collator import IMAGE_COLUMNS, LABEL_COLUMNS, ImageCollator
 from shapadapter.errors import ShapleyError
 from shapadapter.images import IMAGE_INPUTS
 
+MASKS = "mask"
+"""The column in which masks are looked for, and not missed, where no other is named."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -74,16 +77,39 @@ class Rows:
         return [dataset[index][name] for index in indices]
 
     def mask(self, name: str, index: int) -> NDArray[np.bool_]:
-        """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object."""
+        """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object.
+
+        Raises:
+            ShapleyError: there is something else in it.
+        """
         (found,) = self.column(name, [index])
         if isinstance(found, str | Path):
             with Image.open(found) as file:
                 found = file.copy()
         pixels = np.asarray(found)
-        if pixels.ndim == 3:
+        if pixels.ndim == 3 and pixels.shape[0] == 1:
+            pixels = pixels[0]  # (1, H, W) -> (H, W), as torch has pictures
+        elif pixels.ndim == 3 and pixels.shape[-1] <= 4:
             opaque = 1 if pixels.shape[-1] in (2, 4) else 0  # how much of an object a picture is, alpha does not say
             pixels = pixels[..., : pixels.shape[-1] - opaque].max(axis=-1)  # (H, W, C) -> (H, W)
+        if pixels.ndim != 2:
+            raise ShapleyError(
+                f"Expected a mask (H, W) in the column {name!r} of row {index}, a picture, an array or a path, got "
+                f"{type(found).__name__} of shape {pixels.shape}."
+            )
         return pixels > 0
+
+    def masks(self, name: str) -> str | None:
+        """The column of masks if the rows have it, None if they have none and none was asked for by name.
+
+        Raises:
+            ShapleyError: another column than `MASKS` was named, and is not there.
+        """
+        if self.has(name):
+            return name
+        if name != MASKS:
+            raise ShapleyError(f"The data has no column {name!r} for masks.")
+        return None
 
     def has(self, name: str) -> bool:
         """Whether the rows have a column."""

@@ -16,7 +16,7 @@ from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
 from shapadapter.metrics import Interval
 
-from .data import Rows
+from .data import MASKS, Rows
 from .methods import Explainer
 from .plan import BUDGETS, METHODS, Plan
 from .result import Evaluation
@@ -34,7 +34,7 @@ def evaluate(
     images: int = 32,
     truth_evaluations: int = 4096,
     budgets: Sequence[int] = BUDGETS,
-    masks: str = "mask",
+    masks: str = MASKS,
     groups: str | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
@@ -59,7 +59,7 @@ def evaluate(
         truth_evaluations: model evaluations of KernelSHAP per image as the truth, a multiple of 4. Up to 16 players the
             truth is exact, from all 2^N coalitions, whatever is said here.
         budgets: evaluations of KernelSHAP to compare with, even and rising.
-        masks: the column of pixel masks, not 0 on the object, as large as the images; ignored where there is none.
+        masks: the column of pixel masks, not 0 on the object, as large as the images; "mask" may be missing.
         groups: the column that says which images belong together, for the intervals: one animal, one film.
         cache: a folder for what has been measured. A second run, with the same settings, model and images, does what is
             missing only. Your own functions are known by their names.
@@ -81,10 +81,10 @@ def evaluate(
     plan = Plan.of(methods, seed, options, budgets, **effort)
     check_model(model)
     rows = Rows(dataset, processor)
-    belong = _groups(rows, groups)
+    belong, found_masks = _groups(rows, groups), rows.masks(masks)
     with torch.no_grad(), evaluating(model):
         found = task(model, rows, batch_size, options, progress)
-        result = study(model, rows, plan, masks if rows.has(masks) else None, belong, cache)
+        result = study(model, rows, plan, found_masks, belong, cache)
     means = {name: mean_of(values, belong, seed) for name, values in found.items()}
     gaps = found["efficiency_gap"]
     largest = Interval(float(gaps.max()), float("nan"), float("nan"), len(gaps))

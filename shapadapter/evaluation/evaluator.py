@@ -11,7 +11,7 @@ from torch import nn
 
 from shapadapter.backbone import evaluating
 
-from .data import Rows
+from .data import MASKS, Rows
 from .evaluating import check_model
 from .plan import Plan
 from .study import study
@@ -38,7 +38,7 @@ class Evaluator:
     images: int = 16
     truth_evaluations: int = 2048
     budgets: Sequence[int] = (128, 256, 512, 1024)
-    masks: str = "mask"
+    masks: str = MASKS
     seed: int = 0
     batch_size: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,4 +71,4 @@ class Evaluator:
         )
         rows = Rows(dataset, processor)
         with torch.no_grad(), evaluating(model):
-            return study(model, rows, plan, self.masks if rows.has(self.masks) else None, None, None).metrics()
+            return study(model, rows, plan, rows.masks(self.masks), None, None).metrics()

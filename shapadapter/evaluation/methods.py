@@ -15,6 +15,7 @@ from shapadapter.explaining import Predicted
 from shapadapter.explanation import Explanation
 from shapadapter.images import IMAGE_INPUTS
 
+from .localisation import SALIENCY
 from .seeds import seed_of
 
 ONE_PASS = "shapadapter"
@@ -46,7 +47,7 @@ class Methods:
         """Check what was asked for, and add the references that are always there.
 
         Raises:
-            ShapleyError: there is no such method.
+            ShapleyError: there is no such method, or its name is another row's.
         """
         listed = [wanted] if isinstance(wanted, str) else wanted
         explainers = dict(listed) if isinstance(listed, Mapping) else {name: name for name in listed}
@@ -56,6 +57,10 @@ class Methods:
                     f"There is no method {explainer!r}. The methods are {', '.join(METHODS)}; your own is a function: "
                     f"methods={{{name!r}: function}}."
                 )
+        if SALIENCY in explainers:
+            raise ShapleyError(
+                f"{SALIENCY!r} is the row of the reference that knows no model; give your method another name."
+            )
         rest = {name: name for name in explainers if name not in (ONE_PASS, *ALWAYS)}
         order = [ONE_PASS, *rest, *ALWAYS]
         return cls({name: explainers.get(name, name) for name in order}, seed, options)

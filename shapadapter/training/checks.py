@@ -10,6 +10,7 @@ from torch import nn
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.errors import ShapleyError
+from shapadapter.game import active_layer
 
 from .arguments import LORA_LEARNING_RATE, ShapleyTrainingArguments
 
@@ -31,6 +32,14 @@ def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool
     if trains and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ShapleyError(
             "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    own = {id(parameter) for parameter in active_layer(model).parameters()}
+    alone = all(id(parameter) in own for parameter in model.parameters() if parameter.requires_grad)
+    if trains and alone and args.learning_rate != LORA_LEARNING_RATE:
+        warnings.warn(
+            f"learning_rate={args.learning_rate} has no effect: only token and head are trained, at "
+            f"head_learning_rate={args.head_learning_rate}.",
+            stacklevel=3,
         )
     if args.load_best_model_at_end and not isinstance(model, PeftModel):
         raise ShapleyError(

@@ -1,16 +1,21 @@
 """`shapadapter evaluate` on a saved adapter and a folder of images."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from peft import get_peft_model
 from PIL import Image
 from small import NAMES, bare, pictures, processor, wrapped
+from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
-from shapadapter import Evaluation
+from shapadapter import Evaluation, ShapleyConfig
 from shapadapter.cli import app
 from shapadapter.evaluation import checkpoint as command
+from shapadapter.evaluation import evaluate_checkpoint
 
 pytest.importorskip("matplotlib")
 
@@ -66,6 +71,26 @@ def test_labels_are_found_by_name(folders):
         (2, "bee"),
         (3, "ant"),
     }
+
+
+def test_classes_are_found_in_whatever_order_the_configuration_lists_them(folders, tmp_path):
+    expected = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))
+    file.write_text(json.dumps(config))
+    found = evaluate_checkpoint(tmp_path / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    assert found.task["cross_entropy"] == expected.task["cross_entropy"]
+
+
+def test_an_adapter_with_a_new_classifier_of_the_base_s_own(folders, tmp_path):
+    base = ViTForImageClassification.from_pretrained(folders / "base", num_labels=3, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, ShapleyConfig(r=4, prediction="classifier", modules_to_save=["classifier"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded, _ = command.load_checkpoint(tmp_path / "adapter")
+    pixels = torch.randn(1, 3, 24, 24)
+    assert torch.equal(loaded.eval()(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
 
 
 def test_what_is_not_there_is_said_in_one_line(folders, tmp_path):

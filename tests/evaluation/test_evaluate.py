@@ -341,6 +341,7 @@ def test_curves_are_drawn_with_a_line_for_each_method(result):
     [
         ({"methods": ("shap",)}, "There is no method 'shap'"),
         ({"groups": "animal"}, "no column 'animal'"),
+        ({"methods": {"saliency": explain}}, "give your method another name"),
     ],
 )
 def test_what_does_not_exist_is_named(model, changes, words):

@@ -49,13 +49,19 @@ def test_without_a_processor_masks_fit_the_prepared_images():
         tiles_inside(QUARTER, batch, None)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "array", "path"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "array", "tensor", "path"])
 def test_masks_of_every_kind(tmp_path, mode):
     mask = Image.fromarray(QUARTER.astype(np.uint8) * 255)
-    given = {"array": QUARTER, "path": str(tmp_path / "mask.png")}.get(mode)
+    given = {"array": QUARTER, "tensor": torch.from_numpy(QUARTER)[None], "path": str(tmp_path / "mask.png")}.get(mode)
     mask.save(tmp_path / "mask.png")
     rows = Rows([{"image": 0, "mask": mask.convert(mode) if given is None else given}], processor())
     assert (rows.mask("mask", 0) == QUARTER).all()
+
+
+@pytest.mark.parametrize("wrong", [None, [1, 2, 3], np.zeros((3, 40, 40))])
+def test_what_is_no_mask_is_refused(wrong):
+    with pytest.raises(ShapleyError, match=r"mask \(H, W\) in the column 'mask' of row 0"):
+        Rows([{"image": 0, "mask": wrong}], processor()).mask("mask", 0)
 
 
 def test_saliency_finds_what_differs_in_colour():
@@ -95,6 +101,8 @@ def test_masks_in_another_column():
     rows = rows_of(segmentation=[Image.fromarray(QUARTER)] * 8)
     assert "area" in evaluate(wrapped(), rows, processor(), **SMALL, methods=(), masks="segmentation").about
     assert evaluate(wrapped(), rows, processor(), **SMALL, methods=()).about["area"] is None
+    with pytest.raises(ShapleyError, match="no column 'segments' for masks"):
+        evaluate(wrapped(), rows, processor(), **SMALL, methods=(), masks="segments")
 
 
 # -- montages --------------------------------------------------------------------------------------------------------
