@@ -41,6 +41,7 @@ from shapadapter.evaluation import Evaluation
 from shapadapter.files import write_together
 from shapadapter.game import PatchGame
 from shapadapter.metrics import pearson, relative_l2, spearman
+from shapadapter.shapley import kernel_shap, kernel_shap_error, sample_pairs
 
 INTEGRATION_STEPS = 50
 
@@ -145,6 +146,7 @@ def evaluated(setting: Setting, model: Any, folder: Path, seed: int) -> Evaluati
                 budgets=setting.scale.budgets,
                 cache=folder / "cache",
                 seed=seed,
+                batch_size=256,  # several pictures together
             )
         (folder / "evaluation.md").write_text(found.markdown())
         found.save(file)
@@ -186,10 +188,16 @@ def refinement(setting: Setting, model: Any, seed: int) -> dict[str, Any]:
 
 def true_values(setting: Setting, model: Any, pixels: Tensor, classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Shapley values (B, N) of one class of each picture (B, C, H, W), and their own relative error (B,)."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = [PatchGame(model, image).kernel_shap(setting.scale.truth_evaluations, generator) for image in pixels]
-    truth = torch.stack([values[:, label] for (values, _), label in zip(pairs, classes.tolist(), strict=True)])
-    return truth, torch.stack([doubt[label] for (_, doubt), label in zip(pairs, classes.tolist(), strict=True)])
+    generator, pairs = torch.Generator().manual_seed(seed), setting.scale.truth_evaluations // 2
+    players = PatchGame(model, pixels[0]).players
+    coalitions = sample_pairs(len(pixels), players, pairs, generator).to(pixels.device)  # (B, M, N)
+    with torch.inference_mode():
+        ends = model(pixel_values=pixels)
+        parts = [model(pixel_values=pixels, coalitions=part).coalition_values for part in coalitions.split(128, dim=1)]
+    arguments = (coalitions.cpu(), torch.cat(parts, dim=1).cpu(), ends.null_values.cpu(), ends.logits.cpu())
+    chosen = classes[:, None]  # (B, 1)
+    values = kernel_shap(*arguments).gather(2, chosen[:, None].expand(-1, players, -1))[..., 0]  # (B, N, K) -> (B, N)
+    return values, kernel_shap_error(*arguments).gather(1, chosen)[:, 0]  # (B, K) -> (B,)
 
 
 def maps_of(explanation: Any) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
@@ -45,7 +45,7 @@ SCALES = {
     "demo": Scale(5000, 4, 6, 1.5, truth_images=32, truth_evaluations=4096, budgets=BUDGETS),
     "demo, quick": Scale(2000, 2, 8, 2, truth_images=6, truth_evaluations=2048, budgets=BUDGETS[:-1]),
     # Each object on 44 backgrounds, seen once; the base model is the reader's.
-    "objects": Scale(0, 44, 0, 1, truth_images=10, truth_evaluations=4096, budgets=BUDGETS[1:-1]),
+    "objects": Scale(0, 44, 0, 1, truth_images=6, truth_evaluations=4096, budgets=BUDGETS[1:-1]),
     "objects, quick": Scale(0, 1, 0, 1, truth_images=4, truth_evaluations=1024, budgets=BUDGETS[:-1]),
 }
 TEST_PLACEMENTS = 6
@@ -182,7 +182,16 @@ def ours(setting: Setting, folder: Path, seed: int, shuffled: bool = False) -> P
                 model.save_pretrained(str(unfinished))
     # Always from the folder, so that a run that was interrupted measures what an uninterrupted one does.
     base = AutoModelForImageClassification.from_pretrained(setting.base)
-    return PeftModel.from_pretrained(base, str(folder)).eval().to(DEVICE)
+    model = PeftModel.from_pretrained(base, str(folder)).eval().to(DEVICE)
+    return cast_once(model) if setting.bf16 else model
+
+
+def cast_once(model: PeftModel) -> PeftModel:
+    """Keep the frozen layers in bfloat16: autocast would cast them again in each of the many small passes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            module.to(torch.bfloat16)
+    return model
 
 
 def plain(setting: Setting, folder: Path, like: Path, seed: int) -> Any:
