@@ -19,6 +19,7 @@ from .errors import ImageError, ShapleyError
 from .explanation import Explanation, find_class
 from .game import active_layer
 from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify, unprocess
+from .options import check_options
 from .refining import UNTIL, BatchGame, Plan, refined
 from .texts import prepare_texts, text_rules
 
@@ -66,8 +67,10 @@ def explain(
         ClassNotFoundError: a target the model does not have.
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
         ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, or `refine` is not an even number.
+        TypeError: an argument that neither this function nor the model's forward has.
     """
     active_layer(model)  # what is no wrapped model is refused before its modes are touched
+    check_options(model, options, explain)
     plan = Plan.of(refine, relative_error, max_refine, seed)
     parts: list[Explanation] = []
     bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)

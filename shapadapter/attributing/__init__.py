@@ -15,6 +15,7 @@ from shapadapter.errors import ShapleyError
 from shapadapter.explaining import explain, join, one_pass, predictions
 from shapadapter.explanation import Explanation
 from shapadapter.game import active_layer
+from shapadapter.options import check_options
 
 from .attention import attention, attention_rollout
 from .case import Answer, Case
@@ -89,16 +90,19 @@ def attribute(
         ValueError: there is no such method, or it needs more evaluations or fewer players.
         ShapleyError: the model lacks what the method reads, such as attention between all patches.
         ImportError: the method needs captum.
-        ImageError, ClassNotFoundError, ShapleyError, ValueError: as `explain`.
+        ImageError, ClassNotFoundError, ShapleyError, ValueError, TypeError: as `explain`.
     """
     _check(method, evaluations)
+    layer = active_layer(model)
+    if "refine" in options:
+        raise TypeError("attribute refines with method='refined', evaluations=64; refine is an argument of explain.")
+    check_options(model, options, attribute)
     if method == "refined":
         options = {**options, "refine": evaluations // 2 * 2, "seed": seed}
         found = explain(
             model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
         )
         return replace(found, method="refined")
-    layer = active_layer(model)
     parts: list[Explanation] = []
     with torch.no_grad(), evaluating(model):
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
