@@ -49,7 +49,7 @@ class Plan:
             ValueError: an odd or negative number of evaluations, or a relative error that is not positive.
         """
         most = max_refine if refine == UNTIL else refine
-        if isinstance(most, str) or most < 0 or most % 2 or (refine == UNTIL and not most):
+        if isinstance(most, str | float) or most < 0 or most % 2 or (refine == UNTIL and not most):
             raise ValueError(
                 "Coalitions come in pairs: expected refine to be an even number of evaluations, such as 256, or "
                 f"{UNTIL!r} with an even max_refine, got refine={refine!r} and max_refine={max_refine}."

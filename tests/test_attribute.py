@@ -309,7 +309,8 @@ def test_integrated_gradients_are_complete(family):
     colour = [0.5, -1.0, 0.25]
     model = wrap("vit" if family == "vit" else zoo.base(family), removal="pixels", fill_color=colour)
     pixels = images() if family == "vit" else zoo.inputs(family)["pixel_values"]
-    found = attribute(model, pixels, method="integrated_gradients", evaluations=400, targets=[0, 2])
+    steps = 400 if family == "vit" else 1600  # a path through many kinks
+    found = attribute(model, pixels, method="integrated_gradients", evaluations=steps, targets=[0, 2])
     with torch.no_grad():
         empty = model(pixel_values=torch.tensor(colour).view(1, 3, 1, 1).expand_as(pixels)).logits
     moved = (found.logits - empty)[:, [0, 2]]
@@ -369,6 +370,15 @@ def test_grad_cam_where_the_class_token_predicts(chosen):
 def test_grad_cam_without_places():
     with pytest.raises(ShapleyError, match="'integrated_gradients'"):
         attribute(wrap(zoo.base("perceiver_conv")), zoo.inputs("perceiver_conv"), method="grad_cam")
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_gradients_inside_the_caller_s_inference_mode(model, method):
+    settings = {"method": method, "top_k": 2, "evaluations": 4}
+    expected = attribute(model, images(2), **settings)
+    with torch.inference_mode():
+        found = attribute(model, images(2), **settings)
+    assert torch.equal(found.attributions, expected.attributions)
 
 
 def test_frozen_models_have_gradients_too():

@@ -193,6 +193,7 @@ def test_errors_are_saved_and_shown(model, tmp_path):
     [
         {"refine": 7},
         {"refine": -2},
+        {"refine": 256.0},
         {"refine": "always"},
         {"refine": "until", "max_refine": 101},
         {"refine": "until", "max_refine": 0},

@@ -104,7 +104,8 @@ def attribute(
         )
         return replace(found, method="refined")
     parts: list[Explanation] = []
-    with torch.no_grad(), evaluating(model):
+    # The caller's inference mode would forbid the gradients that some methods ask for.
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
             case = Case(model, layer, batch, evaluations, seed, sum(map(len, parts)), batch_size)
             parts.append(_explained(case, method))

@@ -82,7 +82,8 @@ def evaluate(
     check_model(model)
     rows = Rows(dataset, processor)
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
-    with torch.no_grad(), evaluating(model):
+    # Not in the caller's inference mode: some methods ask for gradients.
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         found = task(model, rows, batch_size, options, progress)
         result = study(model, rows, plan, found_masks, belong, cache)
     means = {name: mean_of(values, belong, seed) for name, values in found.items()}

@@ -217,6 +217,13 @@ def test_the_callers_autocast_is_in_force(model):
     assert found.about["precision"] == "float32, autocast to bfloat16"
 
 
+def test_the_callers_inference_mode_does_not_matter(model):
+    expected = evaluate(model, rows_of(), processor(), **settings(images=1, methods=("grad_cam",)))
+    with torch.inference_mode():
+        found = evaluate(model, rows_of(), processor(), **settings(images=1, methods=("grad_cam",)))
+    assert means(found) == means(expected)
+
+
 def test_unused_columns_bring_no_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
