@@ -11,10 +11,10 @@ from torch import Tensor
 
 from shapadapter.errors import ImageError, ShapleyError
 from shapadapter.images import IMAGE_INPUTS, prepare_images
+from shapadapter.labels import LABEL_COLUMNS
 from shapadapter.texts import TextRules, prepare_texts
 
 IMAGE_COLUMNS = ("pixel_values", "image", "img")
-LABEL_COLUMNS = ("labels", "label")
 TEXT_COLUMNS = ("text", "caption")
 
 

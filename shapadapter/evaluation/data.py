@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,19 @@ from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from shapadapter.collator import IMAGE_COLUMNS, LABEL_COLUMNS, ImageCollator
+from shapadapter.collator import IMAGE_COLUMNS, ImageCollator
 from shapadapter.errors import ShapleyError
 from shapadapter.images import IMAGE_INPUTS
+from shapadapter.labels import LABEL_COLUMNS, as_model_counts
 
 MASKS = "mask"
 """The column in which masks are looked for, and not missed, where no other is named."""
+
+
+REMEDY = (
+    "Give the data the model's names: dataset.cast_column(\"label\", ClassLabel(names=[...])), in the order of the data's "
+    "numbers."
+)
 
 
 @dataclass(frozen=True)
@@ -42,15 +49,17 @@ class Rows:
     Args:
         dataset: has a length and rows by index: `datasets.Dataset`, a torch data set, a list of dicts.
         processor: the image processor, or a collator of the user's: rows in, `pixel_values` and `labels` out.
+        names: of the model's classes, by index: what the data names alike is counted alike.
     """
 
-    def __init__(self, dataset: Any, processor: Any | None) -> None:
+    def __init__(self, dataset: Any, processor: Any | None, names: Mapping[int, str] | None = None) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
             raise ShapleyError(
                 "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
                 f"{'an empty' if hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
             )
         self.dataset = dataset
+        self.counted = as_model_counts(dataset, names, REMEDY)
         own = processor is not None and not isinstance(processor, ImageProcessingMixin | ProcessorMixin)
         if own and not callable(processor):
             raise ShapleyError(f"Expected an image processor or a collator, got {type(processor).__name__}.")
@@ -62,7 +71,7 @@ class Rows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows of these indices."""
-        rows = [self.dataset[index] for index in indices]
+        rows = [self.counted[index] for index in indices]
         if isinstance(self.collate, ImageCollator):
             known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *IMAGE_INPUTS}
             rows = [{name: value for name, value in row.items() if name in known} for row in rows]

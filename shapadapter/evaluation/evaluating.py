@@ -50,7 +50,7 @@ def evaluate(
     Args:
         model: a wrapped classifier; its training mode is left as it was.
         dataset: rows by index with `image` and `label` columns, or `pixel_values`, as the trainer takes them. Labels may
-            be missing.
+            be missing; those of a `ClassLabel` are mapped to the model's classes by name.
         processor: the image processor, or a collator of your own.
         methods: names that `attribute` knows, or your own by name: `explainer(model, images, targets=[class])` that
             returns an `Explanation`, e.g. `partial(attribute, method="kernel_shap", evaluations=1024)`. "shapadapter",
@@ -80,7 +80,7 @@ def evaluate(
     effort = {"images": images, "truth_evaluations": truth_evaluations, "batch_size": batch_size, "progress": progress}
     plan = Plan.of(methods, seed, options, budgets, **effort)
     check_model(model)
-    rows = Rows(dataset, processor)
+    rows = Rows(dataset, processor, class_names(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
@@ -103,6 +103,11 @@ def check_model(model: nn.Module) -> None:
             f"{type(base_of(model)).__name__} matches images with texts; evaluate takes classifiers. For a matching model "
             "there is retrieval_after_deletion(model, images, texts, processor)."
         )
+
+
+def class_names(model: nn.Module) -> dict[int, str] | None:
+    """The names of the model's classes, by index, if it has any."""
+    return getattr(getattr(base_of(model), "config", None), "id2label", None)
 
 
 def _groups(rows: Rows, column: str | None) -> Tensor | None:

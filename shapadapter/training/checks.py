@@ -48,6 +48,14 @@ def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool
         )
 
 
+LABEL_REMEDY = (
+    "Load the base with AutoModelForImageClassification.from_pretrained(..., id2label=dict(enumerate(names)), "
+    "label2id={name: index for index, name in enumerate(names)}, ignore_mismatched_sizes=True), where names are "
+    'dataset.features["label"].names.'
+)
+"""What to do about classes that the model does not have."""
+
+
 def is_constant(spread: float, classes: int) -> bool:
     """Whether logits that vary by `spread` between images (standard deviation, mean over classes) are a constant's.
 

@@ -15,14 +15,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from shapadapter.adapter.answer import task_loss
 from shapadapter.collator import IMAGE_COLUMNS, TEXT_COLUMNS, ImageCollator
 from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
+from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
+from shapadapter.labels import as_model_counts
 from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
 from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
-from .checks import check_classes, check_game, check_setting, is_constant
+from .checks import LABEL_REMEDY, check_classes, check_game, check_setting, is_constant
 from .color import mean_color
 
 
@@ -38,14 +40,14 @@ class ShapleyTrainer(Trainer):
     and its terms are logged by name, with `coalition_fit`: the share of the coalitions' values, beyond what equal shares
     for all players give, that the attributions explain; 1 for a game without interactions, less for exact Shapley
     values where patches interact. In `eval_*` all terms are measured on held-out images and coalitions.
-    `compute_metrics` receives the logits.
+    `compute_metrics` receives the logits. Where data set and model name their classes, labels are mapped by name.
 
     With an `evaluator`, each evaluation ends with `evaluator(model, dataset, collator) -> dict of numbers`, which stand
     among the `eval_*`: `evaluator=Evaluator(images=16)` and `metric_for_best_model="eval_error"` keep the checkpoint that
     explains best. Every process measures the same images of the whole set and finds the same numbers.
 
     Raises:
-        ShapleyError: the model holds no Shapley adapter, or the data set has more classes than the model.
+        ShapleyError: the model holds no Shapley adapter, or the data set has other classes than the model.
     """
 
     # The terms are means over the micro-batch, so the Trainer has to divide by the accumulation steps.
@@ -70,9 +72,12 @@ class ShapleyTrainer(Trainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
             kwargs.get("processing_class"), rules, args.truncate_texts
         )
+        names = None if self.matching else getattr(getattr(base_of(model), "config", None), "id2label", None)
+        self.class_names: Mapping[int, str] | None = names
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
                 check_classes(kwargs.get(name), self.layer.classes)
+                kwargs[name] = self._counted(kwargs.get(name))
         check_setting(model, args, kwargs.get("train_dataset") is not None)
         check_game(self.layer, args, kwargs.get("train_dataset") is not None)
         super().__init__(model, args, **kwargs)
@@ -250,6 +255,20 @@ class ShapleyTrainer(Trainer):
         names = sorted(sums)
         parts = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
         return {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        return super().get_eval_dataloader(self._counted(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        return super().get_test_dataloader(self._counted(test_dataset))
+
+    def _counted(self, dataset: Any) -> Any:
+        """The data set, or several by name, with labels as the model counts classes of the same name."""
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
+            return {name: self._counted(part) for name, part in dataset.items()}
+        return as_model_counts(dataset, self.class_names, LABEL_REMEDY)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

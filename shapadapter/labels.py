@@ -1,0 +1,88 @@
+"""The labels of a data set as the model counts them: classes are the same if their names are, not their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import ShapleyError
+
+LABEL_COLUMNS = ("labels", "label")
+
+
+class Relabelled:
+    """A data set whose labels are counted as the model counts them.
+
+    Args:
+        dataset: rows by index.
+        column: of the labels.
+        numbers: of each of the data set's classes, its index in the model.
+    """
+
+    def __init__(self, dataset: Any, column: str, numbers: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.column = column
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.dataset[index])
+        label = row.get(self.column)  # a transform may have taken it away
+        if label is not None and label >= 0:  # -1 stands for unknown
+            row[self.column] = self.numbers[int(label)]
+        return row
+
+
+def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) -> Any:
+    """The data set with the labels that the model gives to classes of these names.
+
+    A folder of images, say, numbers its classes by the alphabet. Labels are left as they are where the data set does not
+    name them, where either side has numbers for names, and where the names stand in the model's order.
+
+    Args:
+        dataset: rows by index; what names its classes is a `ClassLabel` of `datasets`.
+        names: of the model's classes, by index.
+        remedy: what to do about classes that the model does not have.
+
+    Raises:
+        ShapleyError: there are classes that the model does not have, or the rows come as a stream.
+    """
+    column, own = _named(dataset)
+    model = [str(names[index]) for index in sorted(names)] if names else []
+    if column is None or len(model) < 2 or own == model[: len(own)] or _are_numbers(own) or _are_numbers(model):
+        return dataset
+    strangers = [name for name in own if name not in model]
+    if strangers:
+        raise ShapleyError(
+            f"The classes {_some(strangers)} of the data's column {column!r} are no classes of the model. Its classes are "
+            f"{_some(model)}. {remedy}"
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ShapleyError(
+            f"The data's column {column!r} counts the classes {_some(own)}, the model {_some(model)}, and rows that come as "
+            f"a stream keep their numbers. {remedy}"
+        )
+    # A name that the model has twice (ImageNet's cranes) means the class in the same place.
+    same = [model[index : index + 1] == [name] for index, name in enumerate(own)]
+    return Relabelled(dataset, column, [i if same[i] else model.index(name) for i, name in enumerate(own)])
+
+
+def _named(dataset: Any) -> tuple[str | None, list[str]]:
+    """The column of labels and the names of its classes, if it has names."""
+    features = getattr(dataset, "features", None)
+    for column in LABEL_COLUMNS if isinstance(features, Mapping) else ():
+        names = getattr(features.get(column), "names", None)
+        if names:
+            return column, [str(name) for name in names]
+    return None, []
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Whether nobody has given names: LABEL_0, LABEL_1, ... or 0, 1, ..."""
+    return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}]"
