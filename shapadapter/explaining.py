@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -81,7 +81,7 @@ def explain(
                 game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
                 part = refined(part, game, plan, first=sum(map(len, parts)))
             parts.append(part)
-    whole = join(parts)
+    whole = join(parts) if plan is None else replace(join(parts), method="refined")
     if refine == UNTIL:
         _warn_of_errors(whole, relative_error, max_refine)
     return whole

@@ -20,6 +20,9 @@ from shapadapter.refinement import relative_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SUM_TOLERANCE = (1e-3, 1e-5)
+"""How far a map may be from its sum by rounding, as a share of all it gives and takes, and of the logit."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -42,8 +45,7 @@ class Prediction:
 class Explanation:
     """The predictions for B images and what each player contributed to them.
 
-    For every shown class, null value + attributions = logit, where the method that made the map has a unit (Grad-CAM
-    has none). All tensors are detached and on the CPU.
+    For every shown class, null value + attributions = logit, with methods that share the logit out (Grad-CAM does not). All tensors are detached and on the CPU.
 
     Attributes:
         attributions: (B, rows, cols, C) float32, the contribution of each player to each shown class, in logits.
@@ -56,7 +58,7 @@ class Explanation:
         standard_errors: (B, rows, cols, C) float32, how far each attribution is from its Shapley value, in logits: one
             standard deviation of what refinement leaves open. NaN where nothing is known, None without refinement.
         evaluations: (B,) int64, the model evaluations spent on each image beyond the one pass, or None if not counted.
-        method: What made the attributions: "shapadapter", refined or not, or the name of another method.
+        method: What made the attributions: "shapadapter", "refined" or the name of another method.
 
     Raises:
         ValueError: If a shape, dtype or class index does not fit the others.
@@ -113,13 +115,9 @@ class Explanation:
 
     def __repr__(self) -> str:
         rows, cols, shown = self.attributions.shape[1:]
-        gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) else ""
+        gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) and self.sums_to_logits else ""
         method = "" if self.method == "shapadapter" else f", {self.method}"
-        spent = (
-            f", {_range(self.evaluations)} evaluations"
-            if self.evaluations is not None and self.evaluations.any()
-            else ""
-        )
+        spent = f", {_counted(self.evaluations)}" if self.evaluations is not None and self.evaluations.any() else ""
         return (
             f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes"
             f"{method}{spent}{gap})"
@@ -132,10 +130,20 @@ class Explanation:
     @property
     def efficiency_gap(self) -> Tensor:
         """(B,) float64: how far null value + attributions are from the logit, at most, over the shown classes."""
+        return self._gaps().amax(dim=1)  # (B, C) -> (B,)
+
+    def _gaps(self) -> Tensor:
         # Summed in double precision, so that the gap is that of the numbers and not of this sum.
         total = self.attributions.double().sum(dim=(1, 2))  # (B, rows, cols, C) -> (B, C)
         rest = (self.null_values.double() - self.logits.double()).gather(1, self.classes)  # (B, K) -> (B, C)
-        return (total + rest).abs().amax(dim=1)  # (B, C) -> (B,)
+        return (total + rest).abs()  # (B, C)
+
+    @property
+    def sums_to_logits(self) -> bool:
+        """Whether null value + attributions = logit, up to rounding, for all images and shown classes."""
+        size = self.attributions.double().abs().sum(dim=(1, 2))  # (B, rows, cols, C) -> (B, C)
+        ends = torch.maximum(self.logits.abs(), self.null_values.abs()).gather(1, self.classes)  # (B, K) -> (B, C)
+        return bool((self._gaps() <= SUM_TOLERANCE[0] * size + SUM_TOLERANCE[1] * ends).all())
 
     @property
     def relative_errors(self) -> Tensor | None:
@@ -163,13 +171,13 @@ class Explanation:
         """
         return self._column(self.attributions, name_or_id)
 
-    def interval(self, name_or_id: str | int, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    def interval(self, name_or_id: str | int | None = None, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Where the Shapley values of one class are, as far as refinement can tell.
 
         Attribution plus and minus standard error times the quantile of the normal law: 1.96 for a level of 0.95.
 
         Args:
-            name_or_id: A class name or a class index.
+            name_or_id: A class name or a class index; None takes each image's shown class with the largest logit.
             level: The share of players whose Shapley value lies inside, in 0..1.
 
         Returns:
@@ -184,7 +192,8 @@ class Explanation:
             raise ValueError("This explanation has no standard errors: explain again with refine=256.")
         if not 0 < level < 1:
             raise ValueError(f"Expected a level between 0 and 1, such as 0.95, but got {level}.")
-        values, errors = (self._column(part, name_or_id) for part in (self.attributions, self.standard_errors))
+        parts = (self.attributions, self.standard_errors)
+        values, errors = (self._best(part) if name_or_id is None else self._column(part, name_or_id) for part in parts)
         reach = NormalDist().inv_cdf((1 + level) / 2) * errors  # (B, rows, cols)
         return values - reach, values + reach
 
@@ -199,6 +208,11 @@ class Explanation:
                 f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
             )
         column = found.int().argmax(dim=1)  # (B, C) -> (B,)
+        return values[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+
+    def _best(self, values: Tensor) -> Tensor:
+        """The entries of each image's likeliest shown class, (B, rows, cols), of values (B, rows, cols, C)."""
+        column = self.logits.gather(1, self.classes).argmax(dim=1)  # (B, C) -> (B,)
         return values[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
 
     def top(self, k: int = 3) -> list[list[Prediction]]:
@@ -233,12 +247,9 @@ class Explanation:
             IndexError: If there is no such image.
         """
         one = self[index]
-        if label is None:
-            shown = one.classes[0]  # (1, C) -> (C,)
-            label = int(shown[one.logits[0, shown].argmax()])
-        values = one.for_label(label)[None]  # (1, rows, cols) -> (1, 1, rows, cols)
+        values = one._best(one.attributions) if label is None else one.for_label(label)  # (1, rows, cols)
         mode = "bicubic" if smooth else "nearest-exact"
-        heat = interpolate(values, size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
+        heat = interpolate(values[None], size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
         return heat[0, 0].numpy()  # (H, W)
 
     def figure(
@@ -333,6 +344,6 @@ def _some(values: Iterable[object]) -> str:
     return ", ".join(texts[:10]) + (f", ... ({len(texts)} in all)" if len(texts) > 10 else "")
 
 
-def _range(counts: Tensor) -> str:
-    low, high = int(counts.min()), int(counts.max())
-    return str(low) if low == high else f"{low} to {high}"
+def _counted(evaluations: Tensor) -> str:
+    low, high = int(evaluations.min()), int(evaluations.max())
+    return "1 evaluation" if high == low == 1 else f"{low if low == high else f'{low} to {high}'} evaluations"

@@ -94,7 +94,7 @@ def test_refined_is_explain(model):
     assert torch.equal(ours.attributions, same.attributions)
     assert torch.equal(ours.standard_errors, same.standard_errors)
     assert ours.evaluations.tolist() == [32, 32]
-    assert (ours.method, same.method) == ("refined", "shapadapter")
+    assert (ours.method, same.method) == ("refined", "refined")
 
 
 def test_ours_is_explain(model):

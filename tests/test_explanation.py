@@ -321,6 +321,25 @@ def test_files_of_version_1_are_read(explanation, tmp_path):
     assert same(Explanation.load(tmp_path), explanation)
 
 
+def test_maps_that_do_not_sum_have_no_gap_to_tell(explanation):
+    assert explanation.sums_to_logits
+    assert replace(explanation, attributions=explanation.attributions * (1 + 1e-6)).sums_to_logits
+    other = replace(explanation, attributions=explanation.attributions.abs(), method="attention")
+    assert not other.sums_to_logits
+    assert repr(other) == "Explanation(2 images, 2x3 players, 2 of 5 classes, attention)"
+    assert repr(replace(other, evaluations=torch.tensor([1, 1]))).endswith(", attention, 1 evaluation)")
+    assert repr(replace(other, evaluations=torch.tensor([0, 1]))).endswith(", attention, 0 to 1 evaluations)")
+
+
+def test_the_interval_of_each_image_s_likeliest_class(refined):
+    low, high = refined.interval()
+    for index in range(2):
+        one = refined[index]
+        best = max(one.classes[0].tolist(), key=lambda label: one.logits[0, label])
+        assert torch.equal(low[index], one.interval(best)[0][0])
+        assert torch.equal(high[index], one.interval(best)[1][0])
+
+
 def test_an_interval_is_the_attribution_and_its_error(refined):
     low, high = refined.interval("seven")
     errors = refined.standard_errors[..., 0]

@@ -182,7 +182,7 @@ def test_errors_are_saved_and_shown(model, tmp_path):
     loaded = Explanation.load(tmp_path / "why")
     assert torch.equal(loaded.standard_errors, found.standard_errors)
     assert torch.equal(loaded.evaluations, found.evaluations)
-    assert ", 20 evaluations, gap" in repr(loaded)
+    assert ", refined, 20 evaluations, gap" in repr(loaded)
     assert loaded[1].standard_errors.shape == (1, 4, 4, 2)
     found.figure(0)
     assert found.save_html(tmp_path / "why.html").is_file()

@@ -110,12 +110,14 @@ def test_sum_check_adds_up():
         null_values=torch.full((1, 5), -0.12),
         logits=torch.tensor([[3.98, 3.5, -9, 3.98, -9]]),
     )
-    exact, off = columns(one, 0, labels=["seven", "one"], max_classes=9)
+    assert not one.sums_to_logits  # by its other classes
+    assert columns(one, 0, labels=["seven"], max_classes=9)[0].check == ""
+    one = replace(one, attributions=one.attributions[..., :1], classes=one.classes[:, :1])
+    (exact,) = columns(one, 0, labels=["seven"], max_classes=9)
     assert exact.total == "Σφ=+4.10"
     first, second = exact.check.replace(MINUS, "-").split("\n")
     assert first == "v(∅) -0.12 + Σφ +4.10 = 3.98"
     assert re.fullmatch(r"\(logit 3\.98, gap \de-0[78]\)", second)
-    assert off.check.replace(MINUS, "-").endswith("(logit 3.50, gap 5e-01)")
 
 
 # figures
@@ -161,6 +163,30 @@ def test_smooth_maps_say_so():
     assert not np.array_equal(plain.axes[1].images[0].get_array(), smooth.axes[1].images[0].get_array())
 
 
+def unitless():
+    return replace(make(), attributions=make().attributions.abs(), method="attention_rollout")
+
+
+def refined():
+    errors = make().attributions.abs() * 0.35
+    return replace(make(), standard_errors=errors, evaluations=torch.tensor([64, 128]), method="refined")
+
+
+def test_maps_that_do_not_sum_claim_no_sum():
+    found = texts(unitless().figure(1, max_classes=2))
+    assert "relevance, does not sum to the logit" in found
+    assert not any("Σφ" in text or "gap" in text or "contribution" in text for text in found)
+    assert any(text.startswith("seven  p=") and text.endswith("\nattention_rollout") for text in found)
+
+
+def test_methods_are_named_and_refinement_says_how_good_it_is():
+    found = texts(refined().figure(1, max_classes=2))
+    assert any(re.search(r"^seven  p=.*\nrefined, Σφ=", text) for text in found)
+    assert sum(text.endswith("\nrelative error 0.35 after 128 evaluations") for text in found) == 2
+    unknown = replace(refined(), standard_errors=torch.full((2, 4, 4, 3), torch.inf))
+    assert not any("relative" in text for text in texts(unknown.figure(0)))
+
+
 def test_gallery_gives_each_image_a_scale_of_its_own():
     explanation = make(batch=3)
     figure = gallery(explanation, [2, 0], max_classes=2)
@@ -185,7 +211,11 @@ def test_no_text_is_cut_or_overlaps(side, rows, scale):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     names = ("x" * 300, "Sarcoramphus papa, the long name of a bird", "two", "W" * 40, "eight")
-    figure = gallery(make(side, rows, labels=names, scale=scale), max_classes=3)
+    explanation = replace(
+        make(side, rows, labels=names, scale=scale), method="m" * 200, evaluations=torch.tensor([4096, 16384])
+    )
+    explanation = replace(explanation, standard_errors=explanation.attributions.abs() * 0.123)
+    figure = gallery(explanation, max_classes=3)
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in figure.texts]
     boxes += [axes.get_window_extent(renderer) for axes in figure.axes]
@@ -281,6 +311,18 @@ def test_page_states_errors_beside_the_values(tmp_path):
     assert "stated(row, col)" in page.scripts[1]
     plain = read(make().save_html(tmp_path / "plain.html"))[1]
     assert {found["errors"] for image in json.loads(plain.scripts[0]) for found in image["classes"]} == {None}
+
+
+def test_page_of_maps_that_do_not_sum(tmp_path):
+    text, page = read(unitless().save_html(tmp_path / "why.html"))
+    assert "relevance, does not sum to the logit" in text
+    assert "they sum to the logit" not in text
+    assert "Method: attention_rollout." in text
+    assert {found["check"] for image in json.loads(page.scripts[0]) for found in image["classes"]} == {""}
+    text, page = read(refined().save_html(tmp_path / "refined.html"))
+    assert "they sum to the logit" in text
+    for image, spent in zip(json.loads(page.scripts[0]), (64, 128), strict=True):
+        assert all(c["check"].endswith(f"relative error 0.35 after {spent} evaluations") for c in image["classes"])
 
 
 def test_page_needs_nothing_else(tmp_path):

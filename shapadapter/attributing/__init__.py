@@ -99,10 +99,9 @@ def attribute(
     check_options(model, options, attribute)
     if method == "refined":
         options = {**options, "refine": evaluations // 2 * 2, "seed": seed}
-        found = explain(
+        return explain(
             model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
         )
-        return replace(found, method="refined")
     parts: list[Explanation] = []
     # The caller's inference mode would forbid the gradients that some methods ask for.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):

@@ -8,7 +8,7 @@ import numpy as np
 
 from shapadapter.explanation import Explanation
 from shapadapter.visual.maps import Bytes, overlay, signed_colors, symmetric_limit
-from shapadapter.visual.wording import UNIT, Column, columns, number, one_line
+from shapadapter.visual.wording import Column, columns, number, one_line, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Lengths in inches, text sizes in points.
 PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
-TITLE, CHECK, BAR = 0.42, 0.36, 0.62
+TITLE, CHECK_LINE, BAR = 0.42, 0.12, 0.62
 BAR_WIDTH, BAR_HEIGHT = 1.3, 0.1
 LARGE, SMALL = 9.0, 7.5
 POINT = 1 / 72
@@ -33,7 +33,8 @@ def draw_explanation(
     """Draw one image and its maps.
 
     The maps share one colour scale, symmetric about zero, with its limits printed. Under each map stands the sum of
-    null value and attributions beside the logit it must give.
+    null value and attributions beside the logit it must give, unless the attributions do not sum to the logits, and the
+    relative error if it is known.
 
     Args:
         explanation: Any explanation.
@@ -93,7 +94,12 @@ class _Row:
     shown: list[Column]
     limit: float
     predicted: str
-    smooth: bool
+    unit: str
+
+    @property
+    def check(self) -> float:
+        """How high the lines under the maps are."""
+        return CHECK_LINE * (1 + max(len(column.check.splitlines()) for column in self.shown))
 
 
 def _row(explanation: Explanation, index: int, shown: list[Column], smooth: bool) -> _Row:
@@ -106,7 +112,7 @@ def _row(explanation: Explanation, index: int, shown: list[Column], smooth: bool
         shown=shown,
         limit=limit,
         predicted=one_line(one.top(1)[0][0].label),
-        smooth=smooth,
+        unit=unit(explanation) + (", smoothed" if smooth else ""),
     )
 
 
@@ -137,7 +143,7 @@ def _draw(rows: list[_Row]) -> "Figure":
     height, width = rows[0].picture.shape[:2]
     panel = PANEL * height / width
     across = 2 * MARGIN + PANEL + max(len(row.maps) for row in rows) * (GAP + PANEL)
-    step = TITLE + panel + CHECK + BAR
+    step = TITLE + panel + max(row.check for row in rows) + BAR
     down = 2 * MARGIN + len(rows) * step
     canvas = _Canvas(Figure(figsize=(across, down), dpi=150, facecolor="white"), across, down)
     for place, row in enumerate(rows):
@@ -151,10 +157,10 @@ def _draw_row(canvas: _Canvas, top: float, panel: float, row: _Row) -> None:
     first = MARGIN + PANEL + GAP
     for place, (pixels, column) in enumerate(zip(row.maps, row.shown, strict=True)):
         left = first + place * (PANEL + GAP)
-        title = f"{_fit(column.label, '  ' + column.probability)}\n{column.total}"
+        title = f"{_fit(column.label, '  ' + column.probability)}\n{_fit(column.total)}"
         _draw_panel(canvas, left, top, panel, pixels, title)
         canvas.text(left + PANEL / 2, top - panel - 0.06, column.check, SMALL, va="top")
-    _draw_bar(canvas, (first + left + PANEL) / 2, top - panel - CHECK, row)
+    _draw_bar(canvas, (first + left + PANEL) / 2, top - panel - row.check, row)
 
 
 def _draw_panel(canvas: _Canvas, left: float, top: float, height: float, pixels: Bytes, title: str) -> None:
@@ -177,7 +183,7 @@ def _draw_bar(canvas: _Canvas, middle: float, top: float, row: _Row) -> None:
         canvas.text(left + share * BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
     canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, "against", SMALL, ha="right")
     canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, "for", SMALL, ha="left")
-    canvas.text(middle, bottom - 0.19, UNIT + (", smoothed" if row.smooth else ""), SMALL, va="top")
+    canvas.text(middle, bottom - 0.19, row.unit, SMALL, va="top")
 
 
 def _fit(name: str, rest: str = "") -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from shapadapter.explanation import Explanation
 from shapadapter.files import write_together
 from shapadapter.visual.maps import BLUE, PICTURE_CONTRAST, RED, symmetric_limit
-from shapadapter.visual.wording import UNIT, columns, likelihood, number, one_line
+from shapadapter.visual.wording import columns, likelihood, number, one_line, unit
 
 TEMPLATE = "page.html.j2"
 
@@ -55,7 +55,9 @@ def write_page(
         title=title,
         table=table or (),
         images=[_image(explanation, index, max_classes) for index in range(len(explanation))],
-        unit=UNIT,
+        unit=unit(explanation),
+        sums=explanation.sums_to_logits,
+        method=one_line(explanation.method),
         red=",".join(map(str, RED)),
         blue=",".join(map(str, BLUE)),
         contrast=PICTURE_CONTRAST,

@@ -10,6 +10,7 @@ from shapadapter.explanation import Explanation
 
 MINUS = "\N{MINUS SIGN}"
 UNIT = "contribution to the logit"
+NO_UNIT = "relevance, does not sum to the logit"
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class Column:
         index: The class index.
         label: The class name on one line.
         probability: Such as `p=0.83`; of a quantity its value.
-        total: The sum of its attributions, such as `Σφ=+4.10`.
-        check: Two lines: the sum of null value and attributions, then the logit and the distance between them.
-        values: (rows, cols) float32, the attributions, in logits.
+        total: The method, if it is another one, and the sum of its attributions, such as `Σφ=+4.10`.
+        check: Lines: the sum of null value and attributions, then the logit and the distance between them; neither where
+            the attributions do not sum to the logits; the relative error where it is known.
+        values: (rows, cols) float32, the attributions, in logits if they sum to them.
         errors: (rows, cols) float32, their standard errors; None without them, or where not all are finite.
     """
 
@@ -61,35 +63,60 @@ def columns(
         labels = shown[best].tolist()
     if not labels:
         raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
-    return [_column(one, one.class_index(label)) for label in labels]
+    sums = explanation.sums_to_logits
+    return [_column(one, one.class_index(label), sums) for label in labels]
 
 
-def _column(one: Explanation, class_id: int) -> Column:
+def unit(explanation: Explanation) -> str:
+    """What the numbers of a map are."""
+    return UNIT if explanation.sums_to_logits else NO_UNIT
+
+
+def _column(one: Explanation, class_id: int, sums: bool) -> Column:
     values = one.for_label(class_id)[0]  # (1, rows, cols) -> (rows, cols)
     if not values.isfinite().all():
         raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
-    null, logit = float(one.null_values[0, class_id]), float(one.logits[0, class_id])
-    total = float(values.double().sum())
-    gap = f"{abs(null + total - logit):.0e}".replace("-", MINUS)
+    errors, total = _errors(one, class_id), float(values.double().sum())
+    method = [] if one.method == "shapadapter" else [one_line(one.method)]
     return Column(
         index=class_id,
         label=one_line(one.labels[class_id]),
-        probability=likelihood(float(one.probabilities[0, class_id]), logit),
-        total=f"Σφ={number(total, sign=True)}",
-        check=f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}\n"
-        f"(logit {number(logit)}, gap {gap})",
+        probability=likelihood(float(one.probabilities[0, class_id]), float(one.logits[0, class_id])),
+        total=", ".join(method + ([f"Σφ={number(total, sign=True)}"] if sums else [])),
+        check="\n".join(
+            (_sum_check(one, class_id, total) if sums else []) + ([] if errors is None else [_accuracy(one, class_id)])
+        ),
         values=values,
-        errors=_errors(one, class_id),
+        errors=errors,
     )
+
+
+def _sum_check(one: Explanation, class_id: int, total: float) -> list[str]:
+    null, logit = float(one.null_values[0, class_id]), float(one.logits[0, class_id])
+    gap = f"{abs(null + total - logit):.0e}".replace("-", MINUS)
+    return [
+        f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}",
+        f"(logit {number(logit)}, gap {gap})",
+    ]
+
+
+def _accuracy(one: Explanation, class_id: int) -> str:
+    assert one.relative_errors is not None
+    error = float(one.relative_errors[0, _place(one, class_id)])
+    spent = "" if one.evaluations is None else f" after {int(one.evaluations[0])} evaluations"
+    return f"relative error {error:.2g}{spent}"
 
 
 def _errors(one: Explanation, class_id: int) -> Tensor | None:
     if one.standard_errors is None:
         return None
-    errors = one.standard_errors[
-        0, :, :, one.classes[0].tolist().index(class_id)
-    ]  # (1, rows, cols, C) -> (rows, cols)
+    errors = one.standard_errors[0, :, :, _place(one, class_id)]  # (1, rows, cols, C) -> (rows, cols)
     return errors if bool(errors.isfinite().all()) else None
+
+
+def _place(one: Explanation, class_id: int) -> int:
+    """In which column a class is."""
+    return one.classes[0].tolist().index(class_id)
 
 
 def likelihood(probability: float, score: float) -> str:
