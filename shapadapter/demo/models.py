@@ -93,7 +93,9 @@ def tune(
 ) -> tuple[PeftModel, float]:
     """Load the pretrained model from disk, wrap it, fine-tune it and save the adapter; also returns its accuracy."""
     set_seed(seed)
-    model = AutoModelForImageClassification.from_pretrained(pretrained)
+    # The whole path: the adapter says where its base is, to programs that run elsewhere.
+    model = AutoModelForImageClassification.from_pretrained(pretrained.resolve())
+    processor = AutoImageProcessor.from_pretrained(pretrained)
     config = ShapleyConfig(r=16, lora_alpha=32, target_modules="all-linear", shapley_token=shapley_token)
     model = get_peft_model(model, config)
     with whole_folder(folder) as unfinished, TemporaryDirectory() as runs:
@@ -109,12 +111,13 @@ def tune(
             ),
             train_dataset=train,
             eval_dataset=test,
-            processing_class=AutoImageProcessor.from_pretrained(pretrained),
+            processing_class=processor,
             compute_metrics=accuracy,
         )
         trainer.train()
         result = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(str(unfinished))
+        processor.save_pretrained(unfinished)
     return model, result
 
 

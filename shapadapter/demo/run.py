@@ -24,6 +24,7 @@ from shapadapter.visual import gallery, write_page
 from .digits import DigitScenes, build_digits
 from .folders import claim, whole_folder
 from .models import pretrain, tune
+from .pictures import save_pictures
 from .scale import FULL, QUICK, Scale
 from .scorecard import as_text, cost_of_explaining, faithfulness, localisation
 
@@ -60,8 +61,13 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
     print(as_text(rows))
     print("6/6  Pictures")
     _draw(explanation[:SHOWN], rows, output)
+    save_pictures(scenes, output)
     print(
         f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}"
+    )
+    print(
+        f"Next: shapadapter evaluate {output / 'adapter'} --data {output / 'test'} --masks {output / 'masks'} --images 2 "
+        f"--output {output / 'evaluation'}"
     )
     return rows
 

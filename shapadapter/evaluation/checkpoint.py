@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import AutoPeftModel, PeftConfig
-from transformers import AutoImageProcessor
-
 from shapadapter.errors import ShapleyError
 from shapadapter.files import write_together
 
 from .evaluating import evaluate
+from .loading import load_checkpoint
 from .plan import METHODS
 from .result import Evaluation
 
@@ -39,6 +36,7 @@ def evaluate_checkpoint(
     """
     if output is not None:
         import matplotlib  # noqa: F401 - found missing now rather than after the work
+    check_folders(data, masks)
     model, processor = load_checkpoint(checkpoint)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
@@ -55,22 +53,15 @@ def evaluate_checkpoint(
     return result
 
 
-def load_checkpoint(folder: Path) -> tuple[Any, Any]:
-    """The wrapped model of an adapter folder, on the GPU if there is one, and its image processor.
+def check_folders(*folders: Path | None) -> None:
+    """Refuse folders that do not exist, before a model is loaded.
 
     Raises:
-        ShapleyError: there is no adapter in the folder.
+        ShapleyError: there is one.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ShapleyError(f"{folder} holds no adapter: expected adapter_config.json and adapter_model.safetensors.")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    # A new classifier is saved with the adapter; the base model must have room for its classes.
-    new_head = getattr(config, "prediction", "vote") == "classifier" and config.modules_to_save
-    room = {"num_labels": config.num_classes, "ignore_mismatched_sizes": True} if new_head else {}
-    model: Any = AutoPeftModel.from_pretrained(folder, **room)
-    own = (folder / "preprocessor_config.json").is_file()
-    processor = AutoImageProcessor.from_pretrained(folder if own else config.base_model_name_or_path)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    for folder in folders:
+        if folder is not None and not folder.is_dir():
+            raise ShapleyError(f"There is no folder {folder}.")
 
 
 def labelled_images(data: Path, labels: list[str], masks: Path | None) -> list[dict[str, Any]]:
@@ -79,7 +70,7 @@ def labelled_images(data: Path, labels: list[str], masks: Path | None) -> list[d
     Raises:
         ShapleyError: there are no images, a subfolder is no class of the model, or a mask is missing.
     """
-    folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    folders = sorted(path for path in data.iterdir() if path.is_dir())
     rows = [
         {"image": str(path), "label": folder.name}
         for folder in folders

@@ -12,7 +12,7 @@ from small import NAMES, bare, pictures, processor, wrapped
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
-from shapadapter import Evaluation, ShapleyConfig
+from shapadapter import Evaluation, ShapleyConfig, ShapleyError
 from shapadapter.cli import app
 from shapadapter.evaluation import checkpoint as command
 from shapadapter.evaluation import evaluate_checkpoint
@@ -93,6 +93,20 @@ def test_an_adapter_with_a_new_classifier_of_the_base_s_own(folders, tmp_path):
     assert torch.equal(loaded.eval()(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
 
 
+@pytest.mark.parametrize("saved", ["run/base", "base", "/gone/base", "./run/base"])
+def test_a_base_whose_path_was_saved_from_elsewhere(folders, tmp_path, saved):
+    shutil.copytree(folders / "base", tmp_path / "run" / "base")
+    shutil.copytree(folders / "adapter", tmp_path / "run" / "adapter")
+    file = tmp_path / "run" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": saved}))
+    loaded, _ = command.load_checkpoint(tmp_path / "run" / "adapter")
+    pixels = torch.randn(1, 3, 24, 24)
+    assert torch.equal(loaded.eval()(pixel_values=pixels).logits, wrapped()(pixel_values=pixels).logits)
+    shutil.rmtree(tmp_path / "run" / "base")
+    with pytest.raises(ShapleyError, match=f"base model {saved} .* is not there"):
+        command.load_checkpoint(tmp_path / "run" / "adapter")
+
+
 def test_what_is_not_there_is_said_in_one_line(folders, tmp_path):
     (tmp_path / "wolf").mkdir()
     pictures(1)[0].save(tmp_path / "wolf" / "0.png")
@@ -100,6 +114,8 @@ def test_what_is_not_there_is_said_in_one_line(folders, tmp_path):
         "holds no adapter": (folders / "base", "--data", folders / "data"),
         "subfolder of images": (folders / "adapter", "--data", folders / "base"),
         "no classes of the model": (folders / "adapter", "--data", tmp_path),
+        "There is no folder nope.": (folders / "adapter", "--data", "nope"),
+        "There is no folder nowhere.": (folders / "adapter", "--data", folders / "data", "--masks", "nowhere"),
         "no mask": (folders / "adapter", "--data", folders / "data", "--masks", tmp_path),
         "no method 'shap'": (folders / "adapter", "--data", folders / "data", "--methods", "shap"),
     }
