@@ -33,7 +33,7 @@ from compare_report import write_report
 from rival_rows import own_row, run_rival
 from rivals import RIVALS
 from torch import Tensor
-from trainings import RECIPE, SCALES, Setting, accuracy_of, demo_setting, objects_setting, ours, plain
+from trainings import RECIPE, SCALES, Setting, TwoRates, accuracy_of, demo_setting, objects_setting, ours, plain
 from transformers.utils import logging
 
 from shapadapter import attribute, evaluate, explain
@@ -96,6 +96,9 @@ def run(setting: Setting, folder: Path, seed: int, rivals: str) -> dict[str, Any
     print(f"Seed {seed}: refining, and sampling with as many evaluations", flush=True)
     measured = kept(folder / "refinement.json", lambda: refinement(setting, model, seed))
     accuracy = {"ours": evaluation.task["accuracy"].mean, "plain": accuracy_of(baseline, setting)}
+    if setting.name == "objects":  # where the rates differ and the classifier is new
+        other = plain(setting, folder / "classifier-two-rates", folder / "ours", seed, TwoRates)
+        accuracy["plain, classifier at our head's rate"] = accuracy_of(other, setting)
     rows = [own_row(setting, model, accuracy["ours"], measured)]
     for objective in RIVALS if rivals != "none" else ():
         epochs = {"evaluations": objective.epochs_within(setting.scale.tune_epochs * sum(setting.evaluations))}

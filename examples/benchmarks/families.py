@@ -111,6 +111,7 @@ class Benchmark:
             model,
             self.scale.tune_epochs,
             shapley_weight=shapley_weight,
+            head_learning_rate=2e-3,
         )
         chosen = range(self.scale.truth_images)
         pixels = torch.stack([self.test[index]["pixel_values"] for index in chosen])  # (B, C, H, W)

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyTrainer
 from shapadapter.files import write_together
-from shapadapter.game import PatchGame
+from shapadapter.game import PatchGame, active_layer
 from shapadapter.objective import coalition_sums, project_on_efficiency
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import size_distribution
@@ -237,7 +237,7 @@ class RivalTrainer(ShapleyTrainer):
 
 def explainer_rows(model: Any, **inputs: Any) -> tuple[Tensor, Tensor | None, Any]:
     """What the explainer says before the normalisation: patches (B, N, K), class token (B, K) or None, its whole output."""
-    reader = getattr(model, "class_row", None)
+    reader = getattr(active_layer(model), "class_row", None)
     own: Any = model(**inputs, output_hidden_states=reader is not None, return_dict=True)
     # Our adapter keeps the loss from moving the sum of the attributions; theirs may, so its gradient is given back.
     total = own.logits.float() - own.null_values  # (B, K)
@@ -253,7 +253,8 @@ def explainer_of(
     def untrained() -> PeftModel:
         model = wrapped(surrogate, seed, **setting.recipe["adapter"], **(CLASSIFIES if objective.classifies else {}))
         if objective.class_row:
-            model.class_row = ClassRow(model.config.hidden_size, model.config.num_labels)
+            # Part of the head, so that it learns at the head's rate.
+            active_layer(model).class_row = ClassRow(model.config.hidden_size, model.config.num_labels)
         return model
 
     file = folder / "explainer.safetensors"

@@ -194,7 +194,7 @@ def cast_once(model: PeftModel) -> PeftModel:
     return model
 
 
-def plain(setting: Setting, folder: Path, like: Path, seed: int) -> Any:
+def plain(setting: Setting, folder: Path, like: Path, seed: int, trainer: Any = Trainer) -> Any:
     """The same base model fine-tuned without us: LoRA on the layers of the adapter in `like`, a trained classifier."""
     if not folder.exists():
         set_seed(seed)
@@ -202,9 +202,24 @@ def plain(setting: Setting, folder: Path, like: Path, seed: int) -> Any:
         adapter = {name: setting.recipe["adapter"][name] for name in ("r", "lora_alpha")}
         targets = sorted(PeftConfig.from_pretrained(str(like)).target_modules)
         model = get_peft_model(base, LoraConfig(**adapter, target_modules=targets, modules_to_save=["classifier"]))
-        fit(Trainer, setting, model, setting.train, steps_of(setting, setting.scale.tune_epochs), seed)
+        fit(trainer, setting, model, setting.train, steps_of(setting, setting.scale.tune_epochs), seed)
         save_merged(model, folder)
     return AutoModelForImageClassification.from_pretrained(folder).eval().to(DEVICE)
+
+
+class TwoRates(Trainer):
+    """Plain fine-tuning in which the new classifier has the learning rate of our head."""
+
+    rate: float = ShapleyTrainingArguments.head_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        head = {id(value) for name, value in self.model.named_parameters() if "modules_to_save" in name}
+        for group in list(optimizer.param_groups):
+            mine = [value for value in group["params"] if id(value) in head]
+            group["params"] = [value for value in group["params"] if id(value) not in head]
+            optimizer.add_param_group({**group, "params": mine, "lr": self.rate})
+        return optimizer
 
 
 def wrapped(base: Path, seed: int, **config: Any) -> PeftModel:
@@ -241,7 +256,10 @@ def fit(
         own: keyword arguments of the trainer itself.
         **more: further training arguments.
     """
-    arguments = ShapleyTrainingArguments if issubclass(trainer_class, ShapleyTrainer) else TrainingArguments
+    arguments: Any = TrainingArguments
+    if issubclass(trainer_class, ShapleyTrainer):
+        arguments, rates = ShapleyTrainingArguments, {"head_learning_rate"} & set(setting.recipe["shapley"])
+        more = {**{name: setting.recipe["shapley"][name] for name in rates}, **more}
     with TemporaryDirectory() as runs:
         settings = arguments(
             runs,
