@@ -48,12 +48,17 @@ class Plan:
         Raises:
             ValueError: an odd or negative number of evaluations, or a relative error that is not positive.
         """
-        most = max_refine if refine == UNTIL else refine
-        if isinstance(most, str | float) or most < 0 or most % 2 or (refine == UNTIL and not most):
+        if refine != UNTIL and not in_pairs(refine):
             raise ValueError(
-                "Coalitions come in pairs: expected refine to be an even number of evaluations, such as 256, or "
-                f"{UNTIL!r} with an even max_refine, got refine={refine!r} and max_refine={max_refine}."
+                f"refine must be an even number of evaluations, 0 or more, or {UNTIL!r}, for coalitions come in pairs; got "
+                f"refine={refine!r}."
             )
+        if refine == UNTIL and not (max_refine and in_pairs(max_refine)):
+            raise ValueError(
+                f"With refine={UNTIL!r} max_refine must be an even number of evaluations, 2 or more; got "
+                f"max_refine={max_refine!r}."
+            )
+        most = max_refine if isinstance(refine, str) else refine
         if not relative_error > 0:
             raise ValueError(f"Expected a positive relative_error, such as 0.1, got {relative_error}.")
         if refine != UNTIL:
@@ -76,6 +81,11 @@ class Plan:
     def _source(self, turn: int, place: int) -> torch.Generator:
         state = np.random.SeedSequence(self.seed, spawn_key=(turn, place)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]))
+
+
+def in_pairs(count: Any) -> bool:
+    """Whether so many evaluations are coalitions with their complements."""
+    return isinstance(count, int | np.integer) and not isinstance(count, bool) and bool(count >= 0 and count % 2 == 0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from shapadapter.explaining import explain, join, one_pass, predictions
 from shapadapter.explanation import Explanation
 from shapadapter.game import active_layer
 from shapadapter.options import check_options
+from shapadapter.refining import in_pairs
 
 from .attention import attention, attention_rollout
 from .case import Answer, Case
@@ -26,6 +28,7 @@ from .sampling import exact, kernel_shap, leave_one_out, permutation
 __all__ = ["METHODS", "attribute"]
 
 _OURS = ("shapadapter", "refined")
+_PAIRED = ("refined", "kernel_shap")
 _OTHERS: dict[str, Callable[[Case], Answer]] = {
     "kernel_shap": kernel_shap,
     "permutation": permutation,
@@ -75,8 +78,8 @@ def attribute(
         texts: for a model that matches images with texts: what to compare the images with.
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
-        evaluations: model evaluations for each image, of "refined", "kernel_shap" and "permutation"; for each shown class
-            the steps of "integrated_gradients".
+        evaluations: model evaluations for each image, of "refined" and "kernel_shap", an even number, and of "permutation";
+            for each shown class the steps of "integrated_gradients".
         seed: of all that is drawn, which depends on it and on the image's place among the images, not on `batch_size`.
         batch_size: images in a forward pass; of coalitions, which are smaller, eight times as many.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
@@ -98,7 +101,7 @@ def attribute(
         raise TypeError("attribute refines with method='refined', evaluations=64; refine is an argument of explain.")
     check_options(model, options, attribute)
     if method == "refined":
-        options = {**options, "refine": evaluations // 2 * 2, "seed": seed}
+        options = {**options, "refine": evaluations, "seed": seed}
         return explain(
             model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
         )
@@ -116,8 +119,12 @@ def _check(method: Any, evaluations: int) -> None:
         close = difflib.get_close_matches(str(method), METHODS, n=3)
         hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"There is no method {method!r}. {hint}The methods are {', '.join(METHODS)}.")
-    if evaluations < 2:
-        raise ValueError(f"Expected at least 2 evaluations, got {evaluations}.")
+    if not isinstance(evaluations, Integral) or evaluations < 2:
+        raise ValueError(f"Expected at least 2 evaluations, a whole number, got {evaluations!r}.")
+    if method in _PAIRED and not in_pairs(evaluations):
+        raise ValueError(
+            f"evaluations must be an even number for {method!r}, for its coalitions come in pairs; got {evaluations}."
+        )
 
 
 def _explained(case: Case, method: str | OwnMethod) -> Explanation:
@@ -144,20 +151,32 @@ def _own(case: Case, method: OwnMethod) -> Answer:
     """What a method of the user's says.
 
     Raises:
-        ShapleyError: it is neither of pixels nor of players.
+        ShapleyError: it is neither of pixels nor of players, or holds numbers that are not finite.
     """
     # A copy, so that whoever asks for gradients leaves no mark on the caller's tensor.
     inputs = {**case.batch.inputs, "pixel_values": case.pixel_values.detach().clone()}
     with torch.enable_grad():
-        maps = torch.as_tensor(method(case.model, inputs, case.batch.classes)).detach()
+        found = method(case.model, inputs, case.batch.classes)
+    maps = found.detach() if isinstance(found, Tensor) else _as_tensor(found)
     images, shown = case.batch.classes.shape
     grid = case.batch.tiling.players
     pixels = tuple(case.pixel_values.shape[-2:]) if case.pixel_values.ndim == 4 else tuple(case.batch.seen.shape[1:3])
-    if tuple(maps.shape) == (images, *grid, shown):
+    if maps is not None and not bool(maps.isfinite().all()):
+        raise ShapleyError("Expected the method to return finite numbers, but some are NaN or infinite.")
+    if maps is not None and tuple(maps.shape) == (images, *grid, shown):
         return Answer(maps.flatten(1, 2), None)
-    if tuple(maps.shape) == (images, *pixels, shown):
+    if maps is not None and tuple(maps.shape) == (images, *pixels, shown):
         return Answer(case.from_pixels(maps), None)
     raise ShapleyError(
         f"Expected the method to return ({images}, {grid[0]}, {grid[1]}, {shown}), a number for each image, player and "
-        f"class, or ({images}, {pixels[0]}, {pixels[1]}, {shown}), one for each pixel, got {tuple(maps.shape)}."
+        f"class, or ({images}, {pixels[0]}, {pixels[1]}, {shown}), one for each pixel, got "
+        f"{type(found).__name__ if maps is None else tuple(maps.shape)}."
     )
+
+
+def _as_tensor(found: Any) -> Tensor | None:
+    """Numbers as a tensor, None if they are none."""
+    try:
+        return torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
