@@ -36,8 +36,8 @@ def test_every_block_runs(folder, capsys):
     assert names["error"].shape == (2,)
     assert names["theirs"].attributions.shape == (2, 4, 4, 1)
     assert names["theirs"].attributions.max() > 0
-    with Image.open("kernel_shap.png") as figure:
-        assert figure.width > 100
+    with Image.open("kernel_shap.png") as figure, Image.open("methods.png") as several:
+        assert several.width > 1.5 * figure.width
 
 
 def test_the_table_names_every_method():

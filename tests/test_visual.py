@@ -14,7 +14,15 @@ from PIL import Image
 
 from shapadapter.errors import ClassNotFoundError
 from shapadapter.explanation import Explanation
-from shapadapter.visual import draw_explanation, gallery, overlay, signed_colors, symmetric_limit, write_page
+from shapadapter.visual import (
+    draw_comparison,
+    draw_explanation,
+    gallery,
+    overlay,
+    signed_colors,
+    symmetric_limit,
+    write_page,
+)
 from shapadapter.visual.wording import MINUS, columns, number
 
 RED, BLUE = (255, 13, 87), (30, 136, 229)
@@ -206,16 +214,49 @@ def test_gallery_gives_each_image_a_scale_of_its_own():
         gallery(explanation, [3])
 
 
+def test_comparison_gives_each_method_a_scale_of_its_own():
+    other = replace(make(), attributions=9 * make().attributions, method="kernel_shap")
+    logits, rest = other.logits.gather(1, other.classes), other.attributions.sum(dim=(1, 2))
+    other = replace(other, null_values=other.null_values.scatter(1, other.classes, logits - rest))
+    several = [make(), other, replace(unitless(), attributions=2 * unitless().attributions)]
+    figure = draw_comparison(several, 1, label="one")
+    found = texts(figure)
+    for one in several:
+        limit = symmetric_limit(one.for_label("one")[1])
+        expected = overlay(one.images[1].numpy(), one.heatmap("one", index=1), limit)
+        assert any(np.array_equal(expected, axes.images[0].get_array()) for axes in figure.axes)
+        assert (number(limit, sign=True) in found) == one.sums_to_logits
+        assert any(text.startswith(f"{one.method}\n") for text in found)
+    assert len(figure.axes) == 4 + 2  # the map without a sum has no scale
+    assert found.count("contribution to the logit") == 2
+    assert any(text.startswith("one  p=") for text in found)
+
+
+def test_comparison_of_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="no explanation"):
+        draw_comparison([])
+    with pytest.raises(ValueError, match="same images"):
+        draw_comparison([make(), make(side=64)])
+    with pytest.raises(ValueError, match="not among the columns"):
+        draw_comparison([make()], label="two")
+
+
 @pytest.mark.parametrize(("side", "rows", "scale"), [(64, 8, 1.0), (224, 16, 1e4), (32, 4, 1e-6)])
 def test_no_text_is_cut_or_overlaps(side, rows, scale):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     names = ("x" * 300, "Sarcoramphus papa, the long name of a bird", "two", "W" * 40, "eight")
     explanation = replace(
         make(side, rows, labels=names, scale=scale), method="m" * 200, evaluations=torch.tensor([4096, 16384])
     )
     explanation = replace(explanation, standard_errors=explanation.attributions.abs() * 0.123)
-    figure = gallery(explanation, max_classes=3)
+    unsummed = replace(explanation, attributions=explanation.attributions.abs())
+    for figure in (gallery(explanation, max_classes=3), draw_comparison([explanation, unsummed, explanation])):
+        check_places(figure)
+    assert any("…" in text for text in texts(figure))
+
+
+def check_places(figure):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in figure.texts]
     boxes += [axes.get_window_extent(renderer) for axes in figure.axes]
@@ -225,7 +266,6 @@ def test_no_text_is_cut_or_overlaps(side, rows, scale):
         assert box.x1 <= figure.bbox.x1
         assert box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[place + 1 :])
-    assert any("…" in text for text in texts(figure))
 
 
 def test_figure_of_nothing_but_zeros_and_hostile_names_can_be_written():

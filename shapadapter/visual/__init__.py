@@ -1,8 +1,17 @@
 """Pictures of explanations: colour maps, matplotlib figures and self-contained HTML pages."""
 
 from shapadapter.visual.curves import draw_curves
-from shapadapter.visual.figure import draw_explanation, gallery
+from shapadapter.visual.figure import draw_comparison, draw_explanation, gallery
 from shapadapter.visual.maps import overlay, signed_colors, symmetric_limit
 from shapadapter.visual.page import write_page
 
-__all__ = ["draw_curves", "draw_explanation", "gallery", "overlay", "signed_colors", "symmetric_limit", "write_page"]
+__all__ = [
+    "draw_comparison",
+    "draw_curves",
+    "draw_explanation",
+    "gallery",
+    "overlay",
+    "signed_colors",
+    "symmetric_limit",
+    "write_page",
+]

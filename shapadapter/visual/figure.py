@@ -85,6 +85,52 @@ def gallery(
     return _draw([_row(explanation, i, columns(explanation, i, max_classes=max_classes), smooth) for i in chosen])
 
 
+def draw_comparison(
+    explanations: Sequence[Explanation], index: int = 0, *, label: str | int | None = None, smooth: bool = False
+) -> "Figure":
+    """Draw one image and the maps of several methods for one class side by side.
+
+    Each map has a colour scale of its own, symmetric about zero, for methods differ in unit. Where a map sums to the
+    logit, its sum stands above it and the limits of its scale below.
+
+    Args:
+        explanations: Of the same images by the same model, one for each method; `method` is the title.
+        index: Which image.
+        label: A class name or index; None takes the class with the largest logit that the first explanation shows.
+        smooth: Interpolate the maps, which the figure then says.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ClassNotFoundError: If the model has no such class.
+        ValueError: If there is no explanation, they are of different images, the class was not computed by each, or a
+            number is not finite.
+        IndexError: If there is no such image.
+    """
+    if not explanations:
+        raise ValueError("There is no explanation to draw.")
+    first = explanations[0]
+    if not all(np.array_equal(first[index].images, one[index].images) for one in explanations):
+        raise ValueError(f"Expected explanations of the same images, but image {index} differs.")
+    (best,) = columns(first, index, labels=None if label is None else [label], max_classes=1)
+    rows = [_row(one, index, columns(one, index, labels=[best.index], max_classes=1), smooth) for one in explanations]
+    canvas, panel = _canvas(rows[0].picture, len(rows), 2 * MARGIN + TITLE + BAR)
+    top = canvas.down - MARGIN - TITLE
+    title = f"{_fit(best.label, '  ' + best.probability)}\n{_fit('predicted ' + rows[0].predicted)}"
+    _draw_panel(canvas, MARGIN, top, panel, rows[0].picture, title)
+    for place, (one, row) in enumerate(zip(explanations, rows, strict=True)):
+        left, sums = MARGIN + (place + 1) * (PANEL + GAP), one.sums_to_logits
+        title = f"{_fit(one_line(one.method))}\n{row.shown[0].sum if sums else ''}"
+        _draw_panel(canvas, left, top, panel, row.maps[0], title)
+        if sums:
+            _draw_bar(canvas, left + PANEL / 2, top - panel, row)
+        else:
+            canvas.text(left + PANEL / 2, top - panel - 0.06, row.unit, SMALL, va="top")
+    return canvas.figure
+
+
 @dataclass(frozen=True)
 class _Row:
     """One image: what it shows and, under each map, says."""
@@ -135,20 +181,28 @@ class _Canvas:
 
 
 def _draw(rows: list[_Row]) -> "Figure":
-    """Place the rows below each other. Every length is fixed, so that nothing overlaps at any image size."""
+    """Place the rows below each other."""
+    most = max(len(row.maps) for row in rows)
+    lines = max(row.check for row in rows)
+    canvas, panel = _canvas(rows[0].picture, most, 2 * MARGIN + len(rows) * (TITLE + lines + BAR), len(rows))
+    for place, row in enumerate(rows):
+        _draw_row(canvas, canvas.down - MARGIN - TITLE - place * (TITLE + panel + lines + BAR), panel, row)
+    return canvas.figure
+
+
+def _canvas(picture: Bytes, maps: int, rest: float, rows: int = 1) -> tuple[_Canvas, float]:
+    """A canvas for rows of a picture and maps, `rest` inches higher than their panels, and how high a panel is.
+
+    Every length is fixed, so that nothing overlaps at any image size.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
-    height, width = rows[0].picture.shape[:2]
+    height, width = picture.shape[:2]
     panel = PANEL * height / width
-    across = 2 * MARGIN + PANEL + max(len(row.maps) for row in rows) * (GAP + PANEL)
-    step = TITLE + panel + max(row.check for row in rows) + BAR
-    down = 2 * MARGIN + len(rows) * step
-    canvas = _Canvas(Figure(figsize=(across, down), dpi=150, facecolor="white"), across, down)
-    for place, row in enumerate(rows):
-        _draw_row(canvas, down - MARGIN - TITLE - place * step, panel, row)
-    return canvas.figure
+    across, down = 2 * MARGIN + PANEL + maps * (GAP + PANEL), rest + rows * panel
+    return _Canvas(Figure(figsize=(across, down), dpi=150, facecolor="white"), across, down), panel
 
 
 def _draw_row(canvas: _Canvas, top: float, panel: float, row: _Row) -> None:

@@ -22,6 +22,7 @@ class Column:
         label: The class name on one line.
         probability: Such as `p=0.83`; of a quantity its value.
         total: The method, if it is another one, and the sum of its attributions, such as `Σφ=+4.10`.
+        sum: The sum of its attributions alone.
         check: Lines: the sum of null value and attributions, then the logit and the distance between them; neither where
             the attributions do not sum to the logits; the relative error where it is known.
         values: (rows, cols) float32, the attributions, in logits if they sum to them.
@@ -32,6 +33,7 @@ class Column:
     label: str
     probability: str
     total: str
+    sum: str
     check: str
     values: Tensor
     errors: Tensor | None = None
@@ -77,12 +79,14 @@ def _column(one: Explanation, class_id: int, sums: bool) -> Column:
     if not values.isfinite().all():
         raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
     errors, total = _errors(one, class_id), float(values.double().sum())
+    written = f"Σφ={number(total, sign=True)}"
     method = [] if one.method == "shapadapter" else [one_line(one.method)]
     return Column(
         index=class_id,
         label=one_line(one.labels[class_id]),
         probability=likelihood(float(one.probabilities[0, class_id]), float(one.logits[0, class_id])),
-        total=", ".join(method + ([f"Σφ={number(total, sign=True)}"] if sums else [])),
+        total=", ".join(method + ([written] if sums else [])),
+        sum=written,
         check="\n".join(
             (_sum_check(one, class_id, total) if sums else []) + ([] if errors is None else [_accuracy(one, class_id)])
         ),
