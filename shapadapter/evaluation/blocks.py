@@ -106,13 +106,13 @@ def _errors(evaluation: Evaluation) -> Block:
     plain = _block(evaluation, "Error to the true Shapley values", _ERRORS)
     rows = [(name, (*cells, _equivalent(evaluation.equivalents.get(name)))) for name, cells in plain.rows]
     blank = ("",) * len(plain.columns)
+    peaks = notes.peaks(evaluation.about, evaluation.kernel_shap)
     ladder = [
-        (f"KernelSHAP {budget}", (cell(error), *blank[1:], str(budget)))
+        (f"baseline KernelSHAP {budget}{'*' if budget in peaks else ''}", (cell(error), *blank[1:], str(budget)))
         for budget, error in evaluation.kernel_shap.items()
     ]
-    return Block(
-        plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), notes.truth(evaluation.about)
-    )
+    note = notes.truth(evaluation.about) + (f" {notes.PEAK}" if peaks else "")
+    return Block(plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), note)
 
 
 def _equivalent(found: Equivalent | None) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.errors import ShapleyError
 from shapadapter.files import write_together
 
 from .evaluating import evaluate
 from .loading import load_checkpoint
+from .methods import unknown
 from .plan import METHODS
 from .result import Evaluation
 
@@ -37,6 +39,9 @@ def evaluate_checkpoint(
     if output is not None:
         import matplotlib  # noqa: F401 - found missing now rather than after the work
     check_folders(data, masks)
+    for name in methods:
+        if name not in KNOWN:
+            raise ShapleyError(unknown(name))
     model, processor = load_checkpoint(checkpoint)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.

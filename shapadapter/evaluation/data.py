@@ -16,7 +16,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from shapadapter.collator import IMAGE_COLUMNS, ImageCollator
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import ImageError, ShapleyError
 from shapadapter.images import IMAGE_INPUTS
 from shapadapter.labels import LABEL_COLUMNS, as_model_counts
 
@@ -53,6 +53,10 @@ class Rows:
     """
 
     def __init__(self, dataset: Any, processor: Any | None, names: Mapping[int, str] | None = None) -> None:
+        if isinstance(dataset, Mapping):
+            raise ShapleyError(
+                f"Expected a data set, got splits of one: choose a split, e.g. data[{next(iter(dataset), 'test')!r}]."
+            )
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
             raise ShapleyError(
                 "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
@@ -74,6 +78,10 @@ class Rows:
         rows = [self.counted[index] for index in indices]
         if isinstance(self.collate, ImageCollator):
             known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *IMAGE_INPUTS}
+            if self.processor is None and "pixel_values" not in rows[0] and set(IMAGE_COLUMNS) & set(rows[0]):
+                raise ImageError(
+                    "Images need an image processor: pass processor=AutoImageProcessor.from_pretrained(...)."
+                )
             rows = [{name: value for name, value in row.items() if name in known} for row in rows]
         found = self.collate(rows)
         return Batch({name: found[name] for name in IMAGE_INPUTS if name in found}, found.get("labels"))
@@ -108,15 +116,15 @@ class Rows:
             )
         return pixels > 0
 
-    def masks(self, name: str) -> str | None:
-        """The column of masks if the rows have it, None if they have none and none was asked for by name.
+    def masks(self, name: str | None) -> str | None:
+        """The column of masks: the one that is named, else `MASKS` if the rows have it.
 
         Raises:
-            ShapleyError: another column than `MASKS` was named, and is not there.
+            ShapleyError: a column was named that is not there.
         """
-        if self.has(name):
-            return name
-        if name != MASKS:
+        if self.has(name or MASKS):
+            return name or MASKS
+        if name is not None:
             raise ShapleyError(f"The data has no column {name!r} for masks.")
         return None
 

@@ -16,7 +16,7 @@ from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
 from shapadapter.metrics import Interval
 
-from .data import MASKS, Rows
+from .data import Rows
 from .methods import Explainer
 from .plan import BUDGETS, METHODS, Plan
 from .result import Evaluation
@@ -34,7 +34,7 @@ def evaluate(
     images: int = 32,
     truth_evaluations: int = 4096,
     budgets: Sequence[int] = BUDGETS,
-    masks: str = MASKS,
+    masks: str | None = None,
     groups: str | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
@@ -53,13 +53,13 @@ def evaluate(
             be missing; those of a `ClassLabel` are mapped to the model's classes by name.
         processor: the image processor, or a collator of your own.
         methods: names that `attribute` knows, or your own by name: `explainer(model, images, targets=[class])` that
-            returns an `Explanation`, e.g. `partial(attribute, method="kernel_shap", evaluations=1024)`. "shapadapter",
-            "random" and "centre" are always there.
+            returns an `Explanation`, e.g. `partial(attribute, method="kernel_shap", evaluations=1024)`, or
+            `method(model, inputs, classes)` as `attribute` takes it. "shapadapter", "random" and "centre" are always there.
         images: how many images, drawn from the data, are explained.
         truth_evaluations: model evaluations of KernelSHAP per image as the truth, a multiple of 4. Up to 16 players the
-            truth is exact, from all 2^N coalitions, whatever is said here.
-        budgets: evaluations of KernelSHAP to compare with, even and rising.
-        masks: the column of pixel masks, not 0 on the object, as large as the images; "mask" may be missing.
+            truth is exact, from all 2^N coalitions, whatever is said here; beyond, 16 N or more should be said.
+        budgets: evaluations of KernelSHAP to compare with, even and rising, fewer than the truth's.
+        masks: the column of pixel masks, not 0 on the object, as large as the images; by default "mask", if there is one.
         groups: the column that says which images belong together, for the intervals: one animal, one film.
         cache: a folder for what has been measured. A second run, with the same settings, model and images, does what is
             missing only. Your own functions are known by their names.

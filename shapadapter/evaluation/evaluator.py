@@ -11,7 +11,7 @@ from torch import nn
 
 from shapadapter.backbone import evaluating
 
-from .data import MASKS, Rows
+from .data import Rows
 from .evaluating import check_model, class_names
 from .plan import Plan
 from .study import study
@@ -38,7 +38,7 @@ class Evaluator:
     images: int = 16
     truth_evaluations: int = 2048
     budgets: Sequence[int] = (128, 256, 512, 1024)
-    masks: str = MASKS
+    masks: str | None = None
     seed: int = 0
     batch_size: int = 32
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +26,9 @@ ALWAYS = ("random", "centre")
 
 WITHOUT_UNIT = ("attention", "attention_rollout", "grad_cam", "random", "centre")
 
-Explainer = Callable[..., Explanation]
-"""`explainer(model, images, targets=[class])`, with `images` as `explain` takes them: prepared, in a mapping."""
+Explainer = Callable[..., Any]
+"""`explainer(model, images, targets=[class])`, with `images` as `explain` takes them: prepared, in a mapping, that
+returns an `Explanation`; or `method(model, inputs, classes)` as `attribute` takes it."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,7 @@ class Methods:
         explainers = dict(listed) if isinstance(listed, Mapping) else {name: name for name in listed}
         for name, explainer in explainers.items():
             if not callable(explainer) and explainer not in METHODS:
-                raise ShapleyError(
-                    f"There is no method {explainer!r}. The methods are {', '.join(METHODS)}; your own is a function: "
-                    f"methods={{{name!r}: function}}."
-                )
+                raise ShapleyError(f"{unknown(explainer)} Your own is a function: methods={{{name!r}: function}}.")
         if SALIENCY in explainers:
             raise ShapleyError(
                 f"{SALIENCY!r} is the row of the reference that knows no model; give your method another name."
@@ -84,7 +84,15 @@ class Methods:
         """
         explainer = self.explainers[name]
         if callable(explainer):
-            return explainer(model, inputs, targets=targets)
+            if takes_classes(explainer):
+                return attribute(model, inputs, method=explainer, targets=targets, **self.options)
+            found = explainer(model, inputs, targets=targets)
+            if not isinstance(found, Explanation):
+                raise ShapleyError(
+                    f"Expected the method {name!r} to return an Explanation, got {type(found).__name__}. A function of "
+                    f"model, inputs and classes becomes one by partial(attribute, method=function)."
+                )
+            return found
         # The same seed for every method, so that a method under two names is the same twice.
         seed = seed_of(self.seed, index, "method")
         return attribute(model, inputs, method=explainer, targets=targets, seed=seed, **self.options)
@@ -95,6 +103,28 @@ class Methods:
             [self.explain(name, model, image_of(batch.inputs, place), [target], index) for name in self.names]
             for place, (target, index) in enumerate(zip(batch.classes[:, 0].tolist(), indices, strict=True))
         ]
+
+
+def takes_classes(explainer: Explainer) -> bool:
+    """Whether a function is a method as `attribute` takes them, `method(model, inputs, classes)`, by its signature."""
+    try:
+        given = inspect.signature(explainer)
+    except (TypeError, ValueError):  # of what is built in
+        return False
+    if "targets" in given.parameters or any(one.kind is one.VAR_KEYWORD for one in given.parameters.values()):
+        return False
+    try:
+        given.bind("model", "inputs", "classes")
+    except TypeError:
+        return False
+    return True
+
+
+def unknown(name: object) -> str:
+    """What to say of a name that is no method's."""
+    close = difflib.get_close_matches(str(name), METHODS, n=3)
+    hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"There is no method {name!r}. {hint}The methods are {', '.join(METHODS)}."
 
 
 def has_unit(explanation: Explanation) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 About = Mapping[str, Any]
@@ -27,6 +27,18 @@ def summary(about: About) -> str:
         f"{about['images']} of {about['data']} images explained, seed {about['seed']}; explained is {about['explained']}, "
         f"and the game's value is its {about['value']}. Mean ± half the width of the 95 % bootstrap interval over {over}."
     )
+
+
+PEAK = (
+    "* About as many pairs of coalitions as players: there the fit of KernelSHAP is at its most unstable, and its error "
+    "above that of smaller and larger budgets."
+)
+
+
+def peaks(about: About, budgets: Iterable[int]) -> list[int]:
+    """The budgets, in evaluations, within a tenth of two for each player."""
+    pairs = 2 * math.prod(about["players"])
+    return [budget for budget in budgets if abs(budget - pairs) <= 0.1 * pairs]
 
 
 def truth(about: About) -> str:

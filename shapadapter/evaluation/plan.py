@@ -43,6 +43,11 @@ class Plan:
         rising = all(low < high for low, high in pairwise(self.budgets))
         if not self.budgets or self.budgets[0] < 2 or any(budget % 2 for budget in self.budgets) or not rising:
             raise ValueError(f"budgets must be even numbers of evaluations that rise, got {list(self.budgets)}.")
+        if self.budgets[-1] >= self.truth_evaluations:
+            raise ValueError(
+                f"budgets must stay below the truth's evaluations, which are to be nearer the truth: got "
+                f"{list(self.budgets)} and truth_evaluations={self.truth_evaluations}."
+            )
 
     @classmethod
     def of(

@@ -48,7 +48,7 @@ class Evaluation:
         kernel_shap: KernelSHAP's relative L2 error with each budget, in evaluations.
         equivalents: of each method with a unit, the KernelSHAP budget that has its error.
         curves: of each method `insertion`, `deletion` (N + 1 points), `road_morf`, `road_lerf` (10 % to 90 % removed).
-        notes: what could not be measured, and why.
+        notes: what could not be measured, and what to be careful with.
     """
 
     about: Mapping[str, Any]
@@ -71,13 +71,15 @@ class Evaluation:
         """What was measured of the one-pass attributions, as plain numbers by stable names.
 
         The task's measures, those of the methods (`error`, `spearman`, `insertion`, `deletion`, ...), `truth_error` and
-        `equivalent_evaluations`. A measure that could not be taken is left out.
+        `equivalent_evaluations`, which ends at the smallest and the largest of the budgets: beyond them
+        `equivalent_evaluations_is_bound` is 1, else 0. A measure that could not be taken is left out.
         """
         means = {**self.task, **self.methods["shapadapter"]}
         found = {name: interval.mean for name, interval in means.items()}
         found["truth_error"] = float(self.about["truth_error"])
         if "shapadapter" in self.equivalents:
             found["equivalent_evaluations"] = float(self.equivalents["shapadapter"].evaluations)
+            found["equivalent_evaluations_is_bound"] = float(self.equivalents["shapadapter"].bound != "=")
         return {name: value for name, value in found.items() if plain(value) is not None}
 
     def figure(self) -> Figure:

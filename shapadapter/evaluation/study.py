@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from .about import about, settings_of
 from .cost import costs
 from .data import Rows, choose
 from .measure import Measurer
+from .methods import ONE_PASS
 from .montage import montages
 from .plan import Plan
 from .records import Record, Records
@@ -52,12 +55,14 @@ def study(
     )
     methods = per_method(records, own, plan.seed)
     notes = _thorough(measurer, kept, records, methods) if plan.thorough else []
+    error = sum(record["truth_error"] for record in records) / len(records)
+    notes += _doubts(error, methods[ONE_PASS].get("error"), math.prod(records[0]["players"]))
     known = {name: equivalent(records, name, plan.budgets, own, plan.seed) for name in plan.methods.names}
     counts = {
         "data": len(rows),
         "images": len(chosen),
         "groups": None if own is None else len(own.unique()),
-        "truth_error": sum(record["truth_error"] for record in records) / len(records),
+        "truth_error": error,
         "area": _area(records, own, plan.seed),
     }
     return Evaluation(
@@ -86,6 +91,18 @@ def _thorough(
         for name, values in found.items():
             methods[name].update(values)
     return [] if reason is None else [reason]
+
+
+def _doubts(truth: float, own: Interval | None, players: int) -> list[str]:
+    """Warn of a truth whose error is more than half of the one pass's, the relative L2 errors being `truth` and `own`."""
+    if own is None or truth <= own.mean / 2:
+        return []
+    words = (
+        f"The truth's own error, {truth:.2g}, is more than half of the one pass's, {own.mean:.2g}: errors and equivalents "
+        f"say little. Pass more truth_evaluations, 16 for each player or more: {16 * players}."
+    )
+    warnings.warn(words, stacklevel=4)
+    return [words]
 
 
 def _measured(measurer: Measurer, kept: Records, chosen: Sequence[int]) -> list[Record]:

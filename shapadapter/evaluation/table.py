@@ -39,7 +39,7 @@ def as_text(blocks: Sequence[Block], summary: str, notes: Sequence[str]) -> str:
         lines += [_line(row, cells, name, widths) for row, cells in block.rows]
         parts.append("\n".join([*lines, *([_wrapped(block.note, "  ")] if block.note else [])]))
     if notes:
-        parts.append("\n".join(["Not measured", *(_wrapped(note, "  ") for note in notes)]))
+        parts.append("\n".join(["Notes", *(_wrapped(note, "  ") for note in notes)]))
     return "\n\n".join(parts)
 
 
@@ -51,7 +51,7 @@ def as_markdown(blocks: Sequence[Block], summary: str, notes: Sequence[str]) -> 
         lines += [_cells([row, *cells]) for row, cells in block.rows]
         parts.append("\n".join([*lines, *([f"\n{block.note}"] if block.note else [])]))
     if notes:
-        parts.append("\n".join(["### Not measured", "", *(f"- {note}" for note in notes)]))
+        parts.append("\n".join(["### Notes", "", *(f"- {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -117,13 +117,14 @@ def test_what_is_not_there_is_said_in_one_line(folders, tmp_path):
         "There is no folder nope.": (folders / "adapter", "--data", "nope"),
         "There is no folder nowhere.": (folders / "adapter", "--data", folders / "data", "--masks", "nowhere"),
         "no mask": (folders / "adapter", "--data", folders / "data", "--masks", tmp_path),
-        "no method 'shap'": (folders / "adapter", "--data", folders / "data", "--methods", "shap"),
+        "'kernel_shap'? The methods are": (folders / "adapter", "--data", folders / "data", "--methods", "kernelshap"),
     }
     for words, arguments in cases.items():
         found = run(*arguments)
         assert found.exit_code == 1
         assert words in found.output.replace("\n", " ")
         assert "Traceback" not in found.output
+        assert "function" not in found.output
 
 
 def test_an_interruption_has_its_own_code(folders, monkeypatch):

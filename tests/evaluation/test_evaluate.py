@@ -12,7 +12,7 @@ from small import CLASSES, SMALL, bare, pictures, processor, rows_of, wrapped
 
 from shapadapter import Evaluation, PatchGame, ShapleyConfig, ShapleyError, attribute, evaluate, explain
 from shapadapter.errors import CheckpointError, ImageError
-from shapadapter.evaluation import map_agreement
+from shapadapter.evaluation import Equivalent, map_agreement, measure
 from shapadapter.evaluation.data import choose
 
 datasets = pytest.importorskip("datasets")
@@ -119,6 +119,16 @@ def test_own_methods_are_measured_beside_the_others(model):
     for name, interval in found.methods["again"].items():
         if name not in ("time", "memory"):
             assert found.methods["mine"][name].mean == interval.mean
+
+
+def test_a_method_as_attribute_takes_it_is_taken_here(model):
+    def brightness(model, inputs, classes):
+        return inputs["pixel_values"].mean(dim=1)[..., None].expand(-1, -1, -1, classes.shape[1])
+
+    methods = {"mine": brightness, "again": partial(attribute, method=brightness)}
+    found = evaluate(model, rows_of(), processor(), **settings(methods=methods))
+    assert found.methods["mine"]["insertion"] == found.methods["again"]["insertion"]
+    assert found.methods["mine"]["error"] == found.methods["again"]["error"]
 
 
 @pytest.mark.parametrize("config", [{"prediction": "classifier"}, {"removal": "pixels"}, {"removal": "mask"}])
@@ -299,10 +309,39 @@ def test_a_cache_of_something_else_is_not_used(tmp_path, change):
 def test_the_table_fits_a_terminal_and_says_what_must_be_known(result):
     table = result.table()
     assert max(map(len, table.splitlines())) <= 120
-    for text in ("3 x 3 players", "2 of 8 images", "relative L2", "= KernelSHAP with", "KernelSHAP 64", "insertion ↑"):
+    for text in (
+        "3 x 3 players",
+        "2 of 8 images",
+        "relative L2",
+        "= KernelSHAP with",
+        "baseline KernelSHAP 64",
+        "insertion ↑",
+    ):
         assert text in table
     assert table.splitlines().count("") == 7
     assert "| shapadapter |" in result.markdown()
+
+
+def test_a_budget_at_the_peak_of_kernel_shap_is_marked(model):
+    table = evaluate(model, rows_of(), processor(), **settings(budgets=(18, 64), images=1)).table()
+    assert "baseline KernelSHAP 18*" in table
+    assert "as many pairs of coalitions as players" in " ".join(table.split())
+
+
+def test_a_bound_is_known_by_its_number(result):
+    equivalents = {"shapadapter": Equivalent(64, ">")}
+    assert replace(result, equivalents=equivalents).metrics()["equivalent_evaluations_is_bound"] == 1.0
+    equivalents = {"shapadapter": Equivalent(40, "=")}
+    assert replace(result, equivalents=equivalents).metrics()["equivalent_evaluations_is_bound"] == 0.0
+
+
+def test_a_truth_no_better_than_what_it_judges_brings_a_warning(model, monkeypatch):
+    find = measure.find_truth
+    monkeypatch.setattr(measure, "find_truth", lambda *given: replace(found := find(*given), errors=found.errors + 2))
+    with pytest.warns(UserWarning, match="more than half .* 16 for each player or more: 144"):
+        found = evaluate(model, rows_of(), processor(), **settings(images=1))
+    assert "16 for each player" in " ".join(found.notes)
+    assert "Notes" in found.table()
 
 
 def test_saved_and_loaded(result, tmp_path):
@@ -324,6 +363,7 @@ def test_metrics_are_plain_numbers(result):
         "error",
         "spearman",
         "equivalent_evaluations",
+        "equivalent_evaluations_is_bound",
         "insertion",
         "deletion",
     } <= set(found)
@@ -346,7 +386,10 @@ def test_curves_are_drawn_with_a_line_for_each_method(result):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": ("shap",)}, "There is no method 'shap'"),
+        ({"methods": ("shap",)}, "There is no method 'shap'.*methods={'shap': function}"),
+        ({"methods": ("kernelshap",)}, "Did you mean 'kernel_shap'"),
+        ({"masks": "mask"}, "no column 'mask'"),
+        ({"methods": {"mine": lambda model, images, targets: 0}}, r"partial\(attribute, method=function\)"),
         ({"groups": "animal"}, "no column 'animal'"),
         ({"methods": {"saliency": explain}}, "give your method another name"),
     ],
@@ -357,7 +400,15 @@ def test_what_does_not_exist_is_named(model, changes, words):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"budgets": (64, 16)}, {"budgets": (15,)}, {"budgets": ()}, {"truth_evaluations": 6}, {"images": 0}]
+    "changes",
+    [
+        {"budgets": (16, 256)},
+        {"budgets": (64, 16)},
+        {"budgets": (15,)},
+        {"budgets": ()},
+        {"truth_evaluations": 6},
+        {"images": 0},
+    ],
 )
 def test_numbers_that_make_no_sense(model, changes):
     with pytest.raises(ValueError, match=r"budgets|truth_evaluations|image"):
@@ -368,10 +419,12 @@ def test_data_without_rows_by_index(model):
     for data in (iter(rows_of()), []):
         with pytest.raises(ShapleyError, match="rows by index"):
             evaluate(model, data, processor(), **settings())
+    with pytest.raises(ShapleyError, match=r"choose a split.*data\['valid'\]"):
+        evaluate(model, datasets.DatasetDict(valid=datasets.Dataset.from_list([{"label": 0}])), processor())
 
 
 def test_images_without_a_processor(model):
-    with pytest.raises(ImageError, match="image processor"):
+    with pytest.raises(ImageError, match="pass processor="):
         evaluate(model, rows_of(), **settings())
 
 
