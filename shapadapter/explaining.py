@@ -34,8 +34,8 @@ def explain(
     targets: Sequence[str | int] | str | int | None = None,
     batch_size: int = 32,
     refine: int | Literal["until"] = 0,
-    relative_error: float = 0.1,
-    max_refine: int = 4096,
+    relative_error: float | None = None,
+    max_refine: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Explanation:
@@ -57,8 +57,9 @@ def explain(
         batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
         refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
         relative_error: with "until", an image is done when the expected L2 error of each shown map, as a share of the
-            map's length, is at most this.
-        max_refine: with "until", the most evaluations for an image; a warning says how many images are not done then.
+            map's length, is at most this; 0.1 by default.
+        max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many images are
+            not done then.
         seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
@@ -66,7 +67,8 @@ def explain(
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
-        ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, or `refine` is not an even number.
+        ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, `refine` is not an even number, or is
+            one and `relative_error` or `max_refine` was given.
         TypeError: an argument that neither this function nor the model's forward has.
     """
     active_layer(model)  # what is no wrapped model is refused before its modes are touched
@@ -82,8 +84,8 @@ def explain(
                 part = refined(part, game, plan, first=sum(map(len, parts)))
             parts.append(part)
     whole = join(parts) if plan is None else replace(join(parts), method="refined")
-    if refine == UNTIL:
-        _warn_of_errors(whole, relative_error, max_refine)
+    if plan is not None and refine == UNTIL:
+        _warn_of_errors(whole, plan.relative_error, plan.totals[-1])
     return whole
 
 

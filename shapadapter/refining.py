@@ -17,6 +17,9 @@ from .shapley import MAX_ENUMERATED_PLAYERS, all_coalitions, sample_in_turns, sa
 
 UNTIL = "until"
 
+RELATIVE_ERROR, MAX_REFINE = 0.1, 4096
+"""What "until" aims at, and the most evaluations it spends on an image, unless told."""
+
 FIRST_ROUND = 64
 """Evaluations of the first round of "until"; each later round adds half of what was spent before."""
 
@@ -42,31 +45,35 @@ class Plan:
     seed: int
 
     @classmethod
-    def of(cls, refine: int | str, relative_error: float, max_refine: int, seed: int) -> Plan | None:
+    def of(cls, refine: int | str, relative_error: float | None, max_refine: int | None, seed: int) -> Plan | None:
         """The plan that arguments of `explain` ask for, None without refinement.
 
         Raises:
-            ValueError: an odd or negative number of evaluations, or a relative error that is not positive.
+            ValueError: an odd or negative number of evaluations, a relative error that is not positive, or one that
+                nothing would look at.
         """
         if refine != UNTIL and not in_pairs(refine):
             raise ValueError(
                 f"refine must be an even number of evaluations, 0 or more, or {UNTIL!r}, for coalitions come in pairs; got "
                 f"refine={refine!r}."
             )
-        if refine == UNTIL and not (max_refine and in_pairs(max_refine)):
+        if not isinstance(refine, str):
+            if relative_error is not None or max_refine is not None:
+                raise ValueError(f"relative_error and max_refine are for refine={UNTIL!r}; got refine={refine!r}.")
+            return cls((refine,), 0.0, seed) if refine else None
+        wanted = RELATIVE_ERROR if relative_error is None else relative_error
+        most = MAX_REFINE if max_refine is None else max_refine
+        if not (most and in_pairs(most)):
             raise ValueError(
                 f"With refine={UNTIL!r} max_refine must be an even number of evaluations, 2 or more; got "
                 f"max_refine={max_refine!r}."
             )
-        most = max_refine if isinstance(refine, str) else refine
-        if not relative_error > 0:
+        if not wanted > 0:
             raise ValueError(f"Expected a positive relative_error, such as 0.1, got {relative_error}.")
-        if refine != UNTIL:
-            return cls((most,), 0.0, seed) if most else None
         totals = [min(FIRST_ROUND, most)]
         while totals[-1] < most:
             totals.append(min(totals[-1] + max(2, totals[-1] // 4 * 2), most))
-        return cls(tuple(totals), relative_error, seed)
+        return cls(tuple(totals), wanted, seed)
 
     def coalitions(self, turn: int, images: list[int], players: int) -> Tensor:
         """The new coalitions (b, m, N) of a round.

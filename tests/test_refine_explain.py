@@ -107,7 +107,9 @@ def test_the_shown_classes_are_refined_as_if_all_were_shown(model):
 
 @pytest.mark.parametrize("refine", [40, "until"])
 def test_it_does_not_matter_how_images_are_batched(model, refine):
-    options = {"refine": refine, "relative_error": 0.4, "max_refine": 1000, "top_k": 1}
+    options = {"refine": refine, "top_k": 1}
+    if refine == "until":
+        options |= {"relative_error": 0.4, "max_refine": 1000}
     together = explain(model, images(5), **options)
     for batch_size in (1, 2):
         parts = explain(model, images(5), batch_size=batch_size, **options)
@@ -206,6 +208,8 @@ def test_what_refine_must_be(model, refine):
         {"refine": "until", "max_refine": 101},
         {"refine": "until", "max_refine": 0},
         {"refine": "until", "relative_error": 0},
+        {"refine": 64, "relative_error": 0.1},
+        {"max_refine": 64},
     ],
 )
 def test_wrong_requests(model, wrong):
