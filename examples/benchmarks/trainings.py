@@ -42,7 +42,7 @@ RECIPE: dict[str, dict[str, Any]] = {
 BATCH = 32
 BUDGETS = (64, 128, 256, 512, 1024, 2048)  # evaluations of KernelSHAP and of refinement
 SCALES = {
-    "demo": Scale(5000, 4, 6, 1.5, truth_images=12, truth_evaluations=4096, budgets=BUDGETS),
+    "demo": Scale(5000, 4, 6, 1.5, truth_images=6, truth_evaluations=4096, budgets=BUDGETS),
     "demo, quick": Scale(2000, 2, 8, 2, truth_images=6, truth_evaluations=2048, budgets=BUDGETS[:-1]),
     # Each object on 44 backgrounds, seen once; the base model is the reader's.
     "objects": Scale(0, 44, 0, 1, truth_images=6, truth_evaluations=4096, budgets=BUDGETS[1:-1]),

@@ -23,10 +23,20 @@ def agreement(maps: Tensor, truth: Tensor, units: Sequence[bool]) -> dict[str, T
     error = relative_l2(maps, true).masked_fill(~torch.tensor(units), torch.nan)  # (B, methods)
     return {
         "error": error,
-        "pearson": pearson(maps, true),
-        "spearman": spearman(maps, true),
+        "pearson": informed(pearson(maps, true), maps),
+        "spearman": informed(spearman(maps, true), maps),
         "top_k_overlap": top_k_overlap(maps, true, top_count(truth.shape[-1])),
     }
+
+
+def informed(correlation: Tensor, maps: Tensor) -> Tensor:
+    """Correlations (B, methods), 0 where the map (B, methods, N) is constant.
+
+    A map that is the same everywhere has said nothing. Left out of the mean, the images on which a method fails would
+    raise its score.
+    """
+    constant = maps.amax(dim=-1) == maps.amin(dim=-1)  # (B, methods)
+    return correlation.masked_fill(constant & correlation.isnan(), 0.0)
 
 
 def top_count(players: int) -> int:

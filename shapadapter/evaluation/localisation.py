@@ -17,7 +17,7 @@ from shapadapter.explaining import Predicted
 from shapadapter.images import prepare_images
 from shapadapter.metrics import energy_inside, pointing_game, segmentation
 
-SALIENCY = "saliency"
+SALIENCY = "colour contrast (no model)"
 """A map without a model: how far the colour of each tile is from the image's mean colour."""
 
 
@@ -30,8 +30,11 @@ def localisation(maps: Tensor, inside: Tensor) -> dict[str, Tensor]:
     """
     truth = inside[:, None]  # (B, 1, rows, cols)
     parts = segmentation(maps, truth)
+    energy = energy_inside(maps, truth)  # (B, methods)
+    # A map without positive attribution points nowhere: that is worth what a map that knows nothing gets.
+    chance = truth.mean(dim=(-2, -1)).expand_as(energy)  # (B, 1) -> (B, methods)
     return {
-        "energy_inside": energy_inside(maps, truth),
+        "energy_inside": torch.where(energy.isnan(), chance, energy),
         "pointing_game": pointing_game(maps, truth),
         "segmentation_accuracy": parts.accuracy,
         "segmentation_iou": parts.iou,

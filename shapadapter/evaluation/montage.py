@@ -108,5 +108,6 @@ def _played(measurer: Measurer, montage: Tensor, four: Sequence[Record]) -> Reco
         explanation = methods.explain(name, measurer.model, inputs, targets, four[0]["index"])
         maps = torch.cat([explanation.for_label(target) for target in targets])  # (cells, rows, cols)
         share = grid_pointing(maps, torch.tensor([cell for cell, _ in cells]), SIDE)  # (cells,)
-        shares[name] = {"grid_pointing": float(share.nanmean())}
+        # Without positive attribution: what a map that knows nothing gets.
+        shares[name] = {"grid_pointing": float(share.nan_to_num(1 / SIDE**2).mean())}
     return {"methods": plain(shares), "cells": len(cells)}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shapadapter.metrics import normalised_infidelity, removal_coalitions, sensitivity_n
 
+from .agreement import informed
 from .games import Games
 from .seeds import generator_of
 
@@ -38,7 +39,8 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
 
     Returns:
         (B, methods) each. The infidelity for one n is that of the map times the factor that suits it best, divided by the
-        variance of the true drops: no method is punished for its unit, and equal shares for all players get 1.
+        variance of the true drops: no method is punished for its unit, and equal shares for all players get 1. The factor
+        is not negative: a map that points the wrong way is worth no more than one of zeros.
     """
     counts = removed_counts(games.players)
     generators = [generator_of(seed, index, "sensitivity") for index in indices]
@@ -54,14 +56,25 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
     for place in range(len(counts)):
         # (B, 1, ...): the same coalitions for every method
         arguments = coalitions[:, None, place], values[:, None, place], full
-        correlations.append(sensitivity_n(maps, *arguments))  # (B, methods)
-        distances.append(normalised_infidelity(maps, *arguments, rescale=True))  # (B, methods)
+        correlations.append(informed(sensitivity_n(maps, *arguments), maps))  # (B, methods)
+        distances.append(_infidelity(maps, *arguments))  # (B, methods)
     return {
         "sensitivity_n": torch.stack(correlations).nanmean(dim=0),
         # With one number of players removed, sensitivity-n is the faithfulness correlation.
         "faithfulness_correlation": correlations[counts.index(_count(games.players, FAITHFULNESS_SHARE))],
         "infidelity": torch.stack(distances).nanmean(dim=0),
     }
+
+
+def _infidelity(maps: Tensor, coalitions: Tensor, values: Tensor, full_values: Tensor) -> Tensor:
+    """Of maps (B, methods, N) times the best factor of at least 0, (B, methods)."""
+    claimed = ((~coalitions).double() @ maps.double()[..., None])[..., 0]  # (B, methods, draws)
+    drops = full_values[..., None] - values  # (B, 1, draws)
+    backwards = (claimed * drops).mean(dim=-1) < 0  # (B, methods)
+    found = normalised_infidelity(maps, coalitions, values, full_values, rescale=True)
+    return torch.where(
+        backwards, normalised_infidelity(torch.zeros_like(maps), coalitions, values, full_values), found
+    )
 
 
 def _count(players: int, share: float) -> int:

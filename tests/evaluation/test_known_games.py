@@ -11,6 +11,7 @@ from shapadapter.backbone import Tiling
 from shapadapter.evaluation.agreement import agreement
 from shapadapter.evaluation.curves import follow, orders
 from shapadapter.evaluation.games import Games
+from shapadapter.evaluation.localisation import localisation
 from shapadapter.evaluation.sensitivity import removed_counts, sensitivity
 from shapadapter.evaluation.truth import find_truth
 from shapadapter.explaining import Predicted, predictions
@@ -112,7 +113,7 @@ def test_random_removal_of_a_linear_game():
     assert (found["faithfulness_correlation"][:, :2] > 1 - 1e-6).all()
     assert (found["infidelity"][:, :2] < 1e-6).all()
     assert (found["sensitivity_n"][:, 2] < 0.9).all()
-    assert found["sensitivity_n"][:, 3].isnan().all()
+    assert found["sensitivity_n"][:, 3].tolist() == [0, 0]  # it says nothing
     torch.testing.assert_close(found["infidelity"][:, 3], torch.ones(2, dtype=torch.float64))
 
 
@@ -154,3 +155,24 @@ def test_few_calls_for_many_coalitions():
     games, _ = linear(batch=4, rows=64)
     games.play(torch.rand(4, 100, 9) < 0.5)
     assert games.model.calls == 7  # 400 coalitions, 16 of each image at a time
+
+
+def test_a_map_that_says_nothing_is_no_gap_in_the_mean():
+    truth = torch.tensor([[1.0, 2.0, 4.0, 8.0]], dtype=torch.float64)
+    maps = torch.stack([truth, torch.ones_like(truth)], dim=1)  # (1, 2, N)
+    found = agreement(maps, truth, [True, True])
+    assert found["pearson"].tolist() == [[pytest.approx(1), 0]]
+    assert found["spearman"].tolist() == [[pytest.approx(1), 0]]
+    assert agreement(maps, torch.ones_like(truth), [True, True])["pearson"][0, 0].isnan()  # nothing to be known
+    inside = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]], dtype=torch.float64)
+    silent = -torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    assert localisation(silent, inside)["energy_inside"].item() == pytest.approx(0.375)  # the share of the area
+
+
+def test_a_map_that_points_the_wrong_way_is_not_turned_round():
+    games, weights = linear(side=4)
+    maps = torch.stack([weights, -weights, torch.zeros_like(weights)], dim=1)  # (B, 3, N)
+    right, wrong, nothing = sensitivity(games, maps, [0, 1], seed=0)["infidelity"].unbind(dim=1)
+    assert right.max() < 1e-6
+    assert torch.equal(wrong, nothing)
+    assert nothing.min() >= 1
