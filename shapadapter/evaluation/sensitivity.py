@@ -39,8 +39,8 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
 
     Returns:
         (B, methods) each. The infidelity for one n is that of the map times the factor that suits it best, divided by the
-        variance of the true drops: no method is punished for its unit, and equal shares for all players get 1. The factor
-        is not negative: a map that points the wrong way is worth no more than one of zeros.
+        variance of the true drops: no method is punished for its unit, and equal shares for all players get 1. A map
+        that points the wrong way is not turned round by a negative factor: it gets 1 as well.
     """
     counts = removed_counts(games.players)
     generators = [generator_of(seed, index, "sensitivity") for index in indices]
@@ -67,14 +67,11 @@ def sensitivity(games: Games, maps: Tensor, indices: Sequence[int], seed: int) -
 
 
 def _infidelity(maps: Tensor, coalitions: Tensor, values: Tensor, full_values: Tensor) -> Tensor:
-    """Of maps (B, methods, N) times the best factor of at least 0, (B, methods)."""
+    """Of maps (B, methods, N) times the factor that suits them best, (B, methods); 1 if it would turn them round."""
     claimed = ((~coalitions).double() @ maps.double()[..., None])[..., 0]  # (B, methods, draws)
     drops = full_values[..., None] - values  # (B, 1, draws)
-    backwards = (claimed * drops).mean(dim=-1) < 0  # (B, methods)
-    found = normalised_infidelity(maps, coalitions, values, full_values, rescale=True)
-    return torch.where(
-        backwards, normalised_infidelity(torch.zeros_like(maps), coalitions, values, full_values), found
-    )
+    backwards = ((claimed - claimed.mean(dim=-1, keepdim=True)) * drops).mean(dim=-1) < 0  # (B, methods)
+    return normalised_infidelity(maps, coalitions, values, full_values, rescale=True).masked_fill(backwards, 1.0)
 
 
 def _count(players: int, share: float) -> int:
