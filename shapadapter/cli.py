@@ -54,7 +54,11 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print json instead of the table.")] = False,
 ) -> None:
     """Measure a fine-tuned model and its explanations, side by side with other methods."""
+    from transformers.utils.logging import disable_progress_bar
+
     from .evaluation import evaluate_checkpoint
+
+    disable_progress_bar()  # of loading the weights
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     with _reported("Run the command again to go on, if it had an --output."):

@@ -53,6 +53,7 @@ def about(model: nn.Module, plan: Plan, batch: Predicted, counts: Mapping[str, A
     rules = layer.rules[layer.active or ""]
     return {
         "model": type(base_of(model)).__name__,
+        "methods": plan.methods.names,
         "prediction": rules.prediction,
         "removal": rules.removal,
         "players": list(batch.tiling.players),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shapadapter.metrics import Interval
@@ -71,24 +72,33 @@ def blocks(evaluation: Evaluation) -> list[Block]:
     return [block for block in found if block.rows]
 
 
-def cell(interval: Interval | None) -> str:
-    """A mean with half the width of its interval; of what does not vary, or is known once, the mean alone."""
+def column(intervals: Sequence[Interval | None]) -> list[str]:
+    """Means with half the width of their intervals, all to the same digit; of what is known once the mean alone."""
+    shown = [one for one in intervals if one is not None and math.isfinite(one.mean)]
+    largest = max((abs(one.mean) for one in shown), default=0)
+    whole = all(one.mean.is_integer() and not one.high > one.low for one in shown)
+    digits = next(digits for end, digits in ((0.05, 4), (10, 3), (100, 2), (math.inf, 1)) if largest < end)
+    style = ".0f" if whole else f".{digits}f" if largest >= 1e-3 else ".1e"
+    return [_cell(one, style) for one in intervals]
+
+
+def _cell(interval: Interval | None, style: str) -> str:
     if interval is None or not math.isfinite(interval.mean):
         return ""
     spread = interval.high - interval.low
     if not math.isfinite(spread) or spread <= 1e-9 * abs(interval.mean):
-        return f"{interval.mean:.3g}" if abs(interval.mean) < 1000 else f"{interval.mean:,.0f}"
-    return str(interval)
+        return f"{interval.mean:,{style}}"
+    return f"{interval.mean:,{style}} ± {spread / 2:,{style}}"
 
 
 def _block(evaluation: Evaluation, title: str, heads: dict[str, str], note: str = "") -> Block:
     """A row for each method that has one of the measures, a column for each measure that a method has."""
     shown = {measure: head for measure, head in heads.items() if _has(evaluation, measure)}
-    rows = tuple(
-        (method, tuple(cell(values.get(measure)) for measure in shown))
-        for method, values in evaluation.methods.items()
-        if any(measure in values for measure in shown)
-    )
+    having = {
+        method: values for method, values in evaluation.methods.items() if any(measure in values for measure in shown)
+    }
+    columns = [column([values.get(measure) for values in having.values()]) for measure in shown]
+    rows = tuple((method, tuple(cells)) for method, cells in zip(having, zip(*columns, strict=True), strict=True))
     return Block(title, tuple(shown.values()), rows, note)
 
 
@@ -98,21 +108,29 @@ def _has(evaluation: Evaluation, measure: str) -> bool:
 
 def _task(evaluation: Evaluation) -> Block:
     shown = {measure: head for measure, head in _TASK.items() if measure in evaluation.task}
-    cells = tuple(cell(evaluation.task[measure]) for measure in shown)
+    cells = tuple(column([evaluation.task[measure]])[0] for measure in shown)
     return Block("Task", tuple(shown.values()), ((f"all {evaluation.about['data']} images", cells),) if cells else ())
 
 
 def _errors(evaluation: Evaluation) -> Block:
-    plain = _block(evaluation, "Error to the true Shapley values", _ERRORS)
-    rows = [(name, (*cells, _equivalent(evaluation.equivalents.get(name)))) for name, cells in plain.rows]
-    blank = ("",) * len(plain.columns)
-    peaks = notes.peaks(evaluation.about, evaluation.kernel_shap)
-    ladder = [
-        (f"baseline KernelSHAP {budget}{'*' if budget in peaks else ''}", (cell(error), *blank[1:], str(budget)))
-        for budget, error in evaluation.kernel_shap.items()
+    plain = _block(evaluation, "Error to the true Shapley values", _ERRORS, notes.truth(evaluation.about))
+    if not _has(evaluation, "error"):
+        return plain
+    # The ladder's errors stand in the column of the methods' own.
+    own = [evaluation.methods[name].get("error") for name, _ in plain.rows]
+    errors = column([*own, *evaluation.kernel_shap.values()])
+    rows = [
+        (name, (error, *cells[1:], _equivalent(evaluation.equivalents.get(name))))
+        for (name, cells), error in zip(plain.rows, errors, strict=False)
     ]
-    note = notes.truth(evaluation.about) + (f" {notes.PEAK}" if peaks else "")
-    return Block(plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows + ladder), note)
+    peaks = notes.peaks(evaluation.about, evaluation.kernel_shap)
+    blank = ("",) * (len(plain.columns) - 1)
+    rows += [
+        (f"baseline KernelSHAP {budget}{'*' if budget in peaks else ''}", (error, *blank, str(budget)))
+        for budget, error in zip(evaluation.kernel_shap, errors[len(plain.rows) :], strict=True)
+    ]
+    note = plain.note + (f" {notes.PEAK}" if peaks else "")
+    return Block(plain.title, (*plain.columns, "= KernelSHAP with"), tuple(rows), note)
 
 
 def _equivalent(found: Equivalent | None) -> str:

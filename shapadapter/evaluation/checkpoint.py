@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,15 @@ def evaluate_checkpoint(
     for name in methods:
         if name not in KNOWN:
             raise ShapleyError(unknown(name))
+    if output is not None:
+        _check_output(output, checkpoint)
     model, processor = load_checkpoint(checkpoint)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
     cache = None if output is None else output / "records"
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
+    result = replace(result, about={**result.about, "checkpoint": str(checkpoint), "folder": str(data)})
     if output is not None:
         unfinished = output / ".curves.png"
         result.figure().savefig(unfinished, format="png")
@@ -56,6 +60,18 @@ def evaluate_checkpoint(
         result.save(output / "evaluation.json")
         write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture})
     return result
+
+
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse a folder with the evaluation of another adapter.
+
+    Raises:
+        ShapleyError: it is.
+    """
+    file = output / "evaluation.json"
+    other = Evaluation.load(file).about.get("checkpoint") if file.is_file() else None
+    if other is not None and Path(other).resolve() != checkpoint.resolve():
+        raise ShapleyError(f"{output} holds the evaluation of {other}. Choose another --output for {checkpoint}.")
 
 
 def check_folders(*folders: Path | None) -> None:

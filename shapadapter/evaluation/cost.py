@@ -19,14 +19,14 @@ from shapadapter.errors import ShapleyError
 from shapadapter.explaining import Predicted
 from shapadapter.metrics import Interval
 
-from .methods import ONE_PASS, Methods, image_of
+from .methods import ALWAYS, ONE_PASS, Methods, image_of
 
 REPEATS = 11
 """Of what takes a few forward passes; of what takes many, one."""
 
 
 def costs(model: nn.Module, methods: Methods, batch: Predicted) -> dict[str, dict[str, Interval]]:
-    """Time and peak memory of every method on one image, over those of the plain pass; of the one pass on the batch.
+    """Time and peak memory of every method that knows the model, on one image, over those of the plain pass; of the one pass on the batch.
 
     The one pass is measured with LoRA merged, as one would deploy it, and against the base model alone.
 
@@ -41,7 +41,7 @@ def costs(model: nn.Module, methods: Methods, batch: Predicted) -> dict[str, dic
     target = int(batch.classes[0, 0])
     found = {ONE_PASS: compare(lambda: plain(**inputs), lambda: merged(**inputs))}
     for name in methods.names:
-        if name != ONE_PASS:
+        if name not in (ONE_PASS, *ALWAYS):
             found[name] = compare(
                 lambda: plain(**single, **passing),
                 lambda name=name: methods.explain(name, model, single, [target], 0),  # type: ignore[misc]

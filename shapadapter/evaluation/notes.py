@@ -18,14 +18,23 @@ COST = (
 )
 
 
+FEW_IMAGES = 8
+"""Fewer say little."""
+
+
 def summary(about: About) -> str:
     """What was measured, in a few sentences."""
     rows, cols = about["players"]
     over = "images" if about["groups"] is None else f"{about['groups']} groups of images"
+    where = f"{about['checkpoint']} on {about['folder']}: " if "checkpoint" in about else ""
+    methods = f" Compared: {', '.join(about['methods'])}." if "methods" in about else ""
+    few = about["images"] < FEW_IMAGES
+    doubt = f" Only {about['images']} image{'s' * (about['images'] > 1)}: the numbers say little." if few else ""
     return (
-        f"{about['model']}, {rows} x {cols} players, removal by {about['removal']}, prediction by {about['prediction']}. "
+        f"{where}{about['model']}, {rows} x {cols} players, removal by {about['removal']}, prediction by {about['prediction']}. "
         f"{about['images']} of {about['data']} images explained, seed {about['seed']}; explained is {about['explained']}, "
         f"and the game's value is its {about['value']}. Mean ± half the width of the 95 % bootstrap interval over {over}."
+        f"{methods}{doubt}"
     )
 
 

@@ -61,11 +61,11 @@ class Evaluation:
 
     def table(self) -> str:
         """The results as text, 120 columns wide at most: blocks with a row for each method."""
-        return as_text(blocks(self), summary(self.about), self.notes)
+        return as_text(blocks(self), [_headline(self), summary(self.about)], self.notes)
 
     def markdown(self) -> str:
         """The same as Markdown tables."""
-        return as_markdown(blocks(self), summary(self.about), self.notes)
+        return as_markdown(blocks(self), [_headline(self), summary(self.about)], self.notes)
 
     def metrics(self) -> dict[str, float]:
         """What was measured of the one-pass attributions, as plain numbers by stable names.
@@ -126,6 +126,16 @@ class Evaluation:
             raise CheckpointError(
                 f"{path} is no evaluation that this version of shapadapter wrote: {error}"
             ) from error
+
+
+def _headline(evaluation: Evaluation) -> str:
+    """The most important numbers in a sentence."""
+    own, found = evaluation.methods["shapadapter"], evaluation.equivalents.get("shapadapter")
+    like = "" if found is None else f", as KernelSHAP with {found} evaluations"
+    parts = [f"relative L2 error {own['error'].mean:.2f}{like}"] if "error" in own else []
+    parts += [f"{own['time'].mean:.1f} times the plain pass's time"] if "time" in own else []
+    parts += [f"accuracy {evaluation.task['accuracy'].mean:.3f}"] if "accuracy" in evaluation.task else []
+    return f"One pass: {'; '.join(parts)}." if parts else ""
 
 
 def _intervals(values: Mapping[str, Any]) -> dict[str, Interval]:

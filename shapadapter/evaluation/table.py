@@ -27,9 +27,9 @@ class Block:
     note: str = ""
 
 
-def as_text(blocks: Sequence[Block], summary: str, notes: Sequence[str]) -> str:
+def as_text(blocks: Sequence[Block], summary: Sequence[str], notes: Sequence[str]) -> str:
     """All blocks below each other, at most 120 columns wide where the names are not too long."""
-    parts = [_wrapped(summary)]
+    parts = ["\n".join(_wrapped(line) for line in summary if line)]
     for block in blocks:
         widths = [
             max(len(head), *(len(cells[place]) for _, cells in block.rows)) for place, head in enumerate(block.columns)
@@ -43,9 +43,9 @@ def as_text(blocks: Sequence[Block], summary: str, notes: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def as_markdown(blocks: Sequence[Block], summary: str, notes: Sequence[str]) -> str:
+def as_markdown(blocks: Sequence[Block], summary: Sequence[str], notes: Sequence[str]) -> str:
     """All blocks as Markdown."""
-    parts = [summary]
+    parts = [line for line in summary if line]
     for block in blocks:
         lines = [f"### {block.title}", "", _cells(["", *block.columns]), "|" + " --- |" * (len(block.columns) + 1)]
         lines += [_cells([row, *cells]) for row, cells in block.rows]

@@ -21,6 +21,7 @@ _PANELS = {
     "road_lerf": ("ROAD: least relevant imputed", "share of players imputed"),
 }
 _FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
+_FEW = 8  # images, whose interval is not worth a band
 _NOTHING = {"random": "0.45", "centre": "0.7"}
 # Okabe and Ito's colours for readers who see few, without those near the red.
 _OTHERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442", "#000000")
@@ -45,7 +46,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
     kinds = [kind for kind in _PANELS if any(kind in lines for lines in curves.values())]
-    figure = Figure(figsize=(4.2 * len(kinds), 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(kinds), 3.9), dpi=150, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         others = iter(_OTHERS * len(curves))
         for method, lines in curves.items():
@@ -58,17 +59,18 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
             "share still predicted alike" if kind.startswith("road") else f"{value} of the explained class"
         )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return figure
 
 
 def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, imputed: bool) -> None:
-    """One mean curve, its band, and its mean height in the legend."""
+    """One mean curve, with its band where that is of images enough."""
     count = len(points)
     place = np.arange(1, count + 1) / (count + 1) if imputed else np.linspace(0, 1, count)  # (points,)
     mean, low, high = (np.array([getattr(point, end) for point in points]) for end in ("mean", "low", "high"))
-    area = mean.mean() if imputed else float(np.trapezoid(mean, place))
     dashes = "--" if method in _NOTHING else "-"
-    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.4, label=f"{method}  {area:.3f}")
-    if np.isfinite(low).all() and np.isfinite(high).all():
+    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.4, label=method)
+    enough = all(point.count >= _FEW for point in points)
+    if enough and np.isfinite(low).all() and np.isfinite(high).all():
         axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)

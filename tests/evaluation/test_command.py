@@ -16,6 +16,7 @@ from shapadapter import Evaluation, ShapleyConfig, ShapleyError
 from shapadapter.cli import app
 from shapadapter.evaluation import checkpoint as command
 from shapadapter.evaluation import evaluate_checkpoint
+from shapadapter.evaluation.localisation import SALIENCY
 
 pytest.importorskip("matplotlib")
 
@@ -49,12 +50,18 @@ def test_the_table_and_the_files(folders, tmp_path):
     assert "Error to the true Shapley values" in found.output
     assert "energy inside" in found.output
     result = Evaluation.load(output / "evaluation.json")
-    assert list(result.methods) == ["shapadapter", "equal", "leave_one_out", "random", "centre", "saliency"]
+    assert list(result.methods) == ["shapadapter", "equal", "leave_one_out", "random", "centre", SALIENCY]
     assert result.task["accuracy"].count == 8
     assert (output / "table.md").read_text() == result.markdown()
     with Image.open(output / "curves.png") as picture:
         assert picture.width > 500
     assert sorted(path.name for path in output.iterdir()) == ["curves.png", "evaluation.json", "records", "table.md"]
+    assert f"{folders / 'adapter'} on {folders / 'data'}" in result.markdown()
+    assert "Only 2 images" in result.markdown()
+    shutil.copytree(folders / "adapter", tmp_path / "other")
+    other = run(tmp_path / "other", *arguments[1:], "--output", output)
+    assert other.exit_code == 1
+    assert "holds the evaluation of" in other.output
 
 
 def test_json_goes_to_the_standard_output(folders):

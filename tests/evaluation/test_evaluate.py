@@ -13,7 +13,9 @@ from small import CLASSES, SMALL, bare, pictures, processor, rows_of, wrapped
 from shapadapter import Evaluation, PatchGame, ShapleyConfig, ShapleyError, attribute, evaluate, explain
 from shapadapter.errors import CheckpointError, ImageError
 from shapadapter.evaluation import Equivalent, map_agreement, measure
+from shapadapter.evaluation.blocks import column
 from shapadapter.evaluation.data import choose
+from shapadapter.metrics import Interval
 
 datasets = pytest.importorskip("datasets")
 
@@ -88,11 +90,12 @@ def test_the_task_is_measured_on_all_images(model, result):
 
 def test_every_method_has_every_measure_that_suits_it(result):
     assert list(result.methods) == ["shapadapter", "leave_one_out", "equal", "random", "centre"]
-    everywhere = {"insertion", "deletion", "aopc_morf", "aopc_lerf", "aopc_gap", "infidelity", "noise_change", "time"}
-    for values in result.methods.values():
-        assert everywhere | {"road_morf", "road_lerf", "memory", "evaluations"} <= set(values)
+    everywhere = {"insertion", "deletion", "aopc_morf", "aopc_lerf", "aopc_gap", "infidelity", "noise_change"}
+    for name, values in result.methods.items():
+        assert everywhere | {"road_morf", "road_lerf", "evaluations"} <= set(values)
+        assert ("time" in values) == ("memory" in values) == (name not in ("random", "centre"))
     assert "error" not in result.methods["random"], "no unit"
-    assert "spearman" not in result.methods["equal"], "a constant map has no ranks"
+    assert result.methods["equal"]["spearman"].mean == 0, "a constant map says nothing of ranks"
     assert result.methods["random"]["randomised"].mean == pytest.approx(1), "random maps do not depend on the model"
     assert set(result.equivalents) == {"shapadapter", "leave_one_out", "equal"}
     assert list(result.kernel_shap) == [16, 64]
@@ -328,6 +331,16 @@ def test_a_budget_at_the_peak_of_kernel_shap_is_marked(model):
     assert "as many pairs of coalitions as players" in " ".join(table.split())
 
 
+def test_a_column_has_one_precision():
+    def once(mean):
+        return Interval(mean, math.nan, math.nan, 1)
+
+    assert column([once(0.00697), None, once(-0.11912)]) == ["0.007", "", "-0.119"]
+    assert column([Interval(0.4118, 0.38, 0.44, 9), once(16.7)]) == ["0.41 ± 0.03", "16.70"]
+    assert column([once(0.0), once(64.0), once(1024.0)]) == ["0", "64", "1,024"]
+    assert column([once(4e-8)]) == ["4.0e-08"]
+
+
 def test_a_bound_is_known_by_its_number(result):
     equivalents = {"shapadapter": Equivalent(64, ">")}
     assert replace(result, equivalents=equivalents).metrics()["equivalent_evaluations_is_bound"] == 1.0
@@ -376,6 +389,10 @@ def test_curves_are_drawn_with_a_line_for_each_method(result):
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert len(axes.lines) == 5
+        assert not axes.collections, "no bands of two images"
+        assert axes.get_legend() is None
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(result.methods)
     mean = [point.mean for point in result.curves["shapadapter"]["insertion"]]
     assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx(mean)
 
@@ -391,7 +408,7 @@ def test_curves_are_drawn_with_a_line_for_each_method(result):
         ({"masks": "mask"}, "no column 'mask'"),
         ({"methods": {"mine": lambda model, images, targets: 0}}, r"partial\(attribute, method=function\)"),
         ({"groups": "animal"}, "no column 'animal'"),
-        ({"methods": {"saliency": explain}}, "give your method another name"),
+        ({"methods": {"colour contrast (no model)": explain}}, "give your method another name"),
     ],
 )
 def test_what_does_not_exist_is_named(model, changes, words):

@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 HERE = {
     'cache="records")\nprint': 'cache="records", images=2, budgets=(16, 64))\nprint',
     "images=8,": "images=2,",
-    'ShapleyTrainingArguments("out",': 'ShapleyTrainingArguments("out", use_cpu=True, report_to="none", disable_tqdm=True,',
+    'ShapleyTrainingArguments(\n        "out",': 'ShapleyTrainingArguments("out", use_cpu=True, report_to="none", disable_tqdm=True,',
 }
 
 
@@ -32,6 +32,8 @@ def folder(tmp_path, monkeypatch):
         kind = tmp_path / "photos" / NAMES[place % 4]
         kind.mkdir(parents=True, exist_ok=True)
         picture.save(kind / f"{place}.png")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        picture.convert("L").save(tmp_path / "masks" / f"{place}.png")
     return tmp_path
 
 
@@ -46,6 +48,7 @@ def test_every_block_runs(folder, capsys):
     printed = capsys.readouterr().out
     assert "Error to the true Shapley values" in printed
     assert list(Evaluation.load("evaluation.json").methods)[1:3] == ["leave_one_out", "kernel_shap"]
+    assert names["masked"][0]["mask"].mode == "L"
     assert "refined by 64" in names["result"].methods
     with Image.open("curves.png") as figure:
         assert figure.width > 100

@@ -84,7 +84,7 @@ def test_a_map_on_the_object_is_found_there():
     assert found.methods["mine"]["energy_inside"].mean == pytest.approx(1, abs=0.01)
     assert found.methods["mine"]["pointing_game"].mean == 1
     assert found.methods["mine"]["segmentation_ap"].mean == 1
-    assert set(found.methods["saliency"]) == {
+    assert set(found.methods["colour contrast (no model)"]) == {
         "energy_inside",
         "pointing_game",
         "segmentation_accuracy",
