@@ -72,7 +72,9 @@ def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) 
 def _named(dataset: Any) -> tuple[str | None, list[str]]:
     """The column of labels and the names of its classes, if it has names."""
     features = getattr(dataset, "features", None)
-    for column in LABEL_COLUMNS if isinstance(features, Mapping) else ():
+    if not isinstance(features, Mapping):
+        return None, []
+    for column in LABEL_COLUMNS:
         names = getattr(features.get(column), "names", None)
         if names:
             return column, [str(name) for name in names]

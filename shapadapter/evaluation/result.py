@@ -131,7 +131,8 @@ class Evaluation:
 def _headline(evaluation: Evaluation) -> str:
     """The most important numbers in a sentence."""
     own, found = evaluation.methods["shapadapter"], evaluation.equivalents.get("shapadapter")
-    like = "" if found is None else f", as KernelSHAP with {found} evaluations"
+    words = {"<": "fewer than ", "=": "", ">": "more than "}
+    like = f", as KernelSHAP with {words[found.bound]}{round(found.evaluations)} evaluations" if found else ""
     parts = [f"relative L2 error {own['error'].mean:.2f}{like}"] if "error" in own else []
     parts += [f"{own['time'].mean:.1f} times the plain pass's time"] if "time" in own else []
     parts += [f"accuracy {evaluation.task['accuracy'].mean:.3f}"] if "accuracy" in evaluation.task else []

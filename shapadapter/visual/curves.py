@@ -59,8 +59,8 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
             "share still predicted alike" if kind.startswith("road") else f"{value} of the explained class"
         )
         axes.spines[["top", "right"]].set_visible(False)
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    drawn = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return figure
 
 
