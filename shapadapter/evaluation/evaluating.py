@@ -15,6 +15,7 @@ from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
 from shapadapter.metrics import Interval
+from shapadapter.options import check_options
 
 from .data import Rows
 from .methods import Explainer
@@ -74,12 +75,14 @@ def evaluate(
     Raises:
         ShapleyError: the model matches images with texts, the data has no rows by index, a method is unknown or cannot
             be used on the model.
+        TypeError: an option that neither this function nor the model's forward knows.
         ImageError: images that the model cannot take, or of several sizes.
         ValueError: numbers of images or evaluations that make no sense.
     """
     effort = {"images": images, "truth_evaluations": truth_evaluations, "batch_size": batch_size, "progress": progress}
     plan = Plan.of(methods, seed, options, budgets, **effort)
     check_model(model)
+    check_options(model, options, evaluate)
     rows = Rows(dataset, processor, class_names(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.

@@ -487,3 +487,8 @@ def test_maps_of_the_same_model_agree_and_those_of_another_do_not(model):
     assert abs(map_agreement(model, other, rows_of(), processor(), images=8).mean) < 0.6
     with pytest.raises(ShapleyError, match="players"):
         map_agreement(model, wrapped(grid=(1, 3)), rows_of(), processor())
+
+
+def test_a_misspelt_argument_is_not_taken_for_the_model_s():
+    with pytest.raises(TypeError, match="methods"):
+        evaluate(wrapped(), [], metods=("attention",))
