@@ -31,7 +31,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "demo": {  # the numbers of shapadapter.demo.models.tune, which trains ours
         "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         "training": {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-        "shapley": {"head_learning_rate": 5e-3},
+        "shapley": {"head_learning_rate": 5e-3, "shapley_weight": 20.0},
     },
     "objects": {  # for ours the defaults
         "adapter": {"r": 16, "lora_alpha": 32},

@@ -107,6 +107,7 @@ def tune(
                 # Ten times the default for LoRA: this base model has been pretrained for a minute, not for days.
                 learning_rate=5e-3,
                 head_learning_rate=5e-3,
+                shapley_weight=20.0,
                 **_common(seed),
             ),
             train_dataset=train,

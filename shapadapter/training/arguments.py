@@ -26,7 +26,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Steps, or with a number below 1 share of them, over which rates rise from 0."}
     )
     shapley_weight: float = field(
-        default=20.0, metadata={"help": "Weight of the Shapley loss beside the task loss, after the warm-up."}
+        default=10.0, metadata={"help": "Weight of the Shapley loss beside the task loss, after the warm-up."}
     )
     shapley_warmup: float = field(
         default=0.3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,11 +49,9 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
     kinds = [kind for kind in _PANELS if any(kind in lines for lines in curves.values())]
     figure = Figure(figsize=(4.2 * len(kinds), 3.9), dpi=150, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        others = iter(_OTHERS * len(curves))
-        for method, lines in curves.items():
-            if kind in lines:
-                colour = _NOTHING.get(method) or (_FIRST if method == "shapadapter" else next(others))
-                _draw_line(axes, method, lines[kind], colour, imputed=kind.startswith("road"))
+        for method, (colour, dashes) in _styles(list(curves)).items():
+            if kind in curves[method]:
+                _draw_line(axes, method, curves[method][kind], colour, dashes, imputed=kind.startswith("road"))
         title, below = _PANELS[kind]
         axes.set(title=title, xlabel=below, xlim=(0, 1))
         axes.set_ylabel(
@@ -64,12 +63,18 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
     return figure
 
 
-def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, imputed: bool) -> None:
+def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dashes of each method, the same in every panel; where colours run out, they come again dotted."""
+    known = {"shapadapter": (_FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
+    others = cycle(product(("-", ":", "-."), _OTHERS))
+    return {name: known.get(name) or next(others)[::-1] for name in methods}
+
+
+def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, dashes: str, imputed: bool) -> None:
     """One mean curve, with its band where that is of images enough."""
     count = len(points)
     place = np.arange(1, count + 1) / (count + 1) if imputed else np.linspace(0, 1, count)  # (points,)
     mean, low, high = (np.array([getattr(point, end) for point in points]) for end in ("mean", "low", "high"))
-    dashes = "--" if method in _NOTHING else "-"
     axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.4, label=method)
     enough = all(point.count >= _FEW for point in points)
     if enough and np.isfinite(low).all() and np.isfinite(high).all():
