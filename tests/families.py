@@ -152,6 +152,8 @@ def wrap(family_or_model, prediction="vote", trained=True, **config):
 
     model = base(family_or_model) if isinstance(family_or_model, str) else family_or_model
     config.setdefault("r", 4)
+    # Stirred weights are large, and attributions of a wide branch would be so too: rounding would hide what is looked for.
+    config.setdefault("head_width", 64)
     wrapped = get_peft_model(model, ShapleyConfig(prediction=prediction, **config))
     return (stir(wrapped) if trained else wrapped).eval()
 

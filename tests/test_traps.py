@@ -29,7 +29,7 @@ def run(model, **kwargs):
 
 def test_trap_01_the_base_is_frozen():
     """A tuner layer that exists before the first injection makes PEFT leave the whole base trainable."""
-    model = wrap("vit", r=4)
+    model = wrap("vit", r=4, head_width=256)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1024 + 9957 + 8544  # LoRA, head, token
