@@ -168,7 +168,8 @@ def test_training_lowers_the_loss_and_finds_what_matters(tmp_path, kind, predict
 @pytest.mark.parametrize("form", [float, int])
 def test_the_task_loss_of_coalitions_is_the_problems_own(tmp_path, kind, prediction, form):
     rows = Rows(kind, count=8, form=form)
-    trainer = trainer_of(tmp_path, wrapped(kind, prediction), rows, max_steps=2, coalition_task_weight=0.5)
+    options = {"max_steps": 2, "coalition_task_weight": 0.5, "shapley_weight": 1.0}
+    trainer = trainer_of(tmp_path, wrapped(kind, prediction), rows, **options)
     batch = trainer.data_collator([rows[index] for index in range(4)])
     batch["coalitions"] = coalitions(4)
     trainer.model.eval()
