@@ -4,8 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 LORA_LEARNING_RATE = 5e-4
+
+# Ends of the names of measures, the evaluator's and others, of which less is better. transformers knows "loss" alone.
+_LESS_IS_BETTER = ("error", "deletion", "infidelity", "aopc_lerf")
 
 
 @dataclass
@@ -15,7 +19,8 @@ class ShapleyTrainingArguments(TrainingArguments):
     Changed inherited defaults: `learning_rate=5e-4` and `warmup_steps=0.1` (a tenth of the steps), which suit LoRA; with
     `tune="full"` pass a smaller one, such as 5e-5. `remove_unused_columns=False`, because the collator turns the data
     set's `image` column into `pixel_values`; columns it has no use for are named in a warning. With gradient
-    checkpointing, `use_reentrant=False` is enforced. What the defaults are worth is measured in docs/benchmarks.md.
+    checkpointing, `use_reentrant=False` is enforced. Where `metric_for_best_model` is an error, such as "eval_error",
+    `greater_is_better` becomes False unless it is given. What the defaults are worth is measured in docs/benchmarks.md.
     """
 
     learning_rate: float = field(
@@ -62,11 +67,20 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Whether captions longer than the model takes are cut; by default they are refused."},
     )
+    log_attributions: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out images whose attribution maps are drawn at each evaluation: for TensorBoard and Weights & "
+            "Biases if they are in report_to, else as files in output_dir/attributions."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that neither collator nor model use from the data sets."}
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
         if not 0 <= self.shapley_warmup <= 1:
             raise ValueError(f"shapley_warmup is a share of the steps, from 0 to 1; got {self.shapley_warmup}.")
@@ -74,6 +88,11 @@ class ShapleyTrainingArguments(TrainingArguments):
             raise ValueError(f"coalition_pairs must be at least 1, got {self.coalition_pairs}.")
         if min(self.shapley_weight, self.coalition_task_weight) < 0:
             raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
+        if self.log_attributions < 0 or (self.log_attributions > 0 and self.eval_strategy == IntervalStrategy.NO):
+            raise ValueError(
+                "log_attributions is a number of held-out images, drawn at each evaluation: pass one that is not negative, "
+                f"and eval_strategy='steps' or 'epoch'; got {self.log_attributions} and {self.eval_strategy.value!r}."
+            )
         if self.gradient_checkpointing:
             options: Any = dict(self.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
             if options.get("use_reentrant"):

@@ -26,6 +26,7 @@ from shapadapter.texts import text_rules
 from .arguments import ShapleyTrainingArguments
 from .checks import LABEL_REMEDY, check_classes, check_game, check_setting, is_constant
 from .color import mean_color
+from .watching import AttributionMaps
 
 
 class ShapleyTrainer(Trainer):
@@ -85,6 +86,8 @@ class ShapleyTrainer(Trainer):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "eval": 0}
         self._drawn_at = -1
+        if args.log_attributions > 0:
+            self.add_callback(AttributionMaps(self, args.log_attributions))
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -161,6 +164,11 @@ class ShapleyTrainer(Trainer):
         """`Trainer`'s training, after measuring the colour of absent pixels where that is the data's mean."""
         self._measure_fill()
         return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # With `auto_find_batch_size` there are several attempts, and what one left behind is not the next one's.
+        self._sums["train"], self._drawn_at = {}, -1
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _measure_fill(self) -> None:
         name = self.layer.active
