@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from importlib import metadata
@@ -98,11 +99,22 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, temporary in staged.items():
             temporary.write_bytes(contents[path])
+            to_disk(temporary)
         for path, temporary in staged.items():
             temporary.replace(path)
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so.
+
+    Raises:
+        OSError: If it cannot be brought there.
+    """
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from shapadapter.collator import ImageCollator
 
 from .arguments import ShapleyTrainingArguments
+from .checkpoints import last_whole_checkpoint
 from .trainer import ShapleyTrainer
 
-__all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments"]
+__all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments", "last_whole_checkpoint"]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from shapadapter.adapter.answer import task_loss
@@ -26,10 +25,11 @@ from shapadapter.texts import text_rules
 from .arguments import ShapleyTrainingArguments
 from .checks import LABEL_REMEDY, check_classes, check_game, check_setting, is_constant
 from .color import mean_color
+from .resuming import ResumableTrainer
 from .watching import AttributionMaps
 
 
-class ShapleyTrainer(Trainer):
+class ShapleyTrainer(ResumableTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns

@@ -1,0 +1,179 @@
+"""A trainer that is killed at any moment and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from shapadapter.errors import CheckpointError
+
+from .checkpoints import (
+    MANIFEST,
+    discard,
+    newest_first,
+    rotate,
+    seal,
+    trouble_with,
+    unreadable_in,
+    warn_passed_over,
+)
+
+
+class ResumableTrainer(Trainer):
+    """`Trainer` whose checkpoints are known to be whole or not, and whose data set knows its epoch after resuming."""
+
+    _saving = False
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer`'s checkpoint, declared whole when all processes have written theirs; only then older ones go."""
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._taken_back_on_failure(folder):
+            if self.args.should_save:
+                discard(folder)  # what a run that was killed left under this name
+            self.accelerator.wait_for_everyone()
+            self._write_checkpoint(model, trial, folder)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, {folder} | ({Path(best)} if best else set()))
+
+    def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
+        # transformers would rotate and push inside, when the new checkpoint is not known to be whole.
+        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._saving = limit, False
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, now with the limit
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _taken_back_on_failure(self, folder: Path) -> Iterator[None]:
+        """Remove a checkpoint that could not be saved, and say so.
+
+        Raises:
+            CheckpointError: with the reason, and the checkpoint to go on from.
+        """
+        try:
+            yield
+        except BaseException as error:
+            # Only the process that declares it whole: another one might come too late and take back a whole one.
+            if self.args.should_save:
+                discard(folder)
+            if not isinstance(error, Exception):
+                raise
+            before = next((one for one in newest_first(folder.parent) if trouble_with(one) is None), None)
+            remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
+            raise CheckpointError(
+                f"Could not save {folder} ({type(error).__name__}: {error}; {_free(folder):,.0f} MB are free there). "
+                f"{remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
+            ) from error
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s training, from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
+            args: as for `Trainer`.
+            kwargs: as for `Trainer`.
+
+        Raises:
+            CheckpointError: The checkpoint is not whole, or with True none is.
+        """
+        return super().train(self._chosen(resume_from_checkpoint), *args, **kwargs)
+
+    def _chosen(self, wish: Any) -> str | None:
+        """The checkpoint to go on from, the same in every process; None to start anew."""
+        said = str(wish).lower()  # a command line says True as a word
+        if wish is None or said == "false":
+            return None
+        if said == "true":
+            return str(self._newest_whole(Path(str(self.args.output_dir))))
+        self._refuse_broken(Path(wish))
+        return str(wish)
+
+    def _newest_whole(self, run: Path) -> Path:
+        troubles = []
+        for folder in self._listed(run):
+            trouble = self._found_anywhere(trouble_with, folder)
+            if trouble is None:
+                return folder
+            troubles.append(f"{folder.name}: {trouble}")
+            if self.is_local_process_zero():
+                warn_passed_over(folder, trouble)
+        found = f"none is whole ({'; '.join(troubles)})" if troubles else "there is none"
+        raise CheckpointError(
+            f"Expected a whole checkpoint in {run} to go on from, but {found}. Start again without "
+            f"resume_from_checkpoint, or pass the path of a checkpoint without {MANIFEST} to use it nevertheless."
+        )
+
+    def _refuse_broken(self, folder: Path) -> None:
+        trouble = self._found_anywhere(trouble_with, folder)
+        if trouble is not None and not self._found_anywhere(_has_manifest, folder):
+            trouble = self._found_anywhere(unreadable_in, folder)
+            if trouble is None and self.is_local_process_zero():
+                warnings.warn(
+                    f"{folder} has no {MANIFEST}: its files can be read, but whether they are what was saved cannot be "
+                    "known. ShapleyTrainer did not save it, or was stopped while it did.",
+                    stacklevel=4,
+                )
+        if trouble is None:
+            return
+        others = (one for one in self._listed(folder.parent) if one.name != folder.name)
+        whole = next((one for one in others if self._found_anywhere(trouble_with, one) is None), None)
+        remedy = f"Pass {whole} instead." if whole else "No other checkpoint beside it is whole: start again without."
+        raise CheckpointError(f"Cannot go on from {folder}: {trouble}. {remedy}")
+
+    def _load_best_model(self) -> None:
+        self._refuse_broken(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
+
+    def _listed(self, run: Path) -> list[Path]:
+        """The checkpoints of a run, newest first, as the first process sees them."""
+        listed: list[Any] = [newest_first(run)]
+        return broadcast_object_list(listed)[0]
+
+    def _found_anywhere(self, judge: Callable[[Path], str | None], folder: Path) -> str | None:
+        """What one process on each machine finds, since machines may have disks of their own; the same answer in all."""
+        mine = judge(folder) if self.args.local_process_index == 0 else None
+        return next((found for found in gather_object([mine]) if found), None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate tells a data set its epoch, but not in an epoch resumed in its middle, nor on several processes.
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
+
+def _has_manifest(folder: Path) -> str | None:
+    return MANIFEST if (folder / MANIFEST).exists() else None
+
+
+def _free(folder: Path) -> float:
+    """Megabytes that are free on the disk of a folder that may not exist."""
+    home = next((one for one in (folder, *folder.parents) if one.is_dir()), Path())
+    return shutil.disk_usage(home).free / 1e6
