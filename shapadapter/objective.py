@@ -48,8 +48,12 @@ def coalition_residuals(
     Returns:
         (B, M, K) in the unit of the values. Its mean square is the Shapley loss in that unit, squared.
     """
-    gains = _precise(coalition_values) - _precise(null_values.detach())[:, None]  # (B, K) -> (B, 1, K) -> (B, M, K)
-    return gains - coalition_sums(attributions, coalitions)
+    return gains(coalition_values, null_values) - coalition_sums(attributions, coalitions)
+
+
+def gains(coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """`v(S) - v(empty)`, (B, M, K) in float32 at least, of values (B, M, K) and (B, K); the latter are a constant."""
+    return _precise(coalition_values) - _precise(null_values.detach())[:, None]  # (B, K) -> (B, 1, K) -> (B, M, K)
 
 
 def expected_square(attributions: Tensor) -> Tensor:
@@ -90,13 +94,29 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Ten
     Returns:
         Scalar without a unit: 0 for a perfect fit.
     """
-    residuals = coalition_residuals(attributions, coalitions, coalition_values, null_values)  # (B, M, K)
-    return (residuals.square().mean(dim=(1, 2)) / expected_square(attributions)).mean()
+    sums = coalition_sums(attributions, coalitions)  # (B, M, K)
+    return shapley_loss_of_sums(sums, expected_square(attributions), coalition_values, null_values)
+
+
+def shapley_loss_of_sums(sums: Tensor, yardstick: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """`shapley_loss` of attributions of which only the `coalition_sums` and their `expected_square` are known.
+
+    Args:
+        sums: (B, M, K) sum of the attributions of the players present.
+        yardstick: (B,) `expected_square` of the attributions.
+        coalition_values: (B, M, K) values `v(S)`.
+        null_values: (B, K) values `v(empty)`; no gradient flows through them.
+
+    Returns:
+        Scalar without a unit: 0 for a perfect fit.
+    """
+    residuals = gains(coalition_values, null_values) - _precise(sums)  # (B, M, K)
+    return (residuals.square().mean(dim=(1, 2)) / yardstick).mean()
 
 
 @torch.no_grad()
 def coalition_fit(
-    attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor, full_values: Tensor
+    sums: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor, full_values: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How much of the coalition values the attributions explain beyond the mere size of the coalition (R squared).
 
@@ -104,7 +124,7 @@ def coalition_fit(
     small already. Here they are the zero of the scale.
 
     Args:
-        attributions: (B, N, K) attribution of each player to each class.
+        sums: (B, M, K) sum of the attributions of the players present (`coalition_sums`).
         coalitions: (B, M, N) bool, True = present.
         coalition_values: (B, M, K) values `v(S)`.
         null_values: (B, K) values `v(empty)`.
@@ -115,12 +135,10 @@ def coalition_fit(
         batches in which sizes explain most. Their ratio is 1 for a perfect fit, 0 for one no better than equal shares,
         negative for a worse one.
     """
-    players = attributions.shape[1]
-    equal = (_precise(full_values) - _precise(null_values))[:, None].expand(-1, players, -1) / players  # (B, N, K)
-    left, total = (
-        coalition_residuals(shares, coalitions, coalition_values, null_values).square().sum()
-        for shares in (attributions, equal)
-    )
+    found = gains(coalition_values, null_values)  # (B, M, K)
+    share = coalitions.to(found.dtype).mean(dim=2, keepdim=True)  # (B, M, N) -> (B, M, 1)
+    equal = share * gains(full_values[:, None], null_values)  # (B, M, K)
+    left, total = ((found - expected).square().sum() for expected in (_precise(sums), equal))
     return total - left, total
 
 

@@ -18,6 +18,9 @@ class ShapleyOutput(ModelOutput):
         attributions: (B, N, K) fp32, what each player adds to each class's logit; players in raster order.
         null_values: (B, K) fp32, the logits with no player present.
         coalition_values: (B, M, K) fp32, the logits of each coalition, if coalitions were given.
+        coalition_attributions: (B, M, K) fp32, the sum of the attributions of the players present, in place of
+            `attributions`, if coalitions were given with `return_attributions=False`: all a training step needs.
+        expected_square: (B,) fp32 without gradient, `objective.expected_square` of the attributions; likewise.
         hidden_states: the base model's, if asked for; without the Shapley token.
         attentions: the base model's, if asked for; without the Shapley token.
     """
@@ -27,6 +30,8 @@ class ShapleyOutput(ModelOutput):
     attributions: Tensor | None = None
     null_values: Tensor | None = None
     coalition_values: Tensor | None = None
+    coalition_attributions: Tensor | None = None
+    expected_square: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 

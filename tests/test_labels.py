@@ -193,7 +193,7 @@ def test_a_model_without_a_head_has_a_task_loss_on_coalitions_too(tmp_path):
     trainer = trainer_of(tmp_path, model, rows, max_steps=1, coalition_task_weight=0.5)
     batch = {**trainer.data_collator(rows), "coalitions": coalitions(4)}
     with torch.no_grad():
-        outputs = model(**batch)
+        outputs = model(**batch, return_attributions=False)
         terms = trainer._loss_terms(outputs, batch)
     repeated = batch["labels"].repeat_interleave(5)
     torch.testing.assert_close(

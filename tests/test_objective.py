@@ -160,7 +160,8 @@ def test_gradients_reach_attributions_and_coalition_values_but_never_the_null():
     assert attributions.grad.abs().max() > 0
     assert values.grad.abs().max() > 0
     assert null.grad is None
-    assert not coalition_fit(attributions, coalitions, values, null, null + 1)[0].requires_grad
+    sums = coalition_sums(attributions, coalitions)
+    assert not coalition_fit(sums, coalitions, values, null, null + 1)[0].requires_grad
 
 
 def test_the_divisor_has_no_gradient():
@@ -189,8 +190,8 @@ def test_bfloat16_is_lifted_before_anything_is_summed(autocast):
 # --- the fit
 
 
-def fit(*arguments):
-    explained, total = coalition_fit(*arguments)
+def fit(attributions, coalitions, *values):
+    explained, total = coalition_fit(coalition_sums(attributions, coalitions), coalitions, *values)
     return (explained / total).item()
 
 

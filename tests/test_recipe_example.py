@@ -75,12 +75,13 @@ def game(players=16, pictures=6):
     generator = torch.Generator().manual_seed(0)
     coalitions = sample_pairs(pictures, players, 2, generator)  # (B, M, N)
     sizes = {
-        "attributions": (pictures, players, 5),
+        "coalition_attributions": (pictures, 4, 5),
         "coalition_values": (pictures, 4, 5),
         "null_values": (pictures, 5),
+        "logits": (pictures, 5),
     }
     drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    return SimpleNamespace(**drawn, loss=None), {"coalitions": coalitions}
+    return SimpleNamespace(**drawn, expected_square=torch.ones(pictures), loss=None), {"coalitions": coalitions}
 
 
 def trainer_of(trainer_class, folder):
@@ -89,7 +90,7 @@ def trainer_of(trainer_class, folder):
 
 def test_the_drawn_yardstick_makes_saying_nothing_cost_one(tmp_path):
     outputs, inputs = game()
-    outputs.attributions = torch.zeros_like(outputs.attributions)
+    outputs.coalition_attributions = torch.zeros_like(outputs.coalition_attributions)
     terms = trainer_of(recipe_variants.DrawnYardstick, tmp_path)._loss_terms(outputs, inputs)
     assert terms["shapley_loss"].item() == pytest.approx(1)
 

@@ -263,7 +263,8 @@ def test_coalition_task_loss_is_the_task_loss_on_the_coalitions(tmp_path):
     fit = shapley_loss(outputs.attributions, batch["coalitions"], targets, outputs.null_values)
     (outputs.loss + 1000 * fit + 0.5 * partial).backward()
     expected = {n: v.grad for n, v in model.named_parameters() if n in found}
-    assert_same(expected, found, atol=1e-5, rtol=1e-4)
+    # With a weight of 1,000, and sums that are taken before they are projected.
+    assert_same(expected, found, atol=1e-4, rtol=1e-4)
     assert gap(gradients(plain, batch), found) > 1e-3
 
 
@@ -455,11 +456,15 @@ def test_a_model_after_add_adapter_trains_and_saves(tmp_path):
     assert torch.equal(one.attributions, other.attributions)
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_checkpointed_activations_change_no_gradient(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "tune"),
+    [("gradient_checkpointing", "lora"), ("activation_checkpointing", "lora"), ("gradient_checkpointing", "full")],
+)
+def test_checkpointed_activations_change_no_gradient(tmp_path, name, tune):
     ends = []
     for choice in (False, True):
-        trainer = trainer_of(tmp_path, **{name: choice}, max_steps=2, optim="sgd")
+        options = {name: choice, "gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd"}
+        trainer = trainer_of(tmp_path, wrapped(tune=tune), shapley_warmup=0.0, **options)
         trainer.train()
         ends.append(trained(trainer.model))
     assert_same(*ends, atol=1e-6, rtol=0)

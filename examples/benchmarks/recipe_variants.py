@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.game import active_layer
-from shapadapter.objective import SCALE_FLOOR, coalition_residuals, shapley_loss
+from shapadapter.objective import SCALE_FLOOR, gains, shapley_loss_of_sums
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class DrawnYardstick(ShapleyTrainer):
 
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         values, null = outputs.coalition_values.detach(), outputs.null_values.detach()  # (B, M, K), (B, K)
-        residuals = coalition_residuals(outputs.attributions, inputs["coalitions"], values, null)  # (B, M, K)
+        residuals = gains(values, null) - outputs.coalition_attributions  # (B, M, K)
         yardstick = (values - null[:, None]).square().mean(dim=(1, 2)).clamp(min=SCALE_FLOOR)  # (B,)
         loss = (residuals.square().mean(dim=(1, 2)) / yardstick).mean()
         return {**super()._loss_terms(outputs, inputs), "shapley_loss": loss}
@@ -107,9 +107,11 @@ class CentredLogits(ShapleyTrainer):
     """The Shapley loss on what stands out from the mean over classes, which is all that a softmax sees."""
 
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        whole = outputs.attributions, outputs.coalition_values.detach(), outputs.null_values
-        said, values, null = (part - part.mean(dim=-1, keepdim=True) for part in whole)  # (B, N or M, K), (B, K)
-        loss = shapley_loss(said, inputs["coalitions"], values, null)
+        parts = outputs.coalition_attributions, outputs.coalition_values, outputs.null_values, outputs.logits
+        sums, values, null, full = (part - part.mean(dim=-1, keepdim=True) for part in parts)  # (B, M or 1, K)
+        # What `expected_square` is for the most part: half the square of what all players gain together.
+        yardstick = (full - null).detach().square().mean(dim=1).clamp(min=SCALE_FLOOR) / 2  # (B,)
+        loss = shapley_loss_of_sums(sums, yardstick, values.detach(), null)
         return {**super()._loss_terms(outputs, inputs), "shapley_loss": loss}
 
 

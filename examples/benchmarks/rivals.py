@@ -214,11 +214,14 @@ class RivalTrainer(ShapleyTrainer):
         values, full, null = self._targets(inputs["pixel_values"], coalitions)
         rows, class_row, own = explainer_rows(model, **inputs)
         attributions = self.objective.attributions(rows, class_row, full, null)  # (B, N, K)
-        residuals = null[:, None] + coalition_sums(attributions, coalitions) - values  # (B, M, K)
+        sums = coalition_sums(attributions, coalitions)  # (B, M, K)
+        residuals = null[:, None] + sums - values  # (B, M, K)
         terms = {"shapley_loss": rows.shape[1] * residuals.square().mean()}
         if self.objective.classifies:
             terms["task_loss"] = own.loss
-        game = ShapleyOutput(logits=full, attributions=attributions, null_values=null, coalition_values=values)
+        game = ShapleyOutput(
+            logits=full, null_values=null, coalition_values=values, coalition_attributions=sums.detach()
+        )
         self._note(game, {"coalitions": coalitions}, terms, "train" if model.training else "eval")
         loss = torch.stack(list(terms.values())).sum()
         return (loss, own) if return_outputs else loss

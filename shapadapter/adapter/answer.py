@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from shapadapter.errors import ShapleyError
-from shapadapter.objective import project_on_efficiency
+from shapadapter.objective import expected_square, project_on_efficiency
 from shapadapter.outputs import MatchingOutput, ShapleyOutput
 
+from .call import ModelCall
 from .coalitions import CoalitionGame
+from .head import Evidence
 from .texts import similarity
 
 
-def answer(game: CoalitionGame, contributions: Tensor, output: Any, travelled: bool) -> ShapleyOutput:
+def answer(game: CoalitionGame, evidence: Evidence, output: Any, travelled: bool) -> ShapleyOutput:
     """The output of one call.
 
     Args:
         game: the call's game.
-        contributions: (B, N, K) what the head says each player adds, before efficiency.
+        evidence: what the head has read off the cells.
         output: the base model's own.
         travelled: whether a token went through the blocks with the image.
 
@@ -29,39 +33,31 @@ def answer(game: CoalitionGame, contributions: Tensor, output: Any, travelled: b
     """
     matching = game.anatomy.kind == "matching"
     own = getattr(output, "image_embeds" if matching else game.anatomy.family.scores, None)
-    full, attributions, null = _efficient(game, contributions, own)
+    full, null = _ends(game, evidence, own)  # (B, K) each
     values = game.coalition_values()
-    states = {
-        "hidden_states": game.call.base_states(getattr(output, "hidden_states", None), travelled),
-        "attentions": getattr(output, "attentions", None),
-    }
     if matching:
-        return _matched(game, full, attributions, null, values, output)
-    labels = game.call.labels
-    loss = None if labels is None else task_loss(game.model, labels, full)
-    return ShapleyOutput(loss, full, attributions, null, values, **states)
+        return _matched(game, evidence, full, null, values, output)
+    call = game.call
+    return ShapleyOutput(
+        loss=None if call.labels is None else task_loss(game.model, call.labels, full),
+        logits=full,
+        null_values=null,
+        coalition_values=values,
+        **_shared_out(call, evidence, full, null),
+        hidden_states=call.base_states(getattr(output, "hidden_states", None), travelled),
+        attentions=getattr(output, "attentions", None),
+    )
 
 
-def _efficient(game: CoalitionGame, contributions: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """v(all) (B, K), attributions (B, N, K) and v(empty) (B, K), of which the second make the difference."""
+def _ends(game: CoalitionGame, evidence: Evidence, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """v(all) and v(empty), (B, K) each."""
     if game.rules.prediction == "vote":
         assert game.null is not None
-        null = game.null.float().expand(contributions.shape[0], -1)  # (B, K)
-        total = contributions.sum(dim=1)  # (B, K)
-        return null + total, _in_the_plane(contributions, total), null
+        total = evidence.total()  # (B, K)
+        null = game.null.float().expand(total.shape[0], -1)  # (B, K)
+        return null + total, null
     assert own is not None
-    null = game.empty_value().expand(own.shape[0], -1)  # (B, K)
-    # Attributions describe the prediction and must not move it: no gradient through the logits here.
-    return own, project_on_efficiency(contributions, own.detach().float(), null), null
-
-
-def _in_the_plane(contributions: Tensor, total: Tensor) -> Tensor:
-    """The same numbers (B, N, K), whose gradient leaves their sum `total` (B, K) alone.
-
-    The Shapley value is the minimiser of the Shapley loss among attributions of a given sum. A gradient that moves the
-    sum would make the prediction easier to explain instead of explaining it.
-    """
-    return contributions - ((total - total.detach()) / contributions.shape[1])[:, None]
+    return own, game.empty_value().expand(own.shape[0], -1)  # (1, K) -> (B, K)
 
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
@@ -74,28 +70,62 @@ def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
     return ForSequenceClassificationLoss(labels, logits, model.config)
 
 
+def _shared_out(
+    call: ModelCall, evidence: Evidence, full: Tensor, null: Tensor, seen: Callable[[Tensor], Tensor] = Tensor.float
+) -> dict[str, Tensor]:
+    """`full` - `null`, (B, K) each, shared out among the players, by the names of the output's fields.
+
+    A player's share is what its cells contribute, moved to the efficiency plane (`project_on_efficiency`). The gradient
+    stays in that plane: the Shapley value is the minimiser of the Shapley loss among attributions of a given sum, and a
+    gradient that moved the sum would make the prediction easier to explain instead of explaining it.
+
+    Args:
+        call: with the players and coalitions.
+        evidence: what the head has read off the cells.
+        full: v(all).
+        null: v(empty).
+        seen: the linear map from contributions (..., P) to classes (..., K), where these are not the same.
+    """
+    full, null = full.detach().float(), null.detach()
+
+    def attributions() -> Tensor:
+        raw = call.tiling.attributions(evidence.contributions())  # (B, cells, P) -> (B, N, P)
+        return project_on_efficiency(seen(raw), full, null)  # (B, N, K)
+
+    if call.coalitions is None or call.return_attributions:
+        return {"attributions": attributions()}
+    missing = full - null - seen(evidence.total())  # (B, P) -> (B, K)
+    present = call.coalitions.float().mean(dim=2, keepdim=True)  # (B, M, N) -> (B, M, 1), the share of players
+    sums = seen(evidence.sums(call.tiling.cell_weights(call.coalitions)))  # (B, M, cells) -> (B, M, P) -> (B, M, K)
+    with torch.no_grad():
+        yardstick = expected_square(attributions())  # (B,)
+    return {"coalition_attributions": sums + present * missing[:, None], "expected_square": yardstick}
+
+
 def _matched(
-    game: CoalitionGame, full: Tensor, attributions: Tensor, null: Tensor, values: Tensor | None, output: Any
+    game: CoalitionGame, evidence: Evidence, full: Tensor, null: Tensor, values: Tensor | None, output: Any
 ) -> MatchingOutput:
     """Everything in the space of embeddings, seen along the texts where there are any."""
-    texts, model = game.call.texts, game.model
+    call, texts, model = game.call, game.call.texts, game.model
     assert texts is not None
-    spaces: dict[str, Any] = {"image_embeds": full, "embedding_attributions": attributions, "null_embeds": null}
+    embeds: dict[str, Any] = {"image_embeds": full, "null_embeds": null}
+    if call.return_attributions:
+        embeds["embedding_attributions"] = _shared_out(call, evidence, full, null)["attributions"]  # (B, N, P)
     if not texts.given:
         if values is not None:
             raise ShapleyError("Coalitions were given without texts; their values are similarities to texts.")
-        return MatchingOutput(**spaces)
+        return MatchingOutput(**embeds)
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
     logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)
-    along = similarity(model, attributions, directions, difference=True)  # (B, N, T)
-    # The scale, 100 in a trained CLIP, has multiplied the rounding errors; no gradient, for they are none of the head's.
-    rounding = (logits - empty - along.sum(dim=1)).detach() / along.shape[1]  # (B, T)
     return MatchingOutput(
         loss=texts.loss_of(model, logits),
         logits=logits,
-        attributions=along + rounding[:, None],
         null_values=empty,
         coalition_values=None if values is None else similarity(model, values, directions),  # (B, M, T)
+        # Moved to the efficiency plane there: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
+        **_shared_out(
+            call, evidence, logits, empty, lambda part: similarity(model, part, directions, difference=True)
+        ),
         text_embeds=directions,
-        **spaces,
+        **embeds,
     )

@@ -16,7 +16,7 @@ from shapadapter.errors import ImageError
 
 from .texts import Texts
 
-_OURS = ("coalitions", "coalition_grad")
+_OURS = ("coalitions", "coalition_sizes", "coalition_grad", "return_attributions")
 _EXTRAS = ("output_hidden_states", "output_attentions")
 
 
@@ -31,7 +31,9 @@ class ModelCall:
         labels: the task's labels or None.
         texts: what a matching model compares the images with, else None.
         coalitions: (B, M, N) bool, True = present, or None.
+        coalition_sizes: (M,) players in each coalition, where the caller knows them to be the same for all images.
         coalition_grad: whether gradients flow through the coalitions' values.
+        return_attributions: whether every player's are wanted, or with coalitions their sums alone.
         return_dict: whether the caller wants named fields.
         options: further keyword arguments of the base model, for coalitions as well.
         extras: those that ask for more outputs, for the full image alone.
@@ -43,7 +45,9 @@ class ModelCall:
     labels: Tensor | None
     texts: Texts | None
     coalitions: Tensor | None
+    coalition_sizes: tuple[int, ...] | None
     coalition_grad: bool
+    return_attributions: bool
     return_dict: bool
     options: dict[str, Any]
     extras: dict[str, Any]
@@ -83,14 +87,17 @@ class ModelCall:
                 raise ValueError(f"A wrapped model takes no {name}: remove patches with coalitions=(B, M, N) bool.")
         tiling = tile(pixel_values, **options)
         return_dict = options.pop("return_dict", None)
+        coalitions = _checked(options.pop("coalitions", None), pixel_values.shape[0], tiling.players)
         return cls(
             pixel_values=pixel_values,
             tiling=tiling,
             tokens=anatomy.prefix + tiling.cells[0] * tiling.cells[1],
             labels=options.pop("labels", None),
             texts=texts,
-            coalitions=_checked(options.pop("coalitions", None), pixel_values.shape[0], tiling.players),
+            coalitions=coalitions,
+            coalition_sizes=_checked_sizes(options.pop("coalition_sizes", None), coalitions),
             coalition_grad=options.pop("coalition_grad", False),
+            return_attributions=options.pop("return_attributions", True) or coalitions is None,
             return_dict=bool(model.config.return_dict if return_dict is None else return_dict),
             extras={name: options.pop(name) for name in _EXTRAS if name in options},
             options=options,
@@ -150,25 +157,33 @@ def _checked(coalitions: Any, images: int, players: tuple[int, int]) -> Tensor |
     return coalitions
 
 
-def coalition_runs(coalitions: Tensor, by_size: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Group coalitions (B, M, N) in batches.
+def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | None:
+    if sizes is None:
+        return None
+    sizes = tuple(sizes)
+    if coalitions is None or len(sizes) != coalitions.shape[1]:
+        came = "no coalitions" if coalitions is None else f"{coalitions.shape[1]} coalitions for each image"
+        raise ImageError(
+            f"Expected one of coalition_sizes for each coalition of an image, got {len(sizes)} and {came}."
+        )
+    # On the device, where the coalitions are: reading them here would halt it in every step.
+    counted = coalitions.sum(dim=2)  # (B, M)
+    message = f"The coalitions have other sizes than coalition_sizes={sizes}."
+    torch._assert_async((counted == counted.new_tensor(sizes)).all(), message)
+    return sizes
 
-    Args:
-        coalitions: True = present.
-        by_size: whether a batch holds coalitions of one size, so that their tokens are a rectangle without padding.
+
+def runs_by_size(coalitions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Group coalitions (B, M, N) by size, so that the tokens of a batch are a rectangle without padding.
 
     Yields:
         rows: (R,) positions in the flattened (B * M) coalitions.
         images: (R,) the image each belongs to.
-        present: (R, N) bool.
+        present: (R, N) bool, True = present.
+        size: players present in each.
     """
     flat = coalitions.flatten(0, 1)  # (B * M, N)
-    if not by_size:
-        rows = torch.arange(len(flat), device=flat.device)
-        if len(rows):
-            yield rows, rows // coalitions.shape[1], flat
-        return
     sizes = flat.sum(dim=1)  # (B * M,)
     for size in sizes.unique().tolist():
         rows = (sizes == size).nonzero()[:, 0]  # (R,)
-        yield rows, rows // coalitions.shape[1], flat[rows]
+        yield rows, rows // coalitions.shape[1], flat[rows], size

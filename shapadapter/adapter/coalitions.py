@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, Carrier, Pass, fill_absent, score, with_patch_mask
 
-from .call import ModelCall, coalition_runs
+from .call import ModelCall, runs_by_size
 from .head import ProjectionHead
 
 
@@ -63,9 +63,15 @@ class CoalitionGame:
     fill: Tensor | None
     call: ModelCall
 
-    def value(self, images: Tensor, present: Tensor) -> Tensor:
-        """v(S) of the images of index (R,) with the players `present` (R, N) bool: (R, K) fp32."""
-        inputs, current, weights = self._removed(self.call.inputs(images), present)
+    def value(self, images: Tensor | None, present: Tensor, size: int | None) -> Tensor:
+        """v(S) of the images of index (R,), or of all, with the players `present` (R, N) bool: (R, K) fp32.
+
+        Args:
+            images: (R,).
+            present: (R, N), True = present.
+            size: how many are, in every row; not needed where pixels are replaced.
+        """
+        inputs, current, weights = self._removed(self.call.inputs(images), present, size)
         with self.carrier.passing(current):
             scores = score(self.model, self.anatomy.kind, self.anatomy.family, inputs)
         if self.rules.prediction == "classifier":
@@ -76,20 +82,25 @@ class CoalitionGame:
         # Detached: as part of a target, the null value stands on both sides of the Shapley loss.
         return self.null.float().detach() + self.head.votes(current.features, self.call.tiling.cells, weights)
 
-    def _removed(self, inputs: dict[str, Any], present: Tensor) -> tuple[dict[str, Any], Pass, Tensor | None]:
+    def _removed(
+        self, inputs: dict[str, Any], present: Tensor, size: int | None
+    ) -> tuple[dict[str, Any], Pass, Tensor | None]:
         """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
         tiling = self.call.tiling
         cells = tiling.cells[0] * tiling.cells[1]
+        bare = not torch.is_grad_enabled()
         if self.rules.removal == "pixels":
             pixels = self._filled(inputs["pixel_values"], present)
-            return {**inputs, "pixel_values": pixels}, Pass(cells), tiling.cell_weights(present)
+            return {**inputs, "pixel_values": pixels}, Pass(cells, bare=bare), tiling.cell_weights(present)
+        assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
-        # All coalitions of a batch have one size.
-        index = chosen.nonzero()[:, 1].view(len(chosen), -1)  # (R, s)
+        # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
+        order = chosen.byte().argsort(dim=1, descending=True, stable=True)  # (R, cells)
+        index = order[:, : size * cells // tiling.count]  # (R, s)
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, Pass(cells, index, self.rules.removal, native), None
+        return inputs, Pass(cells, index, self.rules.removal, native, bare), None
 
     def _filled(self, images: Tensor, present: Tensor) -> Tensor:
         colour = self.fill
@@ -103,23 +114,36 @@ class CoalitionGame:
         nobody = torch.zeros(1, self.call.tiling.count, dtype=torch.bool, device=self.call.pixel_values.device)
         first = torch.zeros(1, dtype=torch.long, device=nobody.device)
         with self.call.targets(self.model, gradient=False):
-            return self.value(first, nobody)
+            return self.value(first, nobody, 0)
 
     def coalition_values(self) -> Tensor | None:
         """v(S) of every coalition of the call, (B, M, K) fp32."""
         call = self.call
         if call.coalitions is None:
             return None
-        order, values = [], []
         with call.targets(self.model, gradient=call.coalition_grad):
-            for rows, images, present in coalition_runs(call.coalitions, by_size=self.rules.removal != "pixels"):
-                order.append(rows)
-                values.append(self.value(images, present))
-        if not values:
-            return call.pixel_values.new_zeros(*call.coalitions.shape[:2], self.rules.classes, dtype=torch.float32)
+            if call.coalition_sizes is not None:
+                # A pass for each coalition, of all images: a pair costs what the full image does.
+                columns = [
+                    self.value(None, call.coalitions[:, m], size) for m, size in enumerate(call.coalition_sizes)
+                ]
+                return torch.stack(columns, dim=1)  # M times (B, K) -> (B, M, K)
+            return self._values_of_any(call.coalitions)
+
+    def _values_of_any(self, coalitions: Tensor) -> Tensor:
+        """v(S) of coalitions (B, M, N) of whatever sizes, (B, M, K)."""
+        images, count = coalitions.shape[:2]
+        if not images * count:
+            return self.call.pixel_values.new_zeros(images, count, self.rules.classes, dtype=torch.float32)
+        if self.rules.removal == "pixels":
+            owners = torch.arange(images * count, device=coalitions.device) // count  # (B * M,)
+            return self.value(owners, coalitions.flatten(0, 1), None).unflatten(0, (images, count))
+        order, values = [], []
+        for rows, owners, present, size in runs_by_size(coalitions):
+            order.append(rows)
+            values.append(self.value(owners, present, size))
         # (B * M, K), back from order of size to order of the coalitions
-        flat = torch.cat(values).index_select(0, torch.cat(order).argsort())
-        return flat.unflatten(0, call.coalitions.shape[:2])
+        return torch.cat(values).index_select(0, torch.cat(order).argsort()).unflatten(0, (images, count))
 
 
 def freeze_statistics(model: nn.Module) -> None:

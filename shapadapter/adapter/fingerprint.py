@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shapadapter.backbone import Anatomy, original_name
 
 from .config import ShapleyConfig
+from .quantised import is_quantised
 
 # Relative to a part's norm. In half precision each weight is rounded by about 0.1 %, in fp32 not at all.
 _TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
@@ -37,7 +38,8 @@ def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) 
         own = original_name(name)
         if _comes_along(name, own, config) or (alone and own.split(".")[0] not in anatomy.backbone):
             continue
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
+        sharded = hasattr(parameter, "device_mesh")  # by FSDP: each process holds a part
+        if sharded or parameter.is_meta or is_quantised(parameter) or parameter.numel() == 0:
             return None
         part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), ".".join(own.split(".")[:2]))
         parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64)) + _numbers(parameter)

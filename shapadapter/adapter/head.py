@@ -14,6 +14,53 @@ _READER_HEADS = 4
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the head has read off each cell; its map to contributions is linear.
+
+    So where sums over cells are all that is asked for, as in training, the cells are summed first, and no tensor has both
+    N and K: with 200 players and 1,000 classes that would be the largest of the whole step.
+
+    Attributes:
+        normed: (B, s, D), for the vote.
+        centred: (B, s, W), for the shares; sums to zero over the cells.
+        vote: linear map D to K without bias.
+        share: linear map W to K without bias.
+        cells: number of cells of the full image.
+    """
+
+    normed: Tensor
+    centred: Tensor
+    vote: nn.Module
+    share: nn.Module
+    cells: int
+
+    def contributions(self) -> Tensor:
+        """What each cell contributes, (B, s, K) fp32; under autocast rounded to its precision."""
+        contributions = self.vote(self.normed)  # (B, s, K)
+        contributions += self.share(self.centred)
+        return contributions.float().div_(self.cells)
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Weighted sums of what the cells contribute.
+
+        Args:
+            weights: (B, M, s), for instance 1 for the cells of present players.
+
+        Returns:
+            (B, M, K) fp32.
+        """
+        with precisely(weights):
+            weights = weights.to(self.normed.dtype)
+            summed = self.vote(weights @ self.normed) + self.share(weights @ self.centred)  # (B, M, s) @ (B, s, D)
+            return summed.float() / self.cells  # (B, M, K)
+
+    def total(self) -> Tensor:
+        """What all cells contribute together, (B, K) fp32. The shares sum to zero."""
+        with precisely(self.normed):
+            return self.vote(self.normed.sum(dim=1)).float() / self.cells  # (B, s, D) -> (B, D) -> (B, K)
+
+
+@dataclass(frozen=True)
 class ProjectionHead:
     """One adapter's head, as a view on the layer's parameters.
 
@@ -64,30 +111,30 @@ class ProjectionHead:
             (B, K) fp32.
         """
         # Summed before it is projected: the map is linear, and K may be a thousand.
-        with self._precisely(features):
+        with precisely(features):
             normed = self._normed(features, cells)  # (B, s, D)
             total = normed.sum(dim=1) if weights is None else torch.einsum("bsd,bs->bd", normed, weights.to(normed))
             return self.vote(total).float() / math.prod(cells)  # (B, K)
 
-    def contributions(self, features: Tensor, token: Tensor | None, cells: tuple[int, int]) -> Tensor:
-        """What each cell contributes.
+    def read(self, features: Tensor, token: Tensor | None, cells: tuple[int, int]) -> Evidence:
+        """What the head sees in each cell, from which follows what it contributes.
 
         Args:
             features: (B, s, D), or latents (B, L, D).
             token: the one that came through the blocks (B, D), or the one that has yet to read (1, 1, W), or None.
             cells: (rows, cols) of the full image.
-
-        Returns:
-            (B, s, K) fp32.
         """
-        with self._precisely(features):
+        with precisely(features):
             normed = self._normed(features, cells)  # (B, s, D)
-            branch = F.gelu(self.patch(normed))  # (B, s, W)
-            if self.gate is not None and self.token_norm is not None and token is not None:
-                read = token if self.key is None else self._read(token, normed)  # (B, D) or (B, W)
-                branch = branch * self.gate(self.token_norm(read.to(normed.dtype)))[:, None]  # (B, s, W)
+        # Under autocast in its precision: centring, below, takes away what rounding would add to the sum.
+        branch = F.gelu(self.patch(normed))  # (B, s, W)
+        if self.gate is not None and self.token_norm is not None and token is not None:
+            read = token if self.key is None else self._read(token, normed)  # (B, D) or (B, W)
+            branch = branch * self.gate(self.token_norm(read.to(normed.dtype)))[:, None]  # (B, s, W)
+        with precisely(features):
+            branch = branch.to(normed.dtype)
             centred = branch - branch.mean(dim=1, keepdim=True)  # (B, s, W)
-            return (self.vote(normed).float() + self.share(centred).float()) / math.prod(cells)  # (B, s, K)
+        return Evidence(normed, centred, self.vote, self.share, math.prod(cells))
 
     def _normed(self, features: Tensor, cells: tuple[int, int]) -> Tensor:
         features = features.to(self.vote.weight.dtype)
@@ -114,10 +161,10 @@ class ProjectionHead:
         read = F.scaled_dot_product_attention(*split)  # (B, heads, 1, W / heads)
         return query[:, 0] + read.flatten(1)  # (B, W)
 
-    @staticmethod
-    def _precisely(features: Tensor) -> torch.autocast:
-        # In bf16 the shares would no longer sum to zero, nor the attributions to the value of all players.
-        return torch.autocast(features.device.type, enabled=False)
+
+def precisely(like: Tensor) -> torch.autocast:
+    """Out of autocast: in bf16 the shares would not sum to zero, nor the attributions to the value of all players."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def positions(cells: tuple[int, int], like: Tensor) -> Tensor:

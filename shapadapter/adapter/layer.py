@@ -229,6 +229,6 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             call=call,
         )
         token = current.token if head.key is None else self.active_token()
-        cells = head.contributions(current.features, token, call.tiling.cells)  # (B, cells, K)
-        result = answer(game, call.tiling.attributions(cells), output, travelled=current.token is not None)
+        evidence = head.read(current.features, token, call.tiling.cells)
+        result = answer(game, evidence, output, travelled=current.token is not None)
         return result if call.return_dict else result.to_tuple()

@@ -35,8 +35,10 @@ from .guard import (
     check_restorable,
     refuse_mixture,
     refuse_stacking,
+    refuse_unloaded,
 )
 from .layer import ShapleyLayer
+from .quantised import check_trainable
 from .start import start_from_classifier
 
 CHILD = "shapley"
@@ -67,10 +69,12 @@ class ShapleyModel(LoraModel):
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.rules) if layer is not None else set())
         refuse_mixture(config.tune, set(layer.tunes.values()) if layer is not None else set())
+        refuse_unloaded(model)
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
             anatomy = _fit(model, config, layer)
             _resolve_training(model, anatomy, config)
+            check_trainable(model, config)
             check_base(model, anatomy, config)
             config.shapadapter_version = __version__
             if config.auto_mapping is None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shapadapter.backbone import original_name
 
 from .layer import ShapleyLayer
+from .quantised import plain_weight
 
 
 @torch.no_grad()
@@ -26,13 +27,15 @@ def start_from_classifier(model: nn.Module, layer: ShapleyLayer, name: str) -> N
     votes, nulls = layer.lora_shapley_vote, layer.lora_shapley_null
     vote: Tensor = votes[name].weight  # type: ignore[union-attr,index,assignment]  # (K, D)
     heads = [
-        head for head in _classifiers(model, layer) if head.weight.shape == vote.shape and not head.weight.is_meta
+        (head, weight)
+        for head in _classifiers(model, layer)
+        if not head.weight.is_meta and (weight := plain_weight(head)).shape == vote.shape
     ]
     if not heads or vote.is_meta:
         return
-    weight = torch.stack([head.weight.to(vote) for head in heads]).mean(dim=0)  # several heads are averaged
+    weight = torch.stack([weight.to(vote) for _, weight in heads]).mean(dim=0)  # several heads are averaged
     vote.copy_(weight / weight.norm() if layer.anatomy.kind == "matching" else weight)
-    biases = [head.bias for head in heads if head.bias is not None]
+    biases = [head.bias for head, _ in heads if head.bias is not None]
     if name in nulls and len(biases) == len(heads):  # type: ignore[operator]
         null: Tensor = nulls[name]  # type: ignore[index,assignment]  # (K,)
         null.copy_(torch.stack([bias.to(null) for bias in biases]).mean(dim=0))

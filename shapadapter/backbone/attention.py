@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -63,11 +62,13 @@ def attend_with_token(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over (B, heads, 1 + T, d) in which index 0 is the Shapley token.
 
-    The T base tokens attend to each other through the model's own kernel, with tensors of the shapes they have
-    without an adapter; the token attends to all that is not masked. `attention_mask` is None, or the base tokens' own:
-    additive or bool, (B or 1, heads or 1, T or 1, T), with position biases, padding and absent players in it.
+    All attend to the T base tokens that are not masked, through the model's own kernel. `attention_mask` is None, or the
+    base tokens' own: additive or bool, (B or 1, heads or 1, T or 1, T), with position biases, padding and absent players
+    in it.
     """
     seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.to(query.dtype)
     if seat.carrier is None or not seat.carrier.has_token():
         return _attend(module, seat, query, key, value, attention_mask, **kwargs)
     seat.carrier.count_split()
@@ -77,35 +78,34 @@ def attend_with_token(
             "positions are relative, patches are masked, not dropped (removal='mask'), and interpolate_pos_encoding is left "
             "out."
         )
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(query.dtype)
+    # The token is one more query, and nobody's key: one call of the model's own kernel, with one row more.
     output, weights = _attend(
-        module, seat, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], attention_mask, **kwargs
-    )  # (B, T, h, d)
-    token = F.scaled_dot_product_attention(
-        query[:, :, :1], key, value, attn_mask=_keys_in_sight(attention_mask), scale=kwargs.get("scaling")
-    )  # (B, h, 1, d)
-    return torch.cat([token.transpose(1, 2), output], dim=1), weights  # (B, 1 + T, h, d)
+        module, seat, query, key[:, :, 1:], value[:, :, 1:], _with_token_row(attention_mask), **kwargs
+    )
+    return output, weights  # (B, 1 + T, h, d), (B, h, T, T)
 
 
 def _attend(module: nn.Module, seat: _Seat, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention; its probabilities are noted where they are collected."""
+    """The model's own attention; its probabilities, without those of the token, are noted where they are collected."""
     output, weights = _base_attention(module, seat.config)(module, *args, **kwargs)
+    if weights is not None:
+        weights = weights[:, :, -args[1].shape[2] :]  # (B, h, T, T): keys are the base tokens
     if seat.weights is not None:
         seat.weights.append(weights)
     return output, weights
 
 
-def _keys_in_sight(mask: Tensor | None) -> Tensor | None:
-    """The keys the token may attend to, (B or 1, 1, 1, 1 + T) bool: those not hidden from the first base token.
+def _with_token_row(mask: Tensor | None) -> Tensor | None:
+    """A mask (B or 1, h or 1, T or 1, T) with the token's row in front, in which it sees what the first base token does.
 
     Absent players and padding are hidden from every query alike, and no position bias is as low as what hides a key.
     """
-    if mask is None:
-        return None
-    row = mask[:, :1, :1]  # (B, 1, 1, T)
-    seen = row if row.dtype == torch.bool else row > _HIDDEN
-    return F.pad(seen, (1, 0), value=True)  # (B, 1, 1, 1 + T)
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    row = mask[:, :, :1]  # (B or 1, h or 1, 1, T)
+    if row.dtype != torch.bool:
+        row = torch.where(row > _HIDDEN, 0.0, row)
+    return torch.cat([row, mask], dim=2)  # (B or 1, h or 1, 1 + T, T)
 
 
 def _probe(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

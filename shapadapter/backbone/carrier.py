@@ -27,6 +27,7 @@ class Pass:
         present: (B, s) int64, ascending indices of the cells whose tokens stay; None if all do.
         removal: how the others are taken out.
         native: whether the model itself was told which are present, by its own patch mask.
+        bare: whether the Shapley token stays out, because the pass has no gradient and only values are asked for.
         features: (B, s, D), the present cells' features; of a model without places (B, L, D), its latents.
         token: (B, D), the Shapley token after the last block; None if none travels.
         splits: attention calls in which the token was hidden.
@@ -36,6 +37,7 @@ class Pass:
     present: Tensor | None = None
     removal: Removal = "drop"
     native: bool = False
+    bare: bool = False
     features: Tensor | None = None
     token: Tensor | None = None
     splits: int = 0

@@ -74,9 +74,12 @@ class TokenCarrier(Carrier):
         """Whether a token travels now.
 
         This is the adapter's state, not the pass's: gradient checkpointing computes attention again during backward,
-        when the pass is over.
+        when the pass is over. A bare pass has no backward.
         """
-        return self.source() is not None
+        return self._token() is not None
+
+    def _token(self) -> Tensor | None:
+        return None if self.current is not None and self.current.bare else self.source()
 
     def count_split(self) -> None:
         """One attention call has hidden the token."""
@@ -88,7 +91,7 @@ class TokenCarrier(Carrier):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]  # (B, P + cells, D)
         current = self.current
-        token = self.source()
+        token = self._token()
         prefix = self.anatomy.prefix
         if current is not None:
             current.splits = 0
@@ -134,7 +137,7 @@ class TokenCarrier(Carrier):
 
     def _without_token(self, hidden: Tensor) -> Tensor:
         current = self.current
-        token = self.source()
+        token = self._token()
         if token is not None:
             token, hidden = hidden[:, 0], hidden[:, 1:]  # (B, D), (B, T, D)
         if current is None:
@@ -152,9 +155,10 @@ class TokenCarrier(Carrier):
             assert current.present is not None
             hidden = keep_cells(hidden, current.present, prefix)  # (B, P + s, D)
         kept = current.cells if current.present is None else current.present.shape[1]
-        current.features = hidden[:, prefix : prefix + kept]  # (B, s, D), without stand-in and padding
         if current.present is not None:
             hidden = hidden[:, : prefix + kept]  # (B, P + s, D)
+        # Part of what is returned: FSDP gathers the block's weights when a gradient reaches its output.
+        current.features = hidden[:, prefix : prefix + kept]  # (B, s, D), without stand-in and padding
         if kept == 0:
             # The mean over no patches is not a number: a zero feature stands for the empty image.
             empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])  # (B, 1, D)

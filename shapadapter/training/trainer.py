@@ -17,7 +17,7 @@ from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
 from shapadapter.labels import as_model_counts
-from shapadapter.objective import coalition_fit, shapley_loss, warmup_weight
+from shapadapter.objective import coalition_fit, shapley_loss_of_sums, warmup_weight
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
 from shapadapter.texts import text_rules
@@ -100,9 +100,10 @@ class ShapleyTrainer(ResumableTrainer):
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
         if inputs.get("coalitions") is None:
-            inputs = {**inputs, "coalitions": self._draw_coalitions(inputs, model.training)}
+            inputs = {**inputs, **self._with_sizes(self._draw_coalitions(inputs, model.training))}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
-        outputs: Any = model(**inputs, coalition_grad=gradient and model.training, return_dict=True)
+        options = {"coalition_grad": gradient and model.training, "return_attributions": False, "return_dict": True}
+        outputs: Any = model(**inputs, **options)
         terms = self._loss_terms(outputs, inputs)
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
         weights = {
@@ -116,9 +117,8 @@ class ShapleyTrainer(ResumableTrainer):
         """The terms of the loss, not yet weighted, by their names in the logs."""
         labels, values = inputs.get("labels"), outputs.coalition_values
         targets = values if self.args.coalition_gradients else values.detach()
-        terms = {
-            "shapley_loss": shapley_loss(outputs.attributions, inputs["coalitions"], targets, outputs.null_values)
-        }
+        sums, yardstick = outputs.coalition_attributions, outputs.expected_square  # (B, M, K), (B,)
+        terms = {"shapley_loss": shapley_loss_of_sums(sums, yardstick, targets, outputs.null_values)}
         if labels is None:
             return terms if outputs.loss is None else {**terms, "task_loss": outputs.loss}
         terms["task_loss"] = self._task_loss(outputs, labels)
@@ -158,7 +158,17 @@ class ShapleyTrainer(ResumableTrainer):
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         images = inputs["pixel_values"]
         players = self.layer.tiling(**inputs).count
-        return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator).to(images.device)
+        return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator)
+
+    def _with_sizes(self, coalitions: Tensor) -> dict[str, Any]:
+        """Coalitions (B, M, N) on the device, and their sizes where these are the same for all images.
+
+        They are counted before they go there, so that the model need not ask the device.
+        """
+        sizes = coalitions.sum(dim=2)  # (B, M)
+        same = bool((sizes == sizes[:1]).all())
+        placed = coalitions.to(self.args.device, non_blocking=True)
+        return {"coalitions": placed, **({"coalition_sizes": tuple(sizes[0].tolist())} if same else {})}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s training, after measuring the colour of absent pixels where that is the data's mean."""
@@ -244,7 +254,7 @@ class ShapleyTrainer(ResumableTrainer):
         for name, term in terms.items():
             self._add(mode, name, size * term, size)
         arguments = (inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits)
-        self._add(mode, "coalition_fit", *coalition_fit(outputs.attributions, *arguments))
+        self._add(mode, "coalition_fit", *coalition_fit(outputs.coalition_attributions, *arguments))
         if mode == "train" and not self.matching:
             # One image has no spread; its weight is 0, so that all processes sum up the same names.
             counted = size if size > 1 else 0
