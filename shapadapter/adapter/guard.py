@@ -17,6 +17,7 @@ from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelEr
 from .config import ShapleyConfig
 from .fingerprint import base_fingerprint, same_fingerprint
 from .layer import ShapleyLayer
+from .quantised import is_quantised
 
 
 def refuse_stacking(model: nn.Module, known: set[str]) -> None:
@@ -163,10 +164,16 @@ def check_mergeable(model: nn.Module) -> None:
     """Refuse to merge LoRA where the sum of the weights does not compute the sum of the layers.
 
     Raises:
-        ShapleyError: a convolution standardises its weights before it uses them, as BiT's and NFNet's do.
+        ShapleyError: a convolution standardises its weights before it uses them, as BiT's and NFNet's do; or the weights
+            are quantised, and their sum would be rounded.
     """
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if base is not None and any(map(is_quantised, base.parameters())):
+            raise ShapleyError(
+                f"The weights of {name} are quantised: what is merged into them is rounded, and the model would predict "
+                "something else. Load the base in full precision, the adapter on it, and merge there."
+            )
         if isinstance(base, nn.Conv2d) and type(base).forward is not nn.Conv2d.forward:
             raise ShapleyError(
                 f"{name} is a {type(base).__name__}, which transforms its weights before it uses them: merged, the model "

@@ -38,7 +38,7 @@ from .guard import (
     refuse_unloaded,
 )
 from .layer import ShapleyLayer
-from .quantised import check_trainable
+from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
 
 CHILD = "shapley"
@@ -72,6 +72,7 @@ class ShapleyModel(LoraModel):
         refuse_unloaded(model)
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
+            check_apart(model)
             anatomy = _fit(model, config, layer)
             _resolve_training(model, anatomy, config)
             check_trainable(model, config)

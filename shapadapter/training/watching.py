@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from shapadapter.collator import TEXT_COLUMNS, find_column
 from shapadapter.explaining import explain
@@ -66,9 +66,9 @@ class AttributionMaps(TrainerCallback):
         trainer: Any = self.trainer
         with undisturbed(), trainer.compute_loss_context_manager():
             rows = list(some_rows(dataset, self.images))
-            options = {"texts": _texts(rows)} if trainer.matching else {}
+            texts = _texts(rows) if trainer.matching else None
             batch = trainer.data_collator(rows)
-            return explain(trainer.model, batch, trainer.processing_class, top_k=_CLASSES, **options)
+            return explain(trainer.model, batch, trainer.processing_class, texts=texts, top_k=_CLASSES)
 
     def _write(self, picture: Image.Image, name: str, step: int, folder: Path) -> None:
         taken = False
