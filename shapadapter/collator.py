@@ -3,55 +3,104 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from shapadapter.errors import ImageError, ShapleyError
-from shapadapter.images import IMAGE_INPUTS, prepare_images
+from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
+from shapadapter.images import IMAGE_INPUTS, image_side, open_image, prepare_opened
 from shapadapter.labels import LABEL_COLUMNS
 from shapadapter.texts import TextRules, prepare_texts
 
-IMAGE_COLUMNS = ("pixel_values", "image", "img")
-TEXT_COLUMNS = ("text", "caption")
+IMAGE_COLUMNS = ("pixel_values", "image", "img", "jpg", "jpeg", "png", "webp")
+TEXT_COLUMNS = ("text", "caption", "txt")
+
+FAULT = "__fault__"
+"""Column of a row that stands in for one whose image cannot be read: what is wrong with that."""
+ROW = "__row__"
+"""Column with the index of a row in its data set."""
+HOW_TO_SKIP = "To leave such images out, pass corrupt_images='skip'."
 
 
 class ImageCollator:
     """Turn rows with `image` and `label` columns into `pixel_values` (B, C, H, W) and `labels` (B,).
 
-    Images may be PIL images, arrays, or paths; rows that already hold `pixel_values` tensors (a transform made them)
-    are stacked. Labels may be missing. For a model that matches images with texts there is a `text` or `caption` column
+    Images may be PIL images, arrays, paths, or the content of files; `jpg`, `jpeg`, `png`, `webp` and `cls`, as
+    webdataset shards name them, do as well. Rows that already hold `pixel_values` tensors (a transform made them) are
+    stacked. Labels may be missing. For a model that matches images with texts there is a `text`, `caption` or `txt` column
     instead, one text for each image. Columns it has no use for are named in one warning.
+
+    With `corrupt_images="skip"` a row whose image cannot be read is replaced by another of its batch, or a black image, and
+    `readable` (B,) bool is False there, for whoever uses the batch to leave it out. So batches keep their size, which
+    several processes need. The first one is named in a warning.
 
     Args:
         processor: the image processor, with texts the processor of both; needed unless rows hold `pixel_values`.
         texts: what the model asks of texts; None for a model without.
         truncate: whether to cut texts that are too long; else they are refused.
+        corrupt_images: "fail" or "skip" where an image cannot be read.
+        class_names: by index, for messages.
     """
 
-    def __init__(self, processor: Any | None = None, texts: TextRules | None = None, truncate: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Any | None = None,
+        texts: TextRules | None = None,
+        truncate: bool = False,
+        corrupt_images: Literal["fail", "skip"] = "fail",
+        class_names: Mapping[int, str] | None = None,
+    ) -> None:
         self.processor = processor
         self.texts = texts
         self.truncate = truncate
+        self.corrupt_images = corrupt_images
+        self.class_names = class_names
         self._warned = False
+        # Shared with data-loader workers, so that only one of them warns.
+        self._named = torch.zeros((), dtype=torch.bool).share_memory_() if corrupt_images == "skip" else None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate.
 
         Raises:
-            ImageError: no image column, an unreadable image, or no processor to prepare it.
+            UnreadableImageError: an image cannot be read, and such images are not skipped.
+            ImageError: no image column, or no processor to prepare it.
             ShapleyError: a model with texts, but no text column, or a text that is too long.
         """
-        image, label = find_column(rows[0], IMAGE_COLUMNS), find_column(rows[0], LABEL_COLUMNS)
+        opened = [self._opened(row) for row in rows]
+        batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
+        if self.corrupt_images == "fail":
+            return batch
+        readable = torch.tensor([row is not None for row in opened])  # (B,)
+        places = (readable.cumsum(0) - 1).where(readable, 0)  # (B,) of each row among the readable ones, or the first
+        return {**{name: value[places] for name, value in batch.items()}, "readable": readable}
+
+    def _opened(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row with its image opened, or None if that cannot be read."""
+        try:
+            if FAULT in row:
+                raise UnreadableImageError(row[FAULT])
+            return open_row(row)
+        except UnreadableImageError as error:
+            fault = row.get(FAULT) or named(str(error), row, self.class_names)
+            if self._named is None:
+                raise UnreadableImageError(f"{fault} {HOW_TO_SKIP}") from error
+            if not self._named:
+                self._named.fill_(True)
+                warnings.warn(f"{fault} Such images are left out and counted as skipped_images.", stacklevel=4)
+            return None
+
+    def _collated(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        label = find_column(rows[0], LABEL_COLUMNS)
         text = find_column(rows[0], TEXT_COLUMNS) if self.texts is not None else None
-        self._warn_unused(set(rows[0]) - {image, label if self.texts is None else text, *IMAGE_INPUTS})
-        if image is None:
-            raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(rows[0])}.")
-        batch: dict[str, Any] = self._pixels(rows, image)
+        self._warn_unused(set(rows[0]) - {*IMAGE_COLUMNS, label if self.texts is None else text, *IMAGE_INPUTS})
+        batch: dict[str, Any] = self._pixels(rows)
         if self.texts is not None:
-            return {**batch, **self._captions(rows, text, self.texts), "return_loss": True}
+            return {**batch, **self._captions(rows, text, self.texts)}
         if label is not None:
             batch["labels"] = as_labels([row[label] for row in rows])  # (B,) or (B, K)
         return batch
@@ -64,21 +113,78 @@ class ImageCollator:
             )
         return prepare_texts([row[column] for row in rows], self.processor, rules, self.truncate)
 
-    def _pixels(self, rows: Sequence[dict[str, Any]], column: str) -> dict[str, Tensor]:
-        images = [row[column] for row in rows]
-        if column == "pixel_values":
+    def _pixels(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if "pixel_values" in rows[0]:
             own = [name for name in IMAGE_INPUTS if name in rows[0]]
             return {name: _stacked(name, [torch.as_tensor(row[name]) for row in rows]) for name in own}
         if self.processor is None:
             raise ImageError(
                 "Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...)."
             )
-        return prepare_images(images, self.processor)
+        images = [row[image_column(row)] for row in rows]
+        if getattr(image_side(self.processor), "do_rescale", False):
+            for image in images:
+                _refuse_scaled(image)
+        return prepare_opened(images, self.processor)
 
-    def _warn_unused(self, unused: set[str]) -> None:
+    def _warn_unused(self, columns: set[Any]) -> None:
+        unused = {column for column in columns if column is not None and not column.startswith("__")}
         if unused and not self._warned:
-            warnings.warn(f"The collator does not use the columns {sorted(unused)}.", stacklevel=3)
+            warnings.warn(f"The collator does not use the columns {sorted(unused)}.", stacklevel=4)
             self._warned = True
+
+
+def open_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its image opened.
+
+    Raises:
+        ImageError: no image column, or an image that cannot be opened.
+    """
+    if "pixel_values" in row:
+        return row
+    column = image_column(row)
+    return {**row, column: open_image(row[column])}
+
+
+def image_column(row: dict[str, Any]) -> str:
+    """The column of a row's image; of several, as shards of several formats have, the first that is not empty.
+
+    Raises:
+        ImageError: there is none.
+    """
+    columns = [name for name in IMAGE_COLUMNS if name in row]
+    if not columns:
+        raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(row)}.")
+    return next((name for name in columns if row[name] is not None), columns[0])
+
+
+def named(fault: str, row: Mapping[str, Any], class_names: Mapping[int, str] | None) -> str:
+    """What is wrong with an image, with the row and the class it is in."""
+    label = next((row[name] for name in LABEL_COLUMNS if name in row), None)
+    known = (class_names or {}).get(label) if isinstance(label, int) else None
+    parts = {"row": row.get(ROW), "key": row.get("__key__"), "class": label if known is None else repr(known)}
+    found = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+    return f"{fault.rstrip('.')} ({found})." if found else f"{fault.rstrip('.')}."
+
+
+def _stand_in(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that can be read, in the place of one of whose batch none can."""
+    if "pixel_values" in row:
+        return row
+    return {**row, image_column(row): Image.new("RGB", (64, 64))}
+
+
+def _refuse_scaled(image: Any) -> None:
+    """Refuse an image that a processor would scale a second time."""
+    if not isinstance(image, np.ndarray | Tensor) or "float" not in str(image.dtype):
+        return
+    low, high = float(image.min()), float(image.max())
+    if low < 0 or 0 < high <= 1:
+        raise ImageError(
+            f"Expected images from 0 to 255, got floats from {low:.2f} to {high:.2f}, which the image "
+            "processor would divide by 255. If a transform has made them ready for the model, name the column "
+            "pixel_values; else leave them in uint8."
+        )
 
 
 def _stacked(name: str, values: list[Tensor]) -> Tensor:

@@ -17,6 +17,10 @@ class ImageError(ShapleyError, ValueError):
     """An image is missing, unreadable or of a kind the model cannot take."""
 
 
+class UnreadableImageError(ImageError):
+    """An image is missing, damaged or no image at all: one that a training may leave out."""
+
+
 class ClassNotFoundError(ShapleyError, KeyError):
     """A class was asked for that the model does not have."""
 

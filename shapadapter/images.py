@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ImageError
+from .errors import ImageError, UnreadableImageError
 
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 """What image processors make for vision models."""
 
+DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow and the file system raise for an image that cannot be read."""
+
 
 def open_image(image: Any) -> Any:
-    """A path or PIL image as an upright RGB image; arrays and tensors pass if they hold 1 or 3 channels.
+    """A path, a file's content or a PIL image as an upright RGB image; arrays and tensors pass if they hold 1 or 3 channels.
 
-    Photographs are turned as their EXIF data say, as `datasets` does.
+    A file's content is `bytes`, or the `{"bytes": ..., "path": ...}` in which `datasets` keeps it. Photographs are turned
+    as their EXIF data say, as `datasets` does.
 
     Raises:
-        ImageError: missing or unreadable file, wrong channel count, or no image at all.
+        UnreadableImageError: missing or unreadable file.
+        ImageError: wrong channel count, or no image at all.
     """
     if isinstance(image, Tensor | np.ndarray):
         channels = {image.shape[0], image.shape[-1]} if image.ndim == 3 else {1} if image.ndim == 2 else set()
@@ -30,14 +41,60 @@ def open_image(image: Any) -> Any:
             raise ImageError(f"Expected an image (H, W, 3) or (3, H, W), got an array of shape {tuple(image.shape)}.")
         return image
     try:
-        if isinstance(image, Image.Image):
-            return _upright(image)
-        if isinstance(image, str) or hasattr(image, "__fspath__"):
-            with Image.open(image) as file:
+        content = _content(image)
+        if isinstance(content, Image.Image):
+            return _upright(content)
+        if isinstance(content, str | io.BytesIO) or hasattr(content, "__fspath__"):
+            with Image.open(content) as file:
                 return _upright(file)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"Cannot read image {image!r}: {error}") from error
+    except DECODING_ERRORS as error:
+        kind = UnreadableImageError if is_damage(error) else ImageError
+        raise kind(f"Cannot read image {_name(image)}: {error}") from error
+    if content is None:
+        raise UnreadableImageError("There is no image.")
     raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether one of `DECODING_ERRORS` lies with the image, not with a disk, a network or too many open files."""
+    elsewhere = isinstance(error, ConnectionError | TimeoutError)
+    return not elsewhere and getattr(error, "errno", None) in (None, errno.ENOENT)
+
+
+def _content(image: Any) -> Any:
+    """What can be opened of what people and `datasets` call an image."""
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if not isinstance(image, Mapping) or not {"bytes", "path"} <= image.keys():
+        return image
+    if image["bytes"] is not None:
+        return io.BytesIO(image["bytes"])
+    if "://" in (image["path"] or ""):
+        from datasets import Image as Feature  # a stream's file on a server, whose address it has made up
+
+        return Feature().decode_example(dict(image))
+    return image["path"]
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, bytes):
+        return f"of {len(image)} bytes"
+    return repr(image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image)
+
+
+def undecoded(dataset: Any) -> Any:
+    """A stream of `datasets` that leaves files as they are, to be opened by `open_image`; anything else as it is.
+
+    A stream that meets a damaged file while it decodes ends there.
+    """
+    features = getattr(dataset, "features", None)
+    if hasattr(dataset, "__len__") or not isinstance(features, Mapping) or not hasattr(dataset, "cast_column"):
+        return dataset
+    for column, feature in features.items():
+        # Another mode than RGB is the user's wish, which only the feature knows.
+        if getattr(feature, "decode", False) and getattr(feature, "mode", "") in (None, "RGB"):
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+    return dataset
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -58,7 +115,11 @@ def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
     Raises:
         ImageError: an image cannot be opened, the processor cannot take it, or the images come out in several sizes.
     """
-    opened = [open_image(image) for image in images]
+    return prepare_opened([open_image(image) for image in images], processor)
+
+
+def prepare_opened(opened: list[Any], processor: Any) -> dict[str, Tensor]:
+    """`prepare_images` of what `open_image` has returned."""
     processor = image_side(processor)
     try:
         prepared = processor(opened, return_tensors="pt")

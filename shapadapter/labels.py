@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .errors import ShapleyError
 
-LABEL_COLUMNS = ("labels", "label")
+LABEL_COLUMNS = ("labels", "label", "cls")
 
 
 class Relabelled:
@@ -28,11 +29,23 @@ class Relabelled:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.dataset[index])
-        label = row.get(self.column)  # a transform may have taken it away
-        if label is not None and label >= 0:  # -1 stands for unknown
-            row[self.column] = self.numbers[int(label)]
-        return row
+        return self.relabelled(dict(self.dataset[index]))
+
+    def relabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the data set with the model's label."""
+        return _relabelled(row, self.column, self.numbers)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set, if it wants to know."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def _relabelled(row: dict[str, Any], column: str, numbers: Sequence[int]) -> dict[str, Any]:
+    label = row.get(column)  # a transform may have taken it away
+    if label is not None and label >= 0:  # -1 stands for unknown
+        row[column] = numbers[int(label)]
+    return row
 
 
 def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) -> Any:
@@ -42,12 +55,12 @@ def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) 
     name them, where either side has numbers for names, and where the names stand in the model's order.
 
     Args:
-        dataset: rows by index; what names its classes is a `ClassLabel` of `datasets`.
+        dataset: rows by index, or a stream of `datasets`; what names its classes is a `ClassLabel` of `datasets`.
         names: of the model's classes, by index.
         remedy: what to do about classes that the model does not have.
 
     Raises:
-        ShapleyError: there are classes that the model does not have, or the rows come as a stream.
+        ShapleyError: there are classes that the model does not have.
     """
     column, own = _named(dataset)
     model = [str(names[index]) for index in sorted(names)] if names else []
@@ -59,14 +72,15 @@ def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) 
             f"The classes {_some(strangers)} of the data's column {column!r} are no classes of the model. Its classes are "
             f"{_some(model)}. {remedy}"
         )
-    if not hasattr(dataset, "__len__"):
-        raise ShapleyError(
-            f"The data's column {column!r} counts the classes {_some(own)}, the model {_some(model)}, and rows that come as "
-            f"a stream keep their numbers. {remedy}"
-        )
     # A name that the model has twice (ImageNet's cranes) means the class in the same place.
     same = [model[index : index + 1] == [name] for index, name in enumerate(own)]
-    return Relabelled(dataset, column, [i if same[i] else model.index(name) for i, name in enumerate(own)])
+    numbers = [i if same[i] else model.index(name) for i, name in enumerate(own)]
+    if not hasattr(dataset, "__len__"):  # a stream
+        # Its ClassLabel has other numbers for these names; the names are taken off, so that nobody counts twice.
+        features = dataset.features.copy()
+        features[column] = type(features[column])(num_classes=max(len(model), len(own)))
+        return dataset.map(partial(_relabelled, column=column, numbers=numbers), features=features)
+    return Relabelled(dataset, column, numbers)
 
 
 def _named(dataset: Any) -> tuple[str | None, list[str]]:

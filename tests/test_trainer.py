@@ -554,8 +554,8 @@ def test_equal_captions_are_no_negatives(tmp_path):
     trainer = matcher_of(tmp_path, "siglip", train=pairs(6, twice))
     batch = trainer.data_collator(trainer.train_dataset)
     with torch.no_grad():
-        task = trainer.model.eval()(**batch).loss.item()
-        logits = trainer.model(**{**batch, "return_loss": None}).logits
+        task = trainer.model.eval()(**batch, return_loss=True).loss.item()
+        logits = trainer.model(**batch).logits
     same = torch.eye(3).repeat(2, 2)
     expected = -torch.nn.functional.logsigmoid((2 * same - 1) * logits).sum(0).mean().item()
     falsely = -torch.nn.functional.logsigmoid((2 * torch.eye(6) - 1) * logits).sum(0).mean().item()

@@ -1,7 +1,8 @@
 """Training arguments of the Shapley objective."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -67,6 +68,31 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Whether captions longer than the model takes are cut; by default they are refused."},
     )
+    corrupt_images: Literal["fail", "skip"] = field(
+        default="fail",
+        metadata={
+            "help": "What happens at an image that cannot be read: 'fail' names it and stops, 'skip' leaves it out and "
+            "logs how many there were as skipped_images."
+        },
+    )
+    class_weights: list[float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the task loss: a number for each (in a shell: 1,0.5,2), or 'balanced' for "
+            "n / (K * n_k) by the n_k of n training images in each of K classes."
+        },
+    )
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Blend training images with Beta(alpha, alpha), such as 0.8; 0 is off. See cutmix_alpha."},
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Replace a box of whole players of training images by another's with Beta(alpha, alpha), such as 1; 0 "
+            "is off. With mixup_alpha, too, each micro-batch gets one of them by chance."
+        },
+    )
     log_attributions: int = field(
         default=0,
         metadata={
@@ -88,6 +114,7 @@ class ShapleyTrainingArguments(TrainingArguments):
             raise ValueError(f"coalition_pairs must be at least 1, got {self.coalition_pairs}.")
         if min(self.shapley_weight, self.coalition_task_weight) < 0:
             raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
+        self._check_data()
         if self.log_attributions < 0 or (self.log_attributions > 0 and self.eval_strategy == IntervalStrategy.NO):
             raise ValueError(
                 "log_attributions is a number of held-out images, drawn at each evaluation: pass one that is not negative, "
@@ -103,3 +130,21 @@ class ShapleyTrainingArguments(TrainingArguments):
             self.gradient_checkpointing_kwargs = {**options, "use_reentrant": False}
             # Its name from transformers 5.23 on, and the one the Trainer then reads.
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+    def _check_data(self) -> None:
+        if self.corrupt_images not in ("fail", "skip"):
+            raise ValueError(f"corrupt_images is 'fail' or 'skip', got {self.corrupt_images!r}.")
+        if min(self.mixup_alpha, self.cutmix_alpha) < 0:
+            raise ValueError("mixup_alpha and cutmix_alpha must not be negative.")
+        if self.class_weights in (None, "balanced"):
+            return
+        given: Any = self.class_weights
+        try:
+            weights = [float(number) for number in (given.split(",") if isinstance(given, str) else given)]
+        except (TypeError, ValueError):
+            weights = []
+        if not any(weights) or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(
+                f"class_weights is a number for each class, none below 0, or 'balanced'; got {self.class_weights!r}."
+            )
+        self.class_weights = weights

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .glance import some_rows, undisturbed
+from .reading import readable_rows
 
 # Images that are looked at. The mean of 256 is within a few hundredths of a standard deviation of that of all.
 _IMAGES = 256
@@ -32,6 +33,7 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
     with undisturbed():
         rows = some_rows(dataset, _IMAGES)
         while batch := list(itertools.islice(rows, _BATCH)):
-            pixels = collate(batch)["pixel_values"].float()  # (B, C, H, W)
+            inputs, read, _ = readable_rows(collate(batch))
+            pixels = inputs["pixel_values"][:read].float()  # (R, C, H, W)
             sums.append(pixels.mean(dim=(2, 3)))  # (B, C)
     return [round(mean, 6) for mean in torch.cat(sums).mean(dim=0).tolist()]

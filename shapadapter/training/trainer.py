@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from shapadapter.adapter.answer import task_loss
-from shapadapter.collator import IMAGE_COLUMNS, TEXT_COLUMNS, ImageCollator
+from shapadapter.collator import ImageCollator
 from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
-from shapadapter.labels import as_model_counts
 from shapadapter.objective import coalition_fit, shapley_loss_of_sums, warmup_weight
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
 from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
-from .checks import LABEL_REMEDY, check_classes, check_game, check_setting, is_constant
+from .checks import check_classes, check_game, check_setting, is_constant
 from .color import mean_color
+from .loading import LoadingTrainer
+from .mixing import mixed
+from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
 from .resuming import ResumableTrainer
+from .task import check_labels, soft_task
 from .watching import AttributionMaps
 
 
-class ShapleyTrainer(ResumableTrainer):
+class ShapleyTrainer(LoadingTrainer, ResumableTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns
@@ -70,18 +73,26 @@ class ShapleyTrainer(ResumableTrainer):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
         self.matching = self.layer.anatomy.kind == "matching"
         rules = text_rules(model) if self.matching else None
+        config: Any = getattr(base_of(model), "config", None)
+        names = None if self.matching else getattr(config, "id2label", None)
+        self.class_names = names
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
-            kwargs.get("processing_class"), rules, args.truncate_texts
+            kwargs.get("processing_class"), rules, args.truncate_texts, args.corrupt_images, names
         )
-        names = None if self.matching else getattr(getattr(base_of(model), "config", None), "id2label", None)
-        self.class_names: Mapping[int, str] | None = names
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
                 check_classes(kwargs.get(name), self.layer.classes)
-                kwargs[name] = self._counted(kwargs.get(name))
+            kwargs[name] = self._counted(kwargs.get(name))
         check_setting(model, args, kwargs.get("train_dataset") is not None)
         check_game(self.layer, args, kwargs.get("train_dataset") is not None)
+        problem, own_loss = getattr(config, "problem_type", None), kwargs.get("compute_loss_func")
+        self.soft_task = soft_task(args, self.layer, problem, kwargs.get("train_dataset"), names, own_loss)
+        if args.corrupt_images == "skip":
+            check_skipping(kwargs["data_collator"])
+            kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_readable(kwargs["compute_metrics"])
         super().__init__(model, args, **kwargs)
+        self._skipped = Skipped()
+        self._share = 1.0  # of the images of a batch that could be read
         self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "eval": 0}
@@ -99,18 +110,21 @@ class ShapleyTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
+        inputs = self._prepared(inputs, model.training)
         if inputs.get("coalitions") is None:
             inputs = {**inputs, **self._with_sizes(self._draw_coalitions(inputs, model.training))}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
         options = {"coalition_grad": gradient and model.training, "return_attributions": False, "return_dict": True}
-        outputs: Any = model(**inputs, **options)
+        # A task loss of the trainer's own may have labels that the model would misread.
+        given = inputs if self.soft_task is None else {**inputs, "labels": None}
+        outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
         weights = {
             "shapley_loss": self._weight() if model.training else self.args.shapley_weight,
             "coalition_task_loss": self.args.coalition_task_weight,
         }
-        loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        loss = self._share * torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return (loss, outputs) if return_outputs else loss
 
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -124,19 +138,41 @@ class ShapleyTrainer(ResumableTrainer):
         terms["task_loss"] = self._task_loss(outputs, labels)
         if self.args.coalition_task_weight > 0:
             flat = values.flatten(0, 1)  # (B * M, K)
-            repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,)
-            base = self.accelerator.unwrap_model(self.model)
-            partial = ShapleyOutput(loss=task_loss(base, repeated, flat), logits=flat)
-            terms["coalition_task_loss"] = self._task_loss(partial, repeated)
+            repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,) or (B * M, K)
+            terms["coalition_task_loss"] = self._task_loss(ShapleyOutput(logits=flat), repeated)
         return terms
 
     def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
             # Without the number of items: the Trainer divides by the accumulation steps, see `loss_is_scaled_for_ga`.
             return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if self.soft_task is not None:
+            return self.soft_task(outputs.logits, labels)
         if self.label_smoother is not None:
             return self.label_smoother(outputs, labels)
-        return outputs.loss
+        if outputs.loss is not None:
+            return outputs.loss
+        return task_loss(self.accelerator.unwrap_model(self.model), labels, outputs.logits)
+
+    def _prepared(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
+        """The images of a batch that could be read, in training mixed if that is asked for."""
+        marked, (inputs, read, images) = "readable" in inputs, readable_rows(inputs)
+        # Divided by all images, a batch counts by those it still has, and one without any has no say.
+        self._share = read / images if training else float(read > 0)
+        if marked:
+            self._skipped.add("train" if training else "eval", read, images)
+        if self.matching:
+            return {"return_loss": True, **inputs}
+        if self.soft_task is not None and inputs.get("labels") is not None:
+            check_labels(inputs["labels"])
+        alphas = (self.args.mixup_alpha, self.args.cutmix_alpha)
+        if not training or max(alphas) == 0:
+            return inputs
+        step = self.state.global_step
+        micro_step = self._draws["train"] if self._drawn_at == step else 0
+        # The 2 keeps these random numbers apart from those of the coalitions.
+        key = (self.args.seed, 2, step, micro_step, self.args.process_index)
+        return mixed(inputs, alphas, self.layer.tiling(**inputs), self.layer.classes, key)
 
     def _weight(self) -> float:
         progress = self.state.global_step / max(1, self.state.max_steps)
@@ -219,10 +255,14 @@ class ShapleyTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        readable, size = inputs.get("readable"), len(outputs.logits)
+        if readable is not None:
+            self._add("eval", "loss", size * loss, size)  # which counts readable images alike, whatever their batch
         if prediction_loss_only:
             return loss.detach(), None, None
         # Similarities to the texts of a batch are nothing to be gathered over batches.
-        return loss.detach(), None if self.matching else outputs.logits.detach(), inputs.get("labels")
+        logits, labels = None if self.matching else outputs.logits.detach(), inputs.get("labels")
+        return loss.detach(), *((logits, labels) if readable is None else in_place(logits, labels, readable))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
@@ -262,6 +302,7 @@ class ShapleyTrainer(ResumableTrainer):
 
     def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
         added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)
+        added = added * float(self._share > 0)
         sums = self._sums[mode]
         sums[name] = sums[name] + added if name in sums else added
 
@@ -272,26 +313,9 @@ class ShapleyTrainer(ResumableTrainer):
             return {}
         names = sorted(sums)
         parts = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
-        return {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """`Trainer`'s loader; classes are found by name."""
-        return super().get_eval_dataloader(self._counted(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """`Trainer`'s loader; classes are found by name."""
-        return super().get_test_dataloader(self._counted(test_dataset))
-
-    def _counted(self, dataset: Any) -> Any:
-        """The data set, or several by name, with labels as the model counts classes of the same name."""
-        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
-            return {name: self._counted(part) for name, part in dataset.items()}
-        return as_model_counts(dataset, self.class_names, LABEL_REMEDY)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        known: Any = self._signature_columns
-        self._signature_columns: Any = sorted({*known, *IMAGE_COLUMNS, *TEXT_COLUMNS, "coalitions"})
+        found = {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+        skips = self.args.corrupt_images == "skip"
+        return {**found, "skipped_images": self._skipped.total(mode, self.accelerator)} if skips else found
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps

@@ -97,9 +97,14 @@ def test_where_one_side_has_no_names_numbers_count(tmp_path):
     assert as_model_counts(unknown, NAMES, "")[0]["label"] == -1
 
 
-def test_a_stream_in_another_order_is_refused():
-    with pytest.raises(ShapleyError, match="stream"):
-        as_model_counts(dataset().to_iterable_dataset(), NAMES, "")
+def test_a_stream_in_another_order_is_counted_as_the_model_counts():
+    rows = dataset()
+    counted, stream = (as_model_counts(one, NAMES, "") for one in (rows, rows.to_iterable_dataset(num_shards=2)))
+    labels = [row["label"] for row in counted]
+    assert labels != rows["label"]
+    assert [row["label"] for row in stream] == labels
+    assert [row["label"] for row in as_model_counts(stream, NAMES, "")] == labels  # and not a second time
+    assert stream.num_shards == 2
 
 
 def test_a_name_that_the_model_has_twice():

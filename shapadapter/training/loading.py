@@ -1,0 +1,51 @@
+"""How the rows of data sets reach a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer
+
+from shapadapter.collator import FAULT, IMAGE_COLUMNS, ROW, TEXT_COLUMNS
+from shapadapter.images import undecoded
+from shapadapter.labels import LABEL_COLUMNS, as_model_counts
+
+from .arguments import ShapleyTrainingArguments
+from .checks import LABEL_REMEDY
+from .reading import guarded
+
+
+class LoadingTrainer(Trainer):
+    """A `Trainer` whose data sets may name classes in another order than the model, be streams, and hold damaged images.
+
+    Attributes:
+        class_names: of the model, by index, if it has any.
+    """
+
+    args: ShapleyTrainingArguments
+    class_names: Mapping[int, str] | None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        return super().get_eval_dataloader(self._counted(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        return super().get_test_dataloader(self._counted(test_dataset))
+
+    def _counted(self, dataset: Any) -> Any:
+        """The data set, or several by name, with labels as the model counts classes of the same name; streams undecoded."""
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
+            return {name: self._counted(part) for name, part in dataset.items()}
+        return as_model_counts(undecoded(dataset), self.class_names, LABEL_REMEDY)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        dataset = guarded(dataset, self.data_collator, self.args.corrupt_images, self.class_names)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        ours = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *TEXT_COLUMNS, ROW, FAULT, "coalitions"}
+        self._signature_columns: Any = sorted(ours | set(known))

@@ -1,0 +1,216 @@
+"""Reading rows whose images may be damaged: naming them, or leaving them out without stopping a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import EvalPrediction
+
+from shapadapter.augmenting import Augmented
+from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ROW, ImageCollator, named, open_row
+from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
+from shapadapter.images import DECODING_ERRORS, is_damage
+from shapadapter.labels import Relabelled
+
+from .task import IGNORED
+
+
+class GuardedRows:
+    """A data set by index that says which row it cannot read.
+
+    With "skip" such a row comes as the next one that can be read, with what is wrong in the column `FAULT`; the collator
+    marks it, and who does not look at that column, like an evaluator, has an image all the same.
+
+    Args:
+        dataset: rows by index, as dicts.
+        corrupt_images: "fail" or "skip".
+        class_names: by index, for messages.
+
+    Raises:
+        UnreadableImageError: at an unreadable image, or with "skip" where no image can be read.
+    """
+
+    def __init__(
+        self, dataset: Any, corrupt_images: Literal["fail", "skip"], class_names: Mapping[int, str] | None
+    ) -> None:
+        self.dataset = dataset
+        self.corrupt_images = corrupt_images
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):  # while it is copied into a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self._read(index)
+        except UnreadableImageError as error:
+            if self.corrupt_images == "fail":
+                raise
+            return {**self._next(index), FAULT: str(error)}
+
+    def _read(self, index: int) -> dict[str, Any]:
+        fault = None
+        try:
+            row = self.dataset[index]
+        except (UnreadableImageError, *DECODING_ERRORS) as error:  # it opens the images itself
+            if not is_damage(error):
+                raise
+            fault, row = f"Cannot read image: {error}", _undecoded_row(self.dataset, index)
+        if not isinstance(row, Mapping):
+            return row  # for a collator that knows what to do with it
+        row = {**row, ROW: index}
+        try:
+            row = open_row(row) if any(name in row for name in IMAGE_COLUMNS) else row
+        except UnreadableImageError as error:
+            fault = str(error)
+        if fault is None:
+            return row
+        fault = named(fault, row, self.class_names)
+        raise UnreadableImageError(fault if self.corrupt_images == "skip" else f"{fault} {HOW_TO_SKIP}")
+
+    def _next(self, index: int) -> dict[str, Any]:
+        for step in range(1, len(self)):
+            with suppress(UnreadableImageError):
+                return self._read((index + step) % len(self))
+        raise UnreadableImageError(f"None of the {len(self)} images of the data set can be read.")
+
+
+def _undecoded_row(dataset: Any, index: int) -> dict[str, Any]:
+    """A row of a data set of `datasets` with the file as it is, or an empty one where it is another."""
+    if isinstance(dataset, Relabelled):
+        return dataset.relabelled(_undecoded_row(dataset.dataset, index))
+    if isinstance(dataset, Augmented):
+        return _undecoded_row(dataset.dataset, index)
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping) or not hasattr(dataset, "cast_column"):
+        return dict(dataset[index]) if isinstance(dataset, list) else {}
+    dataset = dataset.with_format(None)
+    for column, feature in features.items():
+        if getattr(feature, "decode", False):
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+    return dataset[index]
+
+
+def guarded(
+    dataset: Any, collator: Any, corrupt_images: Literal["fail", "skip"], class_names: Mapping[int, str] | None
+) -> Any:
+    """The data set, whose rows are named when they cannot be read; a stream or another's collator's rows as they are."""
+    streamed = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    if streamed or not isinstance(collator, ImageCollator):
+        return dataset
+    return GuardedRows(dataset, corrupt_images, class_names)
+
+
+def check_skipping(collator: Any) -> None:
+    """Refuse to skip images that somebody else opens.
+
+    Raises:
+        ShapleyError: the collator is not ours.
+    """
+    if not isinstance(collator, ImageCollator) or collator.corrupt_images != "skip":
+        raise ShapleyError(
+            "corrupt_images='skip' needs the trainer's own data_collator, or ImageCollator(processor, "
+            f"corrupt_images='skip'); got {type(collator).__name__}."
+        )
+
+
+def readable_rows(inputs: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """The rows of a batch whose images could be read.
+
+    Args:
+        inputs: with `readable` (B,) bool, or without, where all could.
+
+    Returns:
+        The inputs without `readable`, of R of B images; how many could be read; and B. Where none could, there is one row
+        all the same, for every process has to take part in a step: whoever sums up multiplies it by 0.
+    """
+    readable = inputs.get("readable")
+    rest = {name: value for name, value in inputs.items() if name != "readable"}
+    count = len(inputs["pixel_values"])
+    if readable is None:
+        return rest, count, count
+    rows = readable.nonzero()[:, 0]  # (R,)
+    if len(rows) == count:
+        return rest, count, count
+    kept = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=rows.device)
+    return {name: value[kept] if _is_of(value, count) else value for name, value in rest.items()}, len(rows), count
+
+
+def _is_of(value: Any, images: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == images
+
+
+def in_place(logits: Tensor | None, labels: Tensor | None, readable: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of the readable images in the places of all, so that predictions remain in the order of the rows.
+
+    Args:
+        logits: (R, K), or (1, K) of the stand-in where no image could be read.
+        labels: (B,) or (B, K) of all rows.
+        readable: (B,) bool.
+
+    Returns:
+        (B, K) with NaN, and labels with `IGNORED` (NaN where they are numbers), where the image could not be read.
+    """
+    if logits is not None:
+        found = logits.new_full((len(readable), *logits.shape[1:]), torch.nan)
+        found[readable] = logits[: int(readable.sum())]
+        logits = found
+    if labels is not None:
+        labels = labels.clone()
+        labels[~readable] = torch.nan if labels.is_floating_point() else IGNORED
+    return logits, labels
+
+
+def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The user's metrics, of the images that could be read."""
+
+    def compute(evaluation: Any, **options: Any) -> dict[str, Any]:
+        predictions, labels = evaluation.predictions, evaluation.label_ids
+        module: Any = torch if isinstance(labels, Tensor) else np
+        flat = labels.reshape(len(labels), -1)  # (rows, 1) or (rows, K)
+        marked = module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED
+        kept = ~(marked.all(1) & module.isnan(predictions).reshape(len(labels), -1).all(1))  # (rows,)
+        inputs = None if evaluation.inputs is None else evaluation.inputs[kept]
+        found = EvalPrediction(predictions[kept], labels[kept], inputs=inputs, losses=evaluation.losses)
+        return compute_metrics(found, **options)
+
+    return compute
+
+
+class Skipped:
+    """How many images could not be read, of how many, since the last log."""
+
+    def __init__(self) -> None:
+        self._counts = {"train": [0, 0], "eval": [0, 0]}
+
+    def add(self, mode: str, read: int, images: int) -> None:
+        """Count a batch."""
+        self._counts[mode][0] += images - read
+        self._counts[mode][1] += images
+
+    def total(self, mode: str, accelerator: Any) -> int:
+        """Those of all processes, and a fresh start.
+
+        Raises:
+            ImageError: no image could be read, so that there is something wrong with all of them.
+        """
+        counts = torch.tensor(self._counts[mode], device=accelerator.device)  # (2,)
+        self._counts[mode] = [0, 0]
+        skipped, images = accelerator.reduce(counts, reduction="sum").tolist()
+        if images and skipped == images:
+            raise ImageError(
+                f"None of {images} images could be read. corrupt_images='fail' names the first and its fault."
+            )
+        return skipped
