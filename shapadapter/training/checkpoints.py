@@ -61,6 +61,8 @@ def unreadable_in(folder: Path) -> str | None:
 
     The trainer's state is the last file that transformers writes. A changed number inside a readable file is not found.
     """
+    if not folder.is_dir():
+        return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{MANIFEST} and {TRAINER_STATE_NAME} are missing, so it was not saved to its end"
     for path in _files(folder):

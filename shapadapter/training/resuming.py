@@ -78,6 +78,7 @@ class ResumableTrainer(Trainer):
         try:
             yield
         except BaseException as error:
+            free = _free(folder)
             # Only the process that declares it whole: another one might come too late and take back a whole one.
             if self.args.should_save:
                 discard(folder)
@@ -86,7 +87,7 @@ class ResumableTrainer(Trainer):
             before = next((one for one in newest_first(folder.parent) if trouble_with(one) is None), None)
             remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
             raise CheckpointError(
-                f"Could not save {folder} ({type(error).__name__}: {error}; {_free(folder):,.0f} MB are free there). "
+                f"Could not save {folder} ({type(error).__name__}: {error}; {free:,.1f} MB were free there). "
                 f"{remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
             ) from error
 
@@ -144,7 +145,9 @@ class ResumableTrainer(Trainer):
             return
         others = (one for one in self._listed(folder.parent) if one.name != folder.name)
         whole = next((one for one in others if self._found_anywhere(trouble_with, one) is None), None)
-        remedy = f"Pass {whole} instead." if whole else "No other checkpoint beside it is whole: start again without."
+        remedy = (
+            f"Pass {whole} instead." if whole else "No other one beside it is whole: leave resume_from_checkpoint out."
+        )
         raise CheckpointError(f"Cannot go on from {folder}: {trouble}. {remedy}")
 
     def _load_best_model(self) -> None:

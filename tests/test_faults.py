@@ -1,0 +1,329 @@
+"""What is left of a run that was killed, ran out of disk or lost bytes, and how it goes on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from lives import Noisy
+from test_trainer import assert_same, images, names_in, trained, trainer_of
+from transformers import Trainer, TrainerCallback
+
+from shapadapter.errors import CheckpointError
+from shapadapter.training import checkpoints, last_whole_checkpoint, resuming
+from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
+
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+
+
+class Start(TrainerCallback):
+    """Notes at which step a training starts."""
+
+    step = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+def going_on(folder, wish, **options) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step at which a run goes on, and the weights at its end."""
+    start = Start()
+    trainer = trainer_of(folder, callbacks=[start], **{**STEPS, "save_strategy": "no", **options})
+    trainer.train(resume_from_checkpoint=wish)
+    return start.step, trained(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of four steps with a checkpoint after each, and its weights."""
+    trainer = trainer_of(tmp_path_factory.mktemp("saved"), **STEPS)
+    trainer.train()
+    return Path(trainer.args.output_dir), trained(trainer.model)
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    """A copy of its first three checkpoints, to be damaged."""
+    for step in (1, 2, 3):
+        shutil.copytree(saved[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# -- whole or not ----------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_names_every_file(saved):
+    folder = saved[0] / "checkpoint-3"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert set(manifest["files"]) == names_in(folder) - {MANIFEST}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(manifest["files"])
+    assert trouble_with(folder) is None
+    assert unreadable_in(folder) is None
+
+
+def test_files_in_subfolders_count(tmp_path):
+    shard = tmp_path / "optimizer_0" / ".metadata"  # as sharded checkpoints have
+    shard.parent.mkdir()
+    shard.write_text("1")
+    seal(tmp_path)
+    assert trouble_with(tmp_path) is None
+    shard.write_text("2")
+    assert "optimizer_0/.metadata" in trouble_with(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        (MANIFEST, Path.unlink, "missing"),
+        (MANIFEST, cut, "cannot be read"),
+        ("optimizer.pt", cut, r"optimizer.pt has [\d,]+ bytes instead of [\d,]+"),
+        ("optimizer.pt", change_a_byte, "optimizer.pt holds other bytes"),
+        ("adapter_model.safetensors", change_a_byte, "adapter_model.safetensors holds other bytes"),
+        ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, damage, what):
+    broken = run / "checkpoint-3"
+    damage(broken / name)
+    with pytest.warns(UserWarning, match=rf"Passing over .*checkpoint-3: .*{what}"):
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    if (broken / MANIFEST).exists():
+        with pytest.raises(
+            CheckpointError, match=rf"go on from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"
+        ):
+            trainer_of(run, **STEPS).train(resume_from_checkpoint=str(broken))
+
+
+def test_the_trainer_goes_on_from_the_newest_whole_checkpoint(saved, run):
+    cut(run / "checkpoint-3" / "optimizer.pt")
+    with pytest.warns(UserWarning, match=r"Passing over .*checkpoint-3: optimizer.pt"):
+        step, weights = going_on(run, True)
+    assert step == 2
+    assert_same(saved[1], weights, atol=0, rtol=0)
+
+
+def test_whole_checkpoints_are_used_without_a_word(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-3")
+        assert going_on(run, True)[0] == 3
+        choose = trainer_of(run, **STEPS)._chosen
+        assert choose("True") == choose(True) == str(run / "checkpoint-3")  # a word from a command line
+        assert choose(run / "checkpoint-1") == str(run / "checkpoint-1")
+        assert choose("False") is choose(False) is choose(None) is None
+
+
+def test_several_broken_ones_are_all_named(run):
+    cut(run / "checkpoint-3" / "scheduler.pt")
+    (run / "checkpoint-2" / MANIFEST).unlink()
+    (run / "checkpoint-10").mkdir()  # newer than 3, though not by the alphabet
+    with pytest.warns(UserWarning, match="Passing over") as said:
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-1")
+    passed = [str(one.message) for one in said if "Passing over" in str(one.message)]
+    assert ["checkpoint-10" in passed[0], "checkpoint-3" in passed[1], "checkpoint-2" in passed[2]] == [True] * 3
+
+
+def test_nothing_whole_is_a_clear_error(run, tmp_path_factory):
+    for step in (1, 2, 3):
+        (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with (
+        pytest.warns(UserWarning, match="Passing over"),
+        pytest.raises(CheckpointError, match=r"none is whole .*checkpoint-1: optimizer.pt is missing.*Start again"),
+    ):
+        trainer_of(run, **STEPS).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="No other one beside it is whole"):
+        trainer_of(run, **STEPS).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    nowhere = tmp_path_factory.mktemp("empty") / "run"
+    with pytest.raises(CheckpointError, match="there is none"):
+        trainer_of(nowhere, **STEPS).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        trainer_of(nowhere, **STEPS).train(resume_from_checkpoint=str(nowhere / "checkpoint-1"))
+    assert last_whole_checkpoint(nowhere) is None
+
+
+def test_a_readable_checkpoint_of_another_trainer_is_used_with_a_warning(saved, run):
+    folder = run / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=f"no {MANIFEST}"):
+        step, weights = going_on(run, str(folder))
+    assert step == 2
+    assert_same(saved[1], weights, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
+def test_an_unreadable_checkpoint_of_another_trainer_is_refused(run, name):
+    folder = run / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    cut(folder / name)
+    choose = trainer_of(run, **STEPS)._chosen
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read.*Pass .*checkpoint-3 instead"):
+        choose(folder)
+    (folder / "trainer_state.json").unlink()  # the last that is written
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json are missing"):
+        choose(folder)
+
+
+def test_a_damaged_best_model_is_not_loaded(tmp_path):
+    class Damage(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                change_a_byte(Path(state.best_model_checkpoint) / "adapter_model.safetensors")
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "shapley_loss", "greater_is_better": False}
+    options = {**STEPS, **best, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors holds other bytes"):
+        trainer_of(tmp_path, callbacks=[Damage()], **options).train()
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(most: int):
+    """No file can have more bytes; writing more fails half-way, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize("most", [40_000, 100_000])  # the weights, or the optimiser, are written half
+def test_a_full_disk_leaves_the_checkpoint_before_whole(saved, tmp_path, monkeypatch, most):
+    usual = Trainer._save_checkpoint
+
+    def save(trainer, *args):
+        with small_disk(most) if trainer.state.global_step == 3 else nullcontext():
+            usual(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", save)
+        with pytest.raises(CheckpointError, match=r"checkpoint-3 .*MB were free.*checkpoint-2 is whole"):
+            trainer_of(tmp_path, **STEPS, save_total_limit=1).train()
+    assert names_in(tmp_path) == {"checkpoint-2"}
+    step, weights = going_on(tmp_path, True)
+    assert step == 2
+    assert_same(saved[1], weights, atol=0, rtol=0)
+
+
+def test_an_error_in_saving_the_first_checkpoint(tmp_path, monkeypatch):
+    def fails(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resuming, "seal", fails)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 \(OSError: .*No space left.*no earlier one"):
+        trainer_of(tmp_path, **STEPS).train()
+    assert names_in(tmp_path) == set()
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    whole = []
+
+    def watched(folder):
+        whole.append({path.name for path in newest_first(tmp_path) if trouble_with(path) is None})
+        seal(folder)
+
+    monkeypatch.setattr(resuming, "seal", watched)
+    trainer_of(tmp_path, **STEPS, save_total_limit=1).train()
+    assert whole == [set(), {"checkpoint-1"}, {"checkpoint-2"}, {"checkpoint-3"}]
+    assert names_in(tmp_path) == {"checkpoint-4"}
+    arguments = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 1
+
+
+def test_half_written_checkpoints_go_first_and_never_count(run):
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    rotate(run, None, {run / "checkpoint-2"})
+    assert len(names_in(run)) == 3
+    rotate(run, 2, {run / "checkpoint-2"})
+    assert names_in(run) == {"checkpoint-1", "checkpoint-2"}
+    rotate(run, 1, {run / "checkpoint-1", run / "checkpoint-2"})  # the best and the last
+    assert names_in(run) == {"checkpoint-1", "checkpoint-2"}
+    rotate(run, 1, {run / "checkpoint-1"})
+    assert names_in(run) == {"checkpoint-1"}
+
+
+def test_what_a_killed_run_left_under_a_name_is_not_mixed_with_the_new(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "rng_state_7.pth").write_text("old")
+    trainer_of(tmp_path, **STEPS).train()
+    assert "rng_state_7.pth" not in names_in(tmp_path / "checkpoint-1")
+
+
+def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, trouble_with(Path(folder))))
+    )
+    trainer = trainer_of(tmp_path, **{**STEPS, "max_steps": 2})
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), None) for step in (1, 2)]
+
+
+# -- the data after resuming -----------------------------------------------------------------------------------------
+
+
+def test_a_data_set_knows_its_epoch_after_resuming_in_its_middle(tmp_path):
+    class Rows(Noisy):
+        def set_epoch(self, epoch):
+            super().set_epoch(epoch)
+            seen.append(epoch)
+
+    seen = []
+    options = {
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "train": Rows(images(12)),
+    }  # 3 steps an epoch
+    trainer = trainer_of(tmp_path, **options)
+    trainer.train()
+    assert sorted(set(seen)) == [0, 1, 2]
+    seen.clear()
+    again = trainer_of(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert sorted(set(seen)) == [1, 2]
+    assert_same(trained(trainer.model), trained(again.model), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "noisy"), [(1, 1), (2, 0)])
+def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path, processes, noisy):
+    # LoRA and the base drop out, two workers read shuffled images, gradients are accumulated, one checkpoint is kept.
+    lives = Path(__file__).with_name("lives.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(lives), str(tmp_path), str(processes), str(noisy), "0", "6"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    deaths = (tmp_path / "killed" / "deaths.txt").read_text().splitlines()
+    assert len(deaths) >= 3
+    assert {line.partition(":")[0] for line in deaths} == {"saving", "step"}
+    assert "Passing over" in done.stderr
+    whole, killed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))
+    assert_same(whole, killed, atol=0, rtol=0)
+
+
+def test_the_manifest_is_no_part_of_itself(tmp_path):
+    (tmp_path / "a").write_text("1")
+    seal(tmp_path)
+    seal(tmp_path)
+    assert list(json.loads((tmp_path / checkpoints.MANIFEST).read_text())["files"]) == ["a"]
