@@ -108,9 +108,10 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+    held_out = images["test"].shuffle(seed=training_args.seed)[: args.explained_images]["image"]
+    # In every process: under FSDP and ZeRO-3 each holds a part of the weights.
+    explanation = explain(trainer.model, held_out, processor, top_k=3)
     if trainer.is_world_process_zero():
-        held_out = images["test"].shuffle(seed=training_args.seed)[: args.explained_images]["image"]
-        explanation = explain(trainer.model, held_out, processor, top_k=3)
         explanation.save_html(Path(training_args.output_dir, "explanations.html"))
         gallery(explanation).savefig(Path(training_args.output_dir, "attributions.png"))
     if training_args.push_to_hub:

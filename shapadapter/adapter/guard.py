@@ -47,16 +47,16 @@ def refuse_unloaded(model: nn.Module) -> None:
     """Refuse a model whose weights this process does not hold: wrapping tries it on a tiny batch.
 
     Raises:
-        UnsupportedModelError: a weight is on the meta device, or is ZeRO-3's of another process.
+        UnsupportedModelError: a weight is on the meta device.
     """
     if getattr(model, "hf_device_map", None) is not None:
         return  # accelerate fetches what is offloaded
-    elsewhere = next((n for n, p in model.named_parameters() if p.is_meta or hasattr(p, "ds_id")), None)
+    elsewhere = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if elsewhere is not None:
         raise UnsupportedModelError(
-            f"The weights of {type(model).__name__} are not all in this process, e.g. {elsewhere}, and wrapping tries the "
-            "model on a tiny batch. Load it whole in every process, and let the trainer split it: set "
-            "fsdp_cpu_ram_efficient_loading: false (FSDP) or zero3_init_flag: false (DeepSpeed) in accelerate's config."
+            f"The weights of {type(model).__name__} are not all in this process: {elsewhere} is on the meta device, and "
+            "wrapping tries the model on a tiny batch. Load it in every process; with FSDP set "
+            "fsdp_cpu_ram_efficient_loading: false in accelerate's config."
         )
 
 

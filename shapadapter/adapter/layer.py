@@ -23,6 +23,7 @@ from .call import ModelCall, without_token
 from .coalitions import CoalitionGame, Rules, freeze_statistics
 from .config import ShapleyConfig
 from .head import ProjectionHead, new_leaves
+from .zero import BareParameters
 
 # A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
 _PARAMETERS = ("null", "token", "fill")
@@ -53,7 +54,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def __init__(self, anatomy: Anatomy) -> None:
         super().__init__()
         for leaf in _PARAMETERS:
-            setattr(self, f"lora_shapley_{leaf}", nn.ParameterDict({}))
+            setattr(self, f"lora_shapley_{leaf}", BareParameters())
         for leaf in _MODULES:
             setattr(self, f"lora_shapley_{leaf}", nn.ModuleDict({}))
         self.anatomy = anatomy
@@ -122,7 +123,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def _parameter(self, leaf: str, name: str) -> Tensor | None:
         parameters: Any = getattr(self, f"lora_shapley_{leaf}")
-        return parameters[name] if name in parameters else None  # noqa: SIM401
+        return parameters.read(name) if name in parameters else None
 
     @property
     def travels(self) -> bool:
@@ -203,7 +204,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def _after_model(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> ShapleyOutput | tuple[Any, ...] | None:
-        if self._call is None or self._caller not in (None, threading.get_ident()):
+        if self._call is None or not (self._caller is None or self._caller == threading.get_ident()):
             return None  # no adapter is active, or the call was refused before it began
         try:
             return self._explained(model, output) if output is not None else None

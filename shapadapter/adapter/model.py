@@ -40,6 +40,7 @@ from .guard import (
 from .layer import ShapleyLayer
 from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
+from .zero import whole
 
 CHILD = "shapley"
 
@@ -60,16 +61,21 @@ class ShapleyModel(LoraModel):
         """Put adapter `adapter_name` into `model`, in place, and prove that it is harmless.
 
         Raises:
-            UnsupportedModelError: the model's parts were not found, the self-test failed, or other adapters are there.
+            UnsupportedModelError: the model's parts or weights were not found, the self-test failed, or other adapters
+                are there.
             CheckpointError: the config was saved for another base or class count.
         """
+        refuse_unloaded(model)
+        with whole(model):
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT hands the user's own object in; what is written here belongs to this model alone.
         config: Any = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.rules) if layer is not None else set())
         refuse_mixture(config.tune, set(layer.tunes.values()) if layer is not None else set())
-        refuse_unloaded(model)
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
             check_apart(model)
