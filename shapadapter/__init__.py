@@ -16,6 +16,7 @@ register()
 
 if TYPE_CHECKING:
     from .attributing import attribute
+    from .augmenting import Augmented
     from .backbone import register_family
     from .errors import (
         CheckpointError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
 _LAZY = {
+    "Augmented": "augmenting",
     "CheckpointError": "errors",
     "ClassNotFoundError": "errors",
     "Evaluation": "evaluation",
@@ -58,6 +60,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Augmented",
     "CheckpointError",
     "ClassNotFoundError",
     "Evaluation",

@@ -40,9 +40,12 @@ class LoadingTrainer(Trainer):
             return {name: self._counted(part) for name, part in dataset.items()}
         return as_model_counts(undecoded(dataset), self.class_names, LABEL_REMEDY)
 
+    def _guarded(self, dataset: Any) -> Any:
+        """The data set that names, or passes over, what it cannot read."""
+        return guarded(dataset, self.data_collator, self.args.corrupt_images, self.class_names)
+
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        dataset = guarded(dataset, self.data_collator, self.args.corrupt_images, self.class_names)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -28,6 +28,7 @@ from .loading import LoadingTrainer
 from .mixing import mixed
 from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
 from .resuming import ResumableTrainer
+from .sharding import prepare_fsdp
 from .task import check_labels, soft_task
 from .watching import AttributionMaps
 
@@ -93,6 +94,8 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer):
         super().__init__(model, args, **kwargs)
         self._skipped = Skipped()
         self._share = 1.0  # of the images of a batch that could be read
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
         self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "eval": 0}
@@ -223,7 +226,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer):
         config = self.accelerator.unwrap_model(self.model).peft_config[name]
         if config.removal != "pixels" or config.fill == "learned" or config.fill_color is not None:
             return
-        config.fill_color = mean_color(self.train_dataset, self.data_collator)
+        config.fill_color = mean_color(self._guarded(self.train_dataset), self.data_collator)
         self.layer.read_rules(name, config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
