@@ -22,6 +22,7 @@ from PIL import Image
 from test_trainer import images, tiny_vit, trained, trainer_of, wrapped
 from transformers import TrainerCallback
 
+from shapadapter.augmenting import Augmented
 from shapadapter.training import last_whole_checkpoint
 
 OPTIONS = {
@@ -36,22 +37,10 @@ OPTIONS = {
 }
 
 
-class Noisy(torch.utils.data.Dataset):
-    """Images under random noise that depends on epoch and image alone."""
-
-    def __init__(self, rows) -> None:
-        self.rows, self.epoch = rows, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        noise = np.random.default_rng([self.epoch, index]).integers(0, 80, (32, 32, 3), dtype=np.uint8)
-        return {**row, "image": Image.fromarray(np.asarray(row["image"]) ^ noise)}
+def noise(image: Image.Image) -> Image.Image:
+    """The image with some random pixels added, by two of the generators that augmentations draw from."""
+    drawn = np.random.randint(0, 40, (32, 32, 3)) + torch.randint(40, (32, 32, 3)).numpy()  # noqa: NPY002
+    return Image.fromarray(np.asarray(image) ^ drawn.astype(np.uint8))
 
 
 class Death(TrainerCallback):
@@ -100,7 +89,7 @@ class Death(TrainerCallback):
 
 def live(folder: Path, noisy: bool, *death) -> None:
     """One life: go on from what the one before left whole, and train to the end."""
-    rows = Noisy(images(18)) if noisy else images(18)
+    rows = Augmented(images(18), noise) if noisy else images(18)
     base = tiny_vit(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     model = wrapped(base=base, lora_dropout=0.1)
     trainer = trainer_of(folder / "run", model, rows, callbacks=[Death(folder, *death)], **OPTIONS)

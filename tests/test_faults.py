@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import Noisy
+from lives import noise
 from test_trainer import assert_same, images, names_in, trained, trainer_of
 from transformers import Trainer, TrainerCallback
 
+from shapadapter.augmenting import Augmented
 from shapadapter.errors import CheckpointError
 from shapadapter.training import checkpoints, last_whole_checkpoint, resuming
 from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
@@ -283,7 +284,7 @@ def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
 
 
 def test_a_data_set_knows_its_epoch_after_resuming_in_its_middle(tmp_path):
-    class Rows(Noisy):
+    class Rows(Augmented):
         def set_epoch(self, epoch):
             super().set_epoch(epoch)
             seen.append(epoch)
@@ -293,7 +294,7 @@ def test_a_data_set_knows_its_epoch_after_resuming_in_its_middle(tmp_path):
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 4,
-        "train": Rows(images(12)),
+        "train": Rows(images(12), noise),
     }  # 3 steps an epoch
     trainer = trainer_of(tmp_path, **options)
     trainer.train()
