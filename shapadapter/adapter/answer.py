@@ -61,7 +61,8 @@ def _ends(game: CoalitionGame, evidence: Evidence, own: Tensor | None) -> tuple[
 
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
-    """The base model's loss on logits (B, K): by its problem type cross-entropy, binary cross-entropy or squares."""
+    """The base model's loss on logits (B, K), in fp32: by its problem type cross-entropy, binary cross-entropy or squares."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
         labels = labels.to(logits.dtype)  # whole numbers, too, are targets
     # A model without a head would answer with the loss of language models.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,10 @@ class ModelCall:
     @contextmanager
     def targets(self, model: nn.Module, gradient: bool) -> Iterator[None]:
         """Run coalitions as targets: without gradients, dropout and drop path, unless gradients are asked for."""
-        with ExitStack() as stack:
-            if not gradient:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(evaluating(model))
+        if gradient:
+            yield
+            return
+        with torch.no_grad(), evaluating(model):
             yield
 
 
@@ -166,10 +166,10 @@ def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | N
         raise ImageError(
             f"Expected one of coalition_sizes for each coalition of an image, got {len(sizes)} and {came}."
         )
-    # On the device, where the coalitions are: reading them here would halt it in every step.
     counted = coalitions.sum(dim=2)  # (B, M)
-    message = f"The coalitions have other sizes than coalition_sizes={sizes}."
-    torch._assert_async((counted == counted.new_tensor(sizes)).all(), message)
+    for m, size in enumerate(sizes):
+        # Compared on the device, where the coalitions are: reading them here would halt it in every step.
+        torch._assert_async((counted[:, m] == size).all(), "Coalitions have other sizes than coalition_sizes says.")
     return sizes
 
 
