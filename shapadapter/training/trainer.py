@@ -28,12 +28,12 @@ from .loading import LoadingTrainer
 from .mixing import mixed
 from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
 from .resuming import ResumableTrainer
-from .sharding import prepare_fsdp
+from .sharding import ShardedTrainer, prepare_fsdp
 from .task import check_labels, soft_task
 from .watching import AttributionMaps
 
 
-class ShapleyTrainer(LoadingTrainer, ResumableTrainer):
+class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns
