@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .game import PatchGame
     from .outputs import MatchingOutput, ShapleyOutput
     from .retrieval import retrieval_after_deletion
-    from .training import ShapleyTrainer, ShapleyTrainingArguments
+    from .training import ShapleyTrainer, ShapleyTrainingArguments, last_whole_checkpoint
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
 _LAZY = {
@@ -54,6 +54,7 @@ _LAZY = {
     "attribute": "attributing",
     "evaluate": "evaluation",
     "explain": "explaining",
+    "last_whole_checkpoint": "training",
     "map_agreement": "evaluation",
     "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
@@ -81,6 +82,7 @@ __all__ = [
     "attribute",
     "evaluate",
     "explain",
+    "last_whole_checkpoint",
     "map_agreement",
     "register_family",
     "retrieval_after_deletion",

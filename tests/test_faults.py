@@ -306,6 +306,14 @@ def test_a_data_set_knows_its_epoch_after_resuming_in_its_middle(tmp_path):
     assert_same(trained(trainer.model), trained(again.model), atol=0, rtol=0)
 
 
+def test_a_run_resumed_at_its_end_takes_no_step_more(saved, tmp_path):
+    shutil.copytree(saved[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    trainer = trainer_of(tmp_path, **STEPS, lr_scheduler_type="constant")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert_same(saved[1], trained(trainer.model), atol=0, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "noisy"), [(1, 1), (2, 0)])
 def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path, processes, noisy):

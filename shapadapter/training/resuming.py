@@ -126,9 +126,10 @@ class ResumableTrainer(Trainer):
             if self.is_local_process_zero():
                 warn_passed_over(folder, trouble)
         found = f"none is whole ({'; '.join(troubles)})" if troubles else "there is none"
+        remedy = f", or pass the path of one without {MANIFEST} to use it nevertheless" if troubles else ""
         raise CheckpointError(
             f"Expected a whole checkpoint in {run} to go on from, but {found}. Start again without "
-            f"resume_from_checkpoint, or pass the path of a checkpoint without {MANIFEST} to use it nevertheless."
+            f"resume_from_checkpoint{remedy}."
         )
 
     def _refuse_broken(self, folder: Path) -> None:
@@ -165,6 +166,10 @@ class ResumableTrainer(Trainer):
         return next((found for found in gather_object([mine]) if found), None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last checkpoint: transformers would take one step more before it looks.
+            self.control.should_training_stop = True
+            return None
         # accelerate tells a data set its epoch, but not in an epoch resumed in its middle, nor on several processes.
         dataset = kwargs["train_dataloader"].dataset
         if hasattr(dataset, "set_epoch"):
