@@ -118,7 +118,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         if self.log_attributions < 0 or (self.log_attributions > 0 and self.eval_strategy == IntervalStrategy.NO):
             raise ValueError(
                 "log_attributions is a number of held-out images, drawn at each evaluation: pass one that is not negative, "
-                f"and eval_strategy='steps' or 'epoch'; got {self.log_attributions} and {self.eval_strategy.value!r}."
+                f"and eval_strategy='steps' or 'epoch'; got {self.log_attributions} and {IntervalStrategy(self.eval_strategy).value!r}."
             )
         if self.gradient_checkpointing:
             options: Any = dict(self.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
