@@ -43,6 +43,7 @@ class GuardedRows:
         self.dataset = dataset
         self.corrupt_images = corrupt_images
         self.class_names = class_names
+        self._files: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -52,7 +53,7 @@ class GuardedRows:
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         try:
             return self._read(index)
         except UnreadableImageError as error:
@@ -60,47 +61,60 @@ class GuardedRows:
                 raise
             return {**self._next(index), FAULT: str(error)}
 
-    def _read(self, index: int) -> dict[str, Any]:
-        fault = None
-        try:
-            row = self.dataset[index]
-        except (UnreadableImageError, *DECODING_ERRORS) as error:  # it opens the images itself
-            if not is_damage(error):
-                raise
-            fault, row = f"Cannot read image: {error}", _undecoded_row(self.dataset, index)
-        if not isinstance(row, Mapping):
-            return row  # for a collator that knows what to do with it
-        row = {**row, ROW: index}
-        try:
-            row = open_row(row) if any(name in row for name in IMAGE_COLUMNS) else row
-        except UnreadableImageError as error:
-            fault = str(error)
+    def _read(self, index: int) -> Any:
+        row, fault = self._attempt(index)
         if fault is None:
             return row
+        if self._files is None:
+            self._files = _undecoded(self.dataset)
+        row = {**(self._files[index] if self._files else row), ROW: index}
+        try:
+            open_row(row)
+        except UnreadableImageError as error:
+            fault = str(error)  # which names the file
+        except ImageError:
+            pass
         fault = named(fault, row, self.class_names)
         raise UnreadableImageError(fault if self.corrupt_images == "skip" else f"{fault} {HOW_TO_SKIP}")
 
+    def _attempt(self, index: int) -> tuple[Any, str | None]:
+        """The row with its image opened, and what is wrong with it."""
+        row: Any = {}
+        try:
+            row = self.dataset[index]
+            if not isinstance(row, Mapping):
+                return row, None  # for a collator that knows what to do with it
+            row = {**row, ROW: index}
+            return open_row(row) if any(name in row for name in IMAGE_COLUMNS) else row, None
+        except UnreadableImageError as error:
+            return row, str(error)
+        except DECODING_ERRORS as error:  # the data set opens its images itself
+            if not is_damage(error):
+                raise
+            return row, f"Cannot read image: {error}"
+
     def _next(self, index: int) -> dict[str, Any]:
         for step in range(1, len(self)):
-            with suppress(UnreadableImageError):
-                return self._read((index + step) % len(self))
+            row, fault = self._attempt((index + step) % len(self))
+            if fault is None:
+                return row
         raise UnreadableImageError(f"None of the {len(self)} images of the data set can be read.")
 
 
-def _undecoded_row(dataset: Any, index: int) -> dict[str, Any]:
-    """A row of a data set of `datasets` with the file as it is, or an empty one where it is another."""
+def _undecoded(dataset: Any) -> Any:
+    """The rows with files as they are; an empty list for a data set that does not show them."""
     if isinstance(dataset, Relabelled):
-        return dataset.relabelled(_undecoded_row(dataset.dataset, index))
+        return Relabelled(_undecoded(dataset.dataset), dataset.column, dataset.numbers)
     if isinstance(dataset, Augmented):
-        return _undecoded_row(dataset.dataset, index)
+        return _undecoded(dataset.dataset)
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(dataset, "cast_column"):
-        return dict(dataset[index]) if isinstance(dataset, list) else {}
+        return dataset if isinstance(dataset, list) else []
     dataset = dataset.with_format(None)
     for column, feature in features.items():
         if getattr(feature, "decode", False):
             dataset = dataset.cast_column(column, replace(feature, decode=False))
-    return dataset[index]
+    return dataset
 
 
 def guarded(
