@@ -492,7 +492,7 @@ def test_what_a_transform_may_return():
 @pytest.mark.parametrize("scale", [lambda image: ready(image).numpy(), lambda image: np.asarray(image) / 255])
 def test_scaled_floats_in_an_image_column_are_refused(scale):
     rows = [{"image": scale(row["image"])} for row in images(1)]
-    with pytest.raises(ImageError, match="divide by 255.*pixel_values.*uint8"):
+    with pytest.raises(ImageError, match=r"divide by 255.*pixel_values.*uint8"):
         ImageCollator(processor())(rows)
     ImageCollator(processor())([{"image": np.asarray(row["image"]).astype(float)} for row in images(1)])
 
