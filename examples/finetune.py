@@ -14,6 +14,8 @@ python examples/finetune.py \
     --model_name_or_path facebook/dinov2-small --image_folder photos --output_dir dinov2-photos \
     --logging_steps 10 --eval_strategy epoch
 
+What does not fit on the disk is read while training: `--streaming --max_steps 10000`.
+
 On several GPUs: `accelerate launch --num_processes 2 examples/finetune.py ...` (without them, `torchrun
 --nproc_per_node 2 examples/finetune.py --use_cpu ...`). `--help` lists every argument.
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, DatasetDict, Image, IterableDatasetDict, load_dataset
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 
@@ -47,6 +49,9 @@ class ScriptArguments:
         default="vote", metadata={"help": "The logits: sum of the attributions, or the model's own classifier."}
     )
     tune: Literal["lora", "frozen", "full"] = field(default="lora", metadata={"help": "How the backbone is trained."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training, without storing them; needs --max_steps."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA updates."})
     explained_images: int = field(default=8, metadata={"help": "Held-out images to explain at the end."})
 
@@ -55,17 +60,22 @@ class ScriptArguments:
             raise ValueError("Pass either --dataset_name or --image_folder.")
 
 
-def load_images(args: ScriptArguments, seed: int) -> DatasetDict:
+def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """Splits `train` and `test` with the columns `image` and `label`."""
-    splits = load_dataset(args.dataset_name or "imagefolder", data_dir=args.image_folder)
+    name = args.dataset_name or "imagefolder"
+    splits = load_dataset(name, data_dir=args.image_folder, streaming=args.streaming)
     held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
     if held_out is not None:
-        splits = DatasetDict(train=splits[args.train_split], test=splits[held_out])
+        splits = type(splits)(train=splits[args.train_split], test=splits[held_out])
+    elif args.streaming:
+        raise ValueError(f"A stream cannot be split; pass --test_split, one of {list(splits)}.")
     features = splits[args.train_split].features
     image = next(name for name, feature in features.items() if isinstance(feature, Image))
     label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
     splits = splits.select_columns([image, label])
     splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    if args.streaming:
+        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
     if held_out is not None:
         return splits
     return splits[args.train_split].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
@@ -108,7 +118,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
-    held_out = images["test"].shuffle(seed=training_args.seed)[: args.explained_images]["image"]
+    held_out = [row["image"] for row in images["test"].shuffle(seed=training_args.seed).take(args.explained_images)]
     # In every process: under FSDP and ZeRO-3 each holds a part of the weights.
     explanation = explain(trainer.model, held_out, processor, top_k=3)
     if trainer.is_world_process_zero():

@@ -1,10 +1,12 @@
 """Data that does not fit, or is damaged, or changes with every look: streams, shards, corrupt images, augmentations."""
 
 import errno
+import importlib.util
 import io
 import itertools
 import json
 import random
+import shutil
 import sys
 import tarfile
 import warnings
@@ -199,6 +201,25 @@ def test_a_damaged_file_in_a_stream_is_named_or_left_out(tmp_path):
     assert sum(logs["skipped_images"] for logs in history(trainer)) == 1
     metrics = trainer.evaluate()
     assert (metrics["eval_skipped_images"], metrics["eval_count"]) == (1, 11)
+
+
+def test_the_example_streams(tmp_path):
+    spec = importlib.util.spec_from_file_location("finetune", Path(__file__).parents[1] / "examples" / "finetune.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for index, row in enumerate(images(12)):
+        home = tmp_path / "photos" / ("train" if index < 9 else "test") / ("red", "green", "blue")[row["label"]]
+        home.mkdir(parents=True, exist_ok=True)
+        row["image"].save(home / f"{index}.png")
+    args = {"model_name_or_path": "unused", "image_folder": str(tmp_path / "photos"), "streaming": True}
+    splits = example.load_images(example.ScriptArguments(**args), seed=0)
+    assert splits["train"].features["label"].names == ["blue", "green", "red"]
+    assert (len(list(splits["train"])), len(list(splits["test"]))) == (9, 3)
+    trainer = trainer_of(tmp_path, train=splits["train"], held_out=splits["test"])
+    trainer.train()
+    shutil.rmtree(tmp_path / "photos" / "test")
+    with pytest.raises(ValueError, match=r"pass --test_split, one of \['train'\]"):
+        example.load_images(example.ScriptArguments(**args), seed=0)
 
 
 # -- corrupt images --------------------------------------------------------------------------------------------------
