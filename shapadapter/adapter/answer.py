@@ -73,7 +73,7 @@ def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
 
 def _shared_out(
     call: ModelCall, evidence: Evidence, full: Tensor, null: Tensor, seen: Callable[[Tensor], Tensor] = Tensor.float
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """`full` - `null`, (B, K) each, shared out among the players, by the names of the output's fields.
 
     A player's share is what its cells contribute, moved to the efficiency plane (`project_on_efficiency`). The gradient
