@@ -72,6 +72,8 @@ def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatas
     features = splits[args.train_split].features
     image = next(name for name, feature in features.items() if isinstance(feature, Image))
     label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
+    if args.streaming:  # before anything is done with the columns, or a damaged file would end the stream
+        splits = splits.cast_column(image, Image(decode=False))
     splits = splits.select_columns([image, label])
     splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
     if args.streaming:
