@@ -87,7 +87,9 @@ def write_shards(folder, shards=2, broken=(), label="cls"):
                 content = rows[index]["image"]["bytes"]
                 content = content[:60] if index in broken else content
                 add_file(tar, f"{index:04d}.png", content)
-                add_file(tar, f"{index:04d}.{label}", str(rows[index]["label"]).encode())
+                number_of = rows[index]["label"]
+                text = json.dumps({"label": number_of}) if label == "json" else str(number_of)
+                add_file(tar, f"{index:04d}.{label}", text.encode())
     return str(folder / "shard-*.tar")
 
 
@@ -166,6 +168,16 @@ def test_shards_of_webdataset_train(tmp_path):
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] == 1
     assert trainer.evaluate()["eval_count"] == 12
+
+
+def test_labels_of_shards_in_json(tmp_path):
+    stream = shards(write_shards(tmp_path, label="json", broken=[2]), tmp_path)
+    stream = stream.cast_column("png", datasets.Image(decode=False))
+    stream = stream.map(lambda row: {"label": row["json"]["label"]}, remove_columns="json")
+    trainer = trainer_of(tmp_path, train=stream, corrupt_images="skip")
+    with pytest.warns(UserWarning, match="0002.png"):
+        batches = list(trainer.get_train_dataloader())
+    assert [batch["labels"][batch["readable"]].tolist() for batch in batches] == [[0, 1, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
 
 
 def test_rows_of_shards_by_their_columns():

@@ -56,7 +56,7 @@ def draw_mix(images: int, players: tuple[int, int], alphas: tuple[float, float],
 
 def mix_pictures(pixels: Tensor, mix: Mix, tiling: Tiling) -> Tensor:
     """The mixed pictures (B, C, H, W): mixup (Zhang et al. 2018) blends, cutmix (Yun et al. 2019) puts in whole players."""
-    others = pixels[mix.partners.to(pixels.device)]  # (B, C, H, W)
+    others = pixels[mix.partners.to(pixels.device, non_blocking=True)]  # (B, C, H, W)
     if mix.box is None:
         return mix.share * pixels + (1 - mix.share) * others
     (top, left, height, width), (rows, cols) = mix.box, tiling.players
@@ -70,7 +70,7 @@ def mix_pictures(pixels: Tensor, mix: Mix, tiling: Tiling) -> Tensor:
 def mix_labels(labels: Tensor, mix: Mix, classes: int) -> Tensor:
     """What is in the mixed pictures: class indices (B,) to shares (B, K)."""
     shares = as_shares(labels, classes)  # (B, K)
-    return mix.share * shares + (1 - mix.share) * shares[mix.partners.to(labels.device)]
+    return mix.share * shares + (1 - mix.share) * shares[mix.partners.to(labels.device, non_blocking=True)]
 
 
 def mixed(
