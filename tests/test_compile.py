@@ -1,0 +1,117 @@
+"""torch.compile: one graph for the whole call, with sizes of coalitions that vary, and the same numbers."""
+
+import shutil
+
+import families
+import pytest
+import torch
+import zoo
+from families import wrap
+from test_trainer import trained, trainer_of
+from torch._dynamo.utils import counters
+
+from shapadapter.game import active_layer
+from shapadapter.objective import shapley_loss_of_sums
+from shapadapter.shapley import sample_pairs
+
+KINDS = {
+    "vit": lambda prediction: (wrap("vit", prediction), families.images(3)),
+    "beit": lambda prediction: (wrap(zoo.base("beit"), prediction), zoo.inputs(zoo.ZOO["beit"], 3)["pixel_values"]),
+    "resnet": lambda prediction: (
+        wrap(zoo.base("resnet"), prediction),
+        zoo.inputs(zoo.ZOO["resnet"], 3)["pixel_values"],
+    ),
+}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def step(model, called, pixels, size):
+    """Loss and gradients of `model`, called as it is or compiled, on one pair of coalitions of this size."""
+    players = active_layer(model).tiling(pixels).count
+    drawn = sample_pairs(len(pixels), players, 1, torch.Generator().manual_seed(size), sizes=torch.tensor([size]))
+    sizes = (size, players - size)
+    labels = torch.arange(len(pixels))
+    torch.manual_seed(0)  # dropout
+    output = called(
+        pixel_values=pixels, labels=labels, coalitions=drawn, coalition_sizes=sizes, return_attributions=False
+    )
+    sums, square = output.coalition_attributions, output.expected_square
+    loss = output.loss + shapley_loss_of_sums(sums, square, output.coalition_values, output.null_values)
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {
+        name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+    }
+
+
+def assert_same(one, other, tolerance):
+    assert one[0] == pytest.approx(other[0], rel=1e-4)
+    assert one[1].keys() == other[1].keys()
+    for name, value in one[1].items():
+        torch.testing.assert_close(value, other[1][name], atol=tolerance, rtol=1e-3, msg=name)
+
+
+each_kind = pytest.mark.parametrize(
+    ("kind", "prediction"), [("vit", "vote"), ("vit", "classifier"), ("beit", "vote"), ("resnet", "vote")]
+)
+
+
+@each_kind
+def test_the_explanation_pass_is_one_graph(kind, prediction):
+    model, pixels = KINDS[kind](prediction)
+    with torch.no_grad():
+        plain = model(pixel_values=pixels)
+        found = torch.compile(model, backend="eager", fullgraph=True)(pixel_values=pixels)
+    torch.testing.assert_close(found.logits, plain.logits)
+    torch.testing.assert_close(found.attributions, plain.attributions)
+
+
+@pytest.mark.slow
+@each_kind
+def test_the_training_step_is_one_graph(kind, prediction):
+    model, pixels = KINDS[kind](prediction)
+    model.train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(step(model, compiled, pixels, 1), step(model, model, pixels, 1), 1e-6)
+
+
+def test_a_few_graphs_serve_all_sizes_of_coalitions():
+    model, pixels = KINDS["vit"]("vote")
+    model.train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for size in (5, 9, 1, 15, 2, 14, 7):
+        assert_same(step(model, compiled, pixels, size), step(model, model, pixels, size), 1e-6)
+    # One for the first size, one for all, and those of a single player and of all but one.
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_inductor_computes_the_same():
+    model = wrap(families.build("vit", num_hidden_layers=1), "vote")
+    pixels = families.images(3)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values=pixels).attributions, model(pixel_values=pixels).attributions)
+    model.train()
+    assert_same(step(model, compiled, pixels, 5), step(model, model, pixels, 5), 1e-5)
+
+
+def test_the_trainer_compiles(tmp_path):
+    ends = []
+    for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path / name, max_steps=2, **options)
+        trainer.train()
+        trainer.save_model()
+        ends.append(trained(trainer.model))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-6, rtol=1e-5)
