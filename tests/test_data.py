@@ -177,7 +177,11 @@ def test_labels_of_shards_in_json(tmp_path):
     trainer = trainer_of(tmp_path, train=stream, corrupt_images="skip")
     with pytest.warns(UserWarning, match="0002.png"):
         batches = list(trainer.get_train_dataloader())
-    assert [batch["labels"][batch["readable"]].tolist() for batch in batches] == [[0, 1, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
+    assert [batch["labels"][batch["readable"]].tolist() for batch in batches] == [
+        [0, 1, 0],
+        [1, 2, 0, 1],
+        [2, 0, 1, 2],
+    ]
 
 
 def test_rows_of_shards_by_their_columns():
