@@ -24,8 +24,7 @@ from shapadapter.shapley import sample_pairs
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
-# `--cpu` would start a single process; this way runs two on any machine.
-TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+TWO_PROCESSES = ["--config_file", str(EXAMPLE.parent / "configs" / "cpu-two-processes.yaml")]
 
 # Loaded by every process that finds it on PYTHONPATH: notes which rank opens which file for writing.
 SPY = """
@@ -53,21 +52,24 @@ if trainer.is_world_process_zero():
 """
 
 
-def train_on_given_coalitions(folder, batch_size):
+def train_on_given_coalitions(folder, batch_size, resume=None, **options):
     pairs = sample_pairs(8, PLAYERS, 1, torch.Generator().manual_seed(3), sizes=torch.tensor([5]))
+    usual = {
+        "per_device_train_batch_size": batch_size,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,  # clipping would hide a wrong scale
+        "max_steps": 3,
+        "shapley_warmup": 0.0,
+        "coalition_task_weight": 0.5,
+    }
     trainer = trainer_of(
         folder,
         train=images(8, coalitions=pairs.tolist()),
         data_collator=CoalitionCollator(Processor(size={"height": 32, "width": 32})),
-        per_device_train_batch_size=batch_size,
-        optim="sgd",
-        learning_rate=0.1,
-        max_grad_norm=0.0,  # clipping would hide a wrong scale
-        max_steps=3,
-        shapley_warmup=0.0,
-        coalition_task_weight=0.5,
+        **usual | options,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

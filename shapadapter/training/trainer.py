@@ -27,6 +27,7 @@ from .color import mean_color
 from .loading import LoadingTrainer
 from .mixing import mixed
 from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
+from .repeats import refilled, without_repeats
 from .resuming import ResumableTrainer
 from .sharding import ShardedTrainer, prepare_fsdp
 from .task import check_labels, soft_task
@@ -94,6 +95,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
         super().__init__(model, args, **kwargs)
         self._skipped = Skipped()
         self._share = 1.0  # of the images of a batch that could be read
+        self._counting = True  # whether any image of a batch is not there to fill it up
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
         self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
@@ -216,7 +218,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With `auto_find_batch_size` there are several attempts, and what one left behind is not the next one's.
-        self._sums["train"], self._drawn_at = {}, -1
+        self._sums["train"], self._drawn_at, self._skipped = {}, -1, Skipped()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _measure_fill(self) -> None:
@@ -256,16 +258,20 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the attributions of a whole data set are not gathered."""
         inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["pixel_values"])
+        if not self.matching:  # whose loss is the batch's as a whole
+            inputs, self._counting = without_repeats(inputs, self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         readable, size = inputs.get("readable"), len(outputs.logits)
-        if readable is not None:
-            self._add("eval", "loss", size * loss, size)  # which counts readable images alike, whatever their batch
+        self._add("eval", "loss", size * loss, size)  # which counts images alike, whatever their batch
+        self._counting = True
         if prediction_loss_only:
             return loss.detach(), None, None
         # Similarities to the texts of a batch are nothing to be gathered over batches.
         logits, labels = None if self.matching else outputs.logits.detach(), inputs.get("labels")
-        return loss.detach(), *((logits, labels) if readable is None else in_place(logits, labels, readable))
+        logits, labels = (logits, labels) if readable is None else in_place(logits, labels, readable)
+        return loss.detach(), refilled(logits, rows), refilled(labels, rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
@@ -305,7 +311,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
 
     def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
         added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)
-        added = added * float(self._share > 0)
+        added = added * float(self._share > 0 and self._counting)
         sums = self._sums[mode]
         sums[name] = sums[name] + added if name in sums else added
 
