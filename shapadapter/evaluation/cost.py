@@ -52,11 +52,11 @@ def costs(model: nn.Module, methods: Methods, batch: Predicted) -> dict[str, dic
 def compare(plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, Interval]:
     """The ratio of the median times of two calls, made in turns, and of the memory that they take at most."""
     plain()
-    start = _seconds(plain)
-    repeats = REPEATS if _seconds(other) < 20 * start else 1
-    times = [(_seconds(plain), _seconds(other)) for _ in range(repeats)]
+    start = seconds_of(plain)
+    repeats = REPEATS if seconds_of(other) < 20 * start else 1
+    times = [(seconds_of(plain), seconds_of(other)) for _ in range(repeats)]
     slow, quick = median(b for _, b in times), median(a for a, _ in times)
-    memory = _peak(other) / _peak(plain)
+    memory = peak_memory_of(other) / peak_memory_of(plain)
     return {
         name: Interval(value, float("nan"), float("nan"), 1)
         for name, value in (("time", slow / quick), ("memory", memory))
@@ -87,7 +87,8 @@ def with_merged_lora(model: nn.Module) -> nn.Module:
     return other.eval()
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long a call takes, with all that it has given an accelerator to do."""
     _wait()
     start = time.perf_counter()
     run()
@@ -100,8 +101,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _peak(run: Callable[[], Any]) -> float:
-    """The most bytes that a call had allocated at a time, beyond what was there before it."""
+def peak_memory_of(run: Callable[[], Any]) -> float:
+    """The most bytes that a call had allocated at a time, beyond what was there before it: of the device, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
