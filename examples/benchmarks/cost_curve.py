@@ -1,0 +1,118 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["shapadapter[plot]"]
+# ///
+"""How do time and memory of a training step grow with players, classes, pairs and batch?
+
+python examples/benchmarks/cost_curve.py --output cost
+
+One setting is varied at a time around a ViT-S with 196 players, 10 classes, one pair and 8 images; a step with the Shapley
+objective and a plain one are timed in turns in one process. Beside them, from times of the same process:
+
+- the limit: a plain step and one more forward pass without gradients, since a coalition and its complement have as many
+  tokens together as the image. It is 4/3 where backward costs two forward passes (full tuning), more with LoRA, whose
+  backward costs less;
+- ViT-Shapley: a step of its explainer with 32 masked forward passes of a surrogate per image, which training the surrogate
+  comes before;
+- what explaining one image costs afterwards: KernelSHAP with 512 evaluations, beside one pass.
+
+Writes cost.json and cost.png, and prints the numbers.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from stepping import Setting, Steps, in_turns, memory
+
+from shapadapter.evaluation.cost import seconds_of
+
+CENTRE = Setting(batch=8)
+CURVES = {
+    "players": [49, 100, 196, 256, 400, 576],
+    "classes": [2, 10, 100, 1000, 10000],
+    "pairs": [1, 2, 4, 8],
+    "batch": [1, 2, 4, 8, 16, 32],
+}
+VIT_SHAPLEY_PASSES, KERNEL_SHAP_EVALUATIONS = 32, 512
+
+
+def point(setting: Setting, repeats: int) -> dict[str, float]:
+    """Ratios of time and memory of a step, and of the passes it is compared with, to a plain step."""
+    steps = Steps(setting)
+    step = in_turns(steps.plain_step, steps.our_step, repeats)
+    plain, explaining = steps.passes()
+    passes = in_turns(plain, explaining, repeats)
+    # A plain step as the unit, as slow as the machine was between these two.
+    forward = passes["plain_s"] / min(seconds_of(steps.plain_step) for _ in range(repeats))
+    return {
+        "time": step["ratio"],
+        "least": step["least"],
+        "most": step["most"],
+        "memory": memory(steps.plain_step, steps.our_step),
+        "forward": forward,
+        "explaining": passes["ratio"],
+    }
+
+
+def draw(found: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    """Four curves of time above four of memory."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for column, (name, points) in enumerate(found.items()):
+        values = [int(value) for value in points]
+        series = {key: [one[key] for one in points.values()] for key in next(iter(points.values()))}
+        pairs = [value if name == "pairs" else 1 for value in values]
+        time, space = figure.add_subplot(2, 4, column + 1), figure.add_subplot(2, 4, column + 5)
+        time.fill_between(values, series["least"], series["most"], color="tab:blue", alpha=0.2, linewidth=0)
+        time.plot(values, series["time"], "o-", color="tab:blue", label="with the Shapley objective")
+        limit = [1 + count * forward for count, forward in zip(pairs, series["forward"], strict=True)]
+        time.plot(values, limit, "--", color="tab:gray", label="a plain step + one forward pass per pair")
+        rival = [1 + VIT_SHAPLEY_PASSES * forward for forward in series["forward"]]
+        time.plot(values, rival, ":", color="tab:red", label="a plain step + 32 forward passes (ViT-Shapley)")
+        time.set(title=f"time by {name}", ylabel="plain steps" if column == 0 else "", yscale="log")
+        time.set_yticks([1, 1.5, 2, 4, 8, 16], labels=["1", "1.5", "2", "4", "8", "16"], minor=False)
+        time.set_yticks([], minor=True)
+        space.plot(values, series["memory"], "o-", color="tab:blue")
+        space.axhline(1.0, color="tab:gray", linewidth=0.8)
+        space.set(xlabel=name, ylabel="memory of a plain step" if column == 0 else "", ylim=(0.9, None))
+        for axes in (time, space):
+            axes.set_xscale("log")
+            axes.set_xticks(values, labels=[f"{value:,}" for value in values])
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=8, loc="center left")
+    return figure
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tune", choices=["lora", "full"], default="lora")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    record = given.output / "cost.json"
+    found: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
+    print("| varied | value | time | memory | explaining / predicting | a forward pass, in plain steps |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for name, values in CURVES.items():
+        points = found.setdefault(name, {})
+        for value in values:
+            if str(value) not in points:
+                points[str(value)] = point(replace(CENTRE, tune=given.tune, **{name: value}), given.repeats)
+                record.write_text(json.dumps(found, indent=1))
+            one = points[str(value)]
+            numbers = " | ".join(f"{one[key]:.2f}" for key in ("time", "memory", "explaining", "forward"))
+            print(f"| {name} | {value} | {numbers} |", flush=True)
+    draw(found).savefig(given.output / "cost.png", dpi=120)
+    centre = found["batch"]["1"]
+    ratio = KERNEL_SHAP_EVALUATIONS / centre["explaining"]
+    print(f"One pass explains {ratio:.0f} times as fast as KernelSHAP with {KERNEL_SHAP_EVALUATIONS} evaluations.")
+
+
+if __name__ == "__main__":
+    main()
