@@ -16,8 +16,8 @@ python examples/finetune.py \
 
 What does not fit on the disk is read while training: `--streaming --max_steps 10000`.
 
-On several GPUs: `accelerate launch --num_processes 2 examples/finetune.py ...` (without them, `torchrun
---nproc_per_node 2 examples/finetune.py --use_cpu ...`). `--help` lists every argument.
+On several GPUs: `accelerate launch --config_file examples/configs/multi-gpu-ddp.yaml examples/finetune.py ...`; the
+other files there are for the CPU, FSDP and DeepSpeed. `--help` lists every argument.
 """
 
 from dataclasses import dataclass, field
