@@ -156,6 +156,21 @@ def test_coalition_passes_without_gradient_leave_the_token_out(monkeypatch):
     assert lengths == [18, 7, 13]
 
 
+def test_attention_is_called_once_in_a_block_and_without_a_mask(monkeypatch):
+    model, called = wrap("vit").train(), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query, key, value, attn_mask=None, **options):
+        called.append((query.shape[2], key.shape[2], attn_mask))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    pairs = sample_pairs(2, 16, 1, torch.Generator().manual_seed(0), sizes=torch.tensor([5]))
+    model(pixel_values=families.images(2), coalitions=pairs, coalition_sizes=(5, 11))
+    # The token reads class token and patches, and nobody reads it; a mask would keep flash attention away.
+    assert called == [*[(18, 17, None)] * 2, *[(6, 6, None)] * 2, *[(12, 12, None)] * 2]
+
+
 @pytest.mark.parametrize("sizes", [(5,), (5, 11, 5, 11)])
 def test_sizes_of_another_number_are_refused(sizes):
     pairs = sample_pairs(2, 16, 1, torch.Generator().manual_seed(0), sizes=torch.tensor([5]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import bare, wrapped
 
-from shapadapter.evaluation.cost import _peak, base_alone, compare, with_merged_lora
+from shapadapter.evaluation.cost import peak_memory_of, base_alone, compare, with_merged_lora
 from shapadapter.evaluation.sanity import stability, with_random_parameters
 
 PIXELS = torch.randn(2, 3, 24, 24)
@@ -58,4 +58,4 @@ def test_time_and_memory_are_ratios():
     assert 1.5 < found["time"].mean < 4.5
     if not torch.cuda.is_available():
         assert found["memory"].mean == pytest.approx(4, rel=0.1)
-        assert _peak(small) == pytest.approx(8000, rel=0.1)
+        assert peak_memory_of(small) == pytest.approx(8000, rel=0.1)
