@@ -33,7 +33,7 @@ class Setting:
         model: "vit-s" or "vit-b", with random weights: only time and memory count.
         players: N, a square number.
         classes: K.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", "bf16" for autocast, or "bf16 base" for autocast with the frozen base itself in bf16.
         tune: "lora" on queries and values with a trained classifier, or "full".
         batch: B.
         pairs: of coalitions for each image.
@@ -64,6 +64,8 @@ class Steps:
             ViTConfig(**SIZES[setting.model], image_size=side, patch_size=PATCH, **labels)
         ).to(DEVICE)
         lora = {"r": RANK, "target_modules": TARGETS} if setting.tune == "lora" else {}
+        if setting.precision == "bf16 base":
+            base.to(torch.bfloat16)
         self.setting = setting
         self.adapted = get_peft_model(copy.deepcopy(base), ShapleyConfig(**lora, tune=setting.tune))
         self.plain: nn.Module = base
@@ -97,7 +99,7 @@ class Steps:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast, where that is asked for."""
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.setting.precision == "bf16"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.setting.precision != "fp32"):
             yield
 
     def passes(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
