@@ -22,6 +22,7 @@ from test_finetune_example import launch
 from test_trainer import (
     CLASSES,
     StopAt,
+    arguments,
     assert_same,
     fixed_batch,
     gap,
@@ -35,7 +36,7 @@ from test_trainer import (
 )
 from transformers import ViTImageProcessorPil as Processor
 
-from shapadapter import Augmented, ImageError, ShapleyError
+from shapadapter import Augmented, ImageError, ShapleyError, ShapleyTrainer
 from shapadapter.errors import UnreadableImageError
 from shapadapter.evaluation.data import Rows
 from shapadapter.images import open_image
@@ -315,6 +316,54 @@ def test_metrics_are_of_the_readable_images(tmp_path):
     assert skipped["eval_accuracy"] == plain["eval_accuracy"]
     for name in ("eval_task_loss", "eval_loss"):
         assert skipped[name] == pytest.approx(plain["eval_task_loss"], rel=1e-5)
+
+
+def classes_alone(scores, labels):
+    return scores.argmax(dim=-1)
+
+
+def classes_beside(scores, labels):
+    return scores, scores.argmax(dim=-1)
+
+
+@pytest.mark.parametrize("preprocess", [None, classes_alone, classes_beside])
+@pytest.mark.parametrize("option", [None, "batch_eval_metrics", "eval_do_concat_batches"])
+def test_metrics_of_every_form_are_of_the_readable_images(tmp_path, preprocess, option):
+    seen = []
+
+    def metrics(evaluation, compute_result=True):
+        found = [evaluation.predictions, evaluation.label_ids, evaluation.inputs]
+        seen.extend(zip(*found, strict=True) if isinstance(found[1], list) else [found])
+        return {"count": sum(len(labels) for _, labels, _ in seen)} if compute_result else {}
+
+    trainer = ShapleyTrainer(
+        wrapped(),
+        arguments(
+            tmp_path,
+            corrupt_images="skip",
+            per_device_eval_batch_size=2,
+            include_for_metrics=["inputs"],
+            **({} if option is None else {option: option == "batch_eval_metrics"}),
+        ),
+        eval_dataset=table(files(9, broken=[0, 2, 3, 7])),
+        processing_class=processor(),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=preprocess,
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        assert trainer.evaluate()["eval_count"] == 5
+    for scores, labels, inputs in seen:
+        parts = scores if isinstance(scores, tuple) else (scores,)
+        pixels = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
+        assert {len(part) for part in (*parts, pixels)} == {len(labels)}
+        assert (labels >= 0).all()
+
+
+def test_a_damaged_image_that_only_fills_up_a_batch_is_not_counted(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, corrupt_images="skip")
+    monkeypatch.setattr("shapadapter.training.trainer.without_repeats", lambda inputs, accelerator: (inputs, False))
+    with pytest.warns(UserWarning, match="left out"):
+        assert trainer.evaluate(table(files(2, broken=[0])))["eval_skipped_images"] == 0
 
 
 def test_the_readable_images_of_a_batch_teach_what_they_teach_alone(tmp_path):

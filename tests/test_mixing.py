@@ -337,9 +337,11 @@ def test_resuming_with_mixed_images_equals_an_uninterrupted_run(tmp_path):
 # -- what does not go together ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [{"class_weights": [1.0]}, {"mixup_alpha": 0.5}, {"cutmix_alpha": 1.0}])
+@pytest.mark.parametrize(
+    "asked", [{"class_weights": [1.0]}, {"mixup_alpha": 0.5}, {"cutmix_alpha": 1.0}, {"label_smoothing_factor": 0.1}]
+)
 def test_models_of_other_tasks_are_refused(tmp_path, asked):
-    with pytest.raises(ShapleyError, match=r"_(weights|alpha): only for one class .* not for regression"):
+    with pytest.raises(ShapleyError, match=r"_(weights|alpha|factor): only for one class .* not for regression"):
         trainer_of(tmp_path, wrapped(1), **asked)
     model = matching.wrapped("clip", trained=False)
     with pytest.raises(ShapleyError, match="not for a model that matches images with texts"):
@@ -352,7 +354,7 @@ def test_models_of_other_tasks_are_refused(tmp_path, asked):
 
 def test_several_labels_that_show_only_in_the_data(tmp_path):
     rows = images(8, [[1.0, 0.0, 1.0]] * 8)
-    for asked in ({"mixup_alpha": 0.5}, {"class_weights": [1.0, 1.0, 1.0]}):
+    for asked in ({"mixup_alpha": 0.5}, {"class_weights": [1.0, 1.0, 1.0]}, {"label_smoothing_factor": 0.1}):
         with pytest.raises(ShapleyError, match=r"the number of a class.*torch.float32 of shape \(4, 3\)"):
             trainer_of(tmp_path, train=rows, **asked).train()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -189,17 +190,40 @@ def in_place(logits: Tensor | None, labels: Tensor | None, readable: Tensor) -> 
 def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """The user's metrics, of the images that could be read."""
 
+    @wraps(compute_metrics)  # transformers looks at its arguments
     def compute(evaluation: Any, **options: Any) -> dict[str, Any]:
         predictions, labels = evaluation.predictions, evaluation.label_ids
-        module: Any = torch if isinstance(labels, Tensor) else np
-        flat = labels.reshape(len(labels), -1)  # (rows, 1) or (rows, K)
-        marked = module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED
-        kept = ~(marked.all(1) & module.isnan(predictions).reshape(len(labels), -1).all(1))  # (rows,)
-        inputs = None if evaluation.inputs is None else evaluation.inputs[kept]
-        found = EvalPrediction(predictions[kept], labels[kept], inputs=inputs, losses=evaluation.losses)
-        return compute_metrics(found, **options)
+        batches = isinstance(labels, list)  # eval_do_concat_batches=False: an array for each batch
+        kept = list(map(_were_read, predictions, labels)) if batches else _were_read(predictions, labels)
+        parts = (predictions, labels, evaluation.inputs, evaluation.losses)
+        predictions, labels, inputs, losses = (_rows_of(part, kept) for part in parts)
+        return compute_metrics(EvalPrediction(predictions, labels, inputs=inputs, losses=losses), **options)
 
     return compute
+
+
+def _were_read(predictions: Any, labels: Any) -> Any:
+    """Which rows `in_place` has not marked, (rows,) bool.
+
+    `preprocess_logits_for_metrics` may have made something else of the logits, say classes; then the label alone tells.
+    """
+    module: Any = torch if isinstance(labels, Tensor) else np
+    flat = labels.reshape(len(labels), -1)  # (rows, 1) or (rows, K)
+    marked = (module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED).all(1)  # (rows,)
+    if "float" in str(getattr(predictions, "dtype", "")):
+        marked = marked & module.isnan(predictions).reshape(len(labels), -1).all(1)
+    return ~marked
+
+
+def _rows_of(values: Any, kept: Any) -> Any:
+    """The rows `kept` (rows,) of arrays, and of those in lists, tuples and dicts; lists of batches by lists."""
+    if isinstance(values, Mapping):
+        return {name: _rows_of(value, kept) for name, value in values.items()}
+    if isinstance(kept, list) and isinstance(values, list):
+        return [_rows_of(value, own) for value, own in zip(values, kept, strict=True)]
+    if isinstance(values, list | tuple):
+        return type(values)(_rows_of(value, kept) for value in values)
+    return values[kept] if getattr(values, "ndim", 0) > 0 and len(values) == len(kept) else values
 
 
 class Skipped:

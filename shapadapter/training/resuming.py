@@ -113,7 +113,8 @@ class ResumableTrainer(Trainer):
             return None
         if said == "true":
             return str(self._newest_whole(Path(str(self.args.output_dir))))
-        self._refuse_broken(Path(wish))
+        if trouble := self._trouble(Path(wish)):
+            raise CheckpointError(f"Cannot go on from {wish}: {trouble}. {self._instead_of(Path(wish))}")
         return str(wish)
 
     def _newest_whole(self, run: Path) -> Path:
@@ -132,7 +133,8 @@ class ResumableTrainer(Trainer):
             f"resume_from_checkpoint{remedy}."
         )
 
-    def _refuse_broken(self, folder: Path) -> None:
+    def _trouble(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint that is called by its name: without `complete.json`, as far as it shows."""
         trouble = self._found_anywhere(trouble_with, folder)
         if trouble is not None and not self._found_anywhere(_has_manifest, folder):
             trouble = self._found_anywhere(unreadable_in, folder)
@@ -142,17 +144,23 @@ class ResumableTrainer(Trainer):
                     "known. ShapleyTrainer did not save it, or was stopped while it did.",
                     stacklevel=4,
                 )
-        if trouble is None:
-            return
+        return trouble
+
+    def _instead_of(self, folder: Path) -> str:
+        """What to go on from where this checkpoint is broken."""
         others = (one for one in self._listed(folder.parent) if one.name != folder.name)
         whole = next((one for one in others if self._found_anywhere(trouble_with, one) is None), None)
-        remedy = (
+        return (
             f"Pass {whole} instead." if whole else "No other one beside it is whole: leave resume_from_checkpoint out."
         )
-        raise CheckpointError(f"Cannot go on from {folder}: {trouble}. {remedy}")
 
     def _load_best_model(self) -> None:
-        self._refuse_broken(Path(str(self.state.best_model_checkpoint)))
+        folder = Path(str(self.state.best_model_checkpoint))
+        if trouble := self._trouble(folder):
+            raise CheckpointError(
+                f"The training is over, but its best model cannot be loaded from {folder}: {trouble}. The model still has "
+                "the weights of the last step; trainer.save_model() saves them."
+            )
         super()._load_best_model()
 
     def _listed(self, run: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The task loss where classes have weights or an image has several of them."""
+"""The task loss where classes have weights, labels are smoothed or an image has several of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from .arguments import ShapleyTrainingArguments
 
 IGNORED = -100
 """The label of an image without one, as torch's cross-entropy knows it."""
+
+# Training arguments that say what the task loss is, of one class for each image.
+_OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
 
 
 @dataclass
@@ -65,7 +68,7 @@ def soft_task(
     names: Mapping[int, str] | None,
     own_loss: Any,
 ) -> SoftTask | None:
-    """The task loss of a training with weighted classes or mixed images; None where it is the base model's.
+    """The task loss of a training with weighted classes, smoothed labels or mixed images; else None: the base model's.
 
     Args:
         args: of the training.
@@ -78,7 +81,7 @@ def soft_task(
     Raises:
         ShapleyError: the task is not one class for each image, or its loss is the user's; and as `class_weights`.
     """
-    asked = [name for name in ("class_weights", "mixup_alpha", "cutmix_alpha") if getattr(args, name)]
+    asked = [name for name in _OPTIONS if getattr(args, name)]
     if not asked:
         return None
     what = " and ".join(asked)
@@ -87,9 +90,10 @@ def soft_task(
         raise ShapleyError(
             f"{what}: only for one class for each image, not for {_other(layer, problem)}. Leave it out."
         )
-    if asked != ["class_weights"] and layer.anatomy.family.patches:
+    if layer.anatomy.family.patches and max(args.mixup_alpha, args.cutmix_alpha) > 0:
         raise ShapleyError(
-            f"{what}: this model takes images of many shapes as patches, which are not mixed. Set it to 0."
+            "mixup_alpha and cutmix_alpha: this model takes images of many shapes as patches, which are not mixed. Set them "
+            "to 0."
         )
     if own_loss is not None:
         raise ShapleyError(f"{what} and compute_loss_func both say what the task loss is. Leave one of them out.")
@@ -113,8 +117,8 @@ def check_labels(labels: Tensor) -> None:
     """
     if labels.ndim != 1 or labels.is_floating_point():
         raise ShapleyError(
-            "class_weights, mixup_alpha and cutmix_alpha: expected labels that are the number of a class, one for each "
-            f"image, got {labels.dtype} of shape {tuple(labels.shape)}. Leave them out for regression and several labels."
+            f"{', '.join(_OPTIONS)}: expected labels that are the number of a class, one for each image, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}. Leave them out for regression and several labels."
         )
 
 

@@ -153,8 +153,6 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
             return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
         if self.soft_task is not None:
             return self.soft_task(outputs.logits, labels)
-        if self.label_smoother is not None:
-            return self.label_smoother(outputs, labels)
         if outputs.loss is not None:
             return outputs.loss
         return task_loss(self.accelerator.unwrap_model(self.model), labels, outputs.logits)
@@ -164,7 +162,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
         marked, (inputs, read, images) = "readable" in inputs, readable_rows(inputs)
         # Divided by all images, a batch counts by those it still has, and one without any has no say.
         self._share = read / images if training else float(read > 0)
-        if marked:
+        if marked and self._counting:
             self._skipped.add("train" if training else "eval", read, images)
         if self.matching:
             return {"return_loss": True, **inputs}
@@ -310,7 +308,9 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
             self._add(mode, "logit_spread", counted * outputs.logits.float().std(dim=0, correction=0).mean(), counted)
 
     def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
-        added = torch.stack([part.detach().float(), torch.as_tensor(whole, device=part.device).float()])  # (2,)
+        # Filled in on the device: a number that is brought there would halt it, too.
+        whole = whole if isinstance(whole, Tensor) else part.new_full((), whole, dtype=torch.float32)
+        added = torch.stack([part.detach().float(), whole.detach().float()])  # (2,)
         added = added * float(self._share > 0 and self._counting)
         sums = self._sums[mode]
         sums[name] = sums[name] + added if name in sums else added
