@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from families import wrap
+from test_trainer import fixed_batch, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapadapter.errors import ImageError
@@ -92,9 +93,9 @@ def test_the_shapley_loss_never_moves_the_sum(played):
 
 
 class Asked(TorchDispatchMode):
-    """Notes what makes the host wait for the device: reading a number, or a shape that depends on data."""
+    """Notes what makes the host wait for the device: reading a number or a shape that depends on data, bringing a number."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero", "equal")
+    WAITING = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero", "equal", "lift_fresh")
 
     def __init__(self):
         super().__init__()
@@ -110,6 +111,7 @@ class Asked(TorchDispatchMode):
 def test_a_step_waits_for_the_device_nowhere(played):
     model, inputs, sizes = played
     model.train()
+    model(**inputs)  # BEiT computes its table of positions once
     with Asked() as own, model.disable_adapter():  # CLIP's text tower looks at its mask
         model(**{name: value for name, value in inputs.items() if name != "coalitions"})
     with Asked() as asked:
@@ -118,7 +120,20 @@ def test_a_step_waits_for_the_device_nowhere(played):
     with Asked() as asked:  # that it would notice
         inputs["coalitions"].nonzero()
         inputs["coalitions"].sum().item()
-    assert asked.waited == ["nonzero", "_local_scalar_dense"]
+        torch.as_tensor(1.0)
+    assert asked.waited == ["nonzero", "_local_scalar_dense", "lift_fresh"]
+
+
+def test_the_trainer_adds_no_waiting_to_a_step(tmp_path):
+    trainer = trainer_of(tmp_path)
+    batch = fixed_batch(trainer)
+    batch["coalition_sizes"] = tuple(batch["coalitions"][0].sum(dim=1).tolist())
+    trainer.model.train()
+    trainer.state.max_steps = 1
+    with Asked() as asked:
+        trainer.compute_loss(trainer.model, batch)
+    assert asked.waited == []
+    assert trainer._gather("train")["task_loss"] > 0
 
 
 def test_no_tensor_of_all_players_and_classes_is_kept_for_backward():

@@ -105,7 +105,9 @@ class CoalitionGame:
     def _filled(self, images: Tensor, present: Tensor) -> Tensor:
         colour = self.fill
         if colour is None:
-            colour = images.new_tensor(self.rules.fill_color or [0.0] * images.shape[1])  # (C,)
+            # Filled in on the device: numbers that are brought there would halt it in every step.
+            channels = self.rules.fill_color or [0.0] * images.shape[1]
+            colour = torch.stack([images.new_full((), channel) for channel in channels])  # (C,)
         tiling = self.call.tiling
         return fill_absent(images, present, tiling.players, colour, self.rules.blur, tiling.seen)
 
