@@ -118,15 +118,22 @@ def _matched(
         return MatchingOutput(**embeds)
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
     logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)
+
+    def seen(part: Tensor) -> Tensor:
+        return similarity(model, part, directions, difference=True)
+
+    if call.return_attributions:
+        along = seen(embeds["embedding_attributions"])  # (B, N, T)
+        # Once more: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
+        shared = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
+    else:
+        shared = _shared_out(call, evidence, logits, empty, seen)
     return MatchingOutput(
         loss=texts.loss_of(model, logits),
         logits=logits,
         null_values=empty,
         coalition_values=None if values is None else similarity(model, values, directions),  # (B, M, T)
-        # Moved to the efficiency plane there: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
-        **_shared_out(
-            call, evidence, logits, empty, lambda part: similarity(model, part, directions, difference=True)
-        ),
         text_embeds=directions,
+        **shared,
         **embeds,
     )
