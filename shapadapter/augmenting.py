@@ -72,7 +72,7 @@ class Augmented(Dataset):
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Draw the random numbers of this key, on the CPU, and put the generators back afterwards."""
+    """Draw the random numbers of this key, on the CPU, and put the generators back afterwards; a GPU's goes on as it was."""
     words: Sequence[int] = np.random.SeedSequence(key).generate_state(3).tolist()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:

@@ -227,6 +227,17 @@ def test_drawing_maps_changes_nothing_in_the_training(tmp_path):
     assert ends[0][2] == ends[1][2]
 
 
+def test_drawing_maps_leaves_the_generators_of_gpus_alone(tmp_path, monkeypatch):
+    seeds = []
+    trainer = trainer_of(tmp_path, log_attributions=2, **EVALUATING)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    trainer.evaluate()
+    assert len(list((tmp_path / "attributions").iterdir())) == 1
+    assert seeds == []
+    torch.manual_seed(0)
+    assert seeds == [0]  # that it would notice
+
+
 def test_maps_go_where_the_trainer_reports_to(tmp_path):
     writer = FakeWriter()
     held_out = {"day": images(4), "night": images(6)}

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .glance import some_rows, undisturbed
+from shapadapter.augmenting import seeded
+
+from .glance import some_rows
 from .reading import readable_rows
 
 # Images that are looked at. The mean of 256 is within a few hundredths of a standard deviation of that of all.
@@ -30,7 +32,7 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
         One number for each channel, as the image processor scales them.
     """
     sums: list[Tensor] = []
-    with undisturbed():
+    with seeded(0):
         rows = some_rows(dataset, _IMAGES)
         while batch := list(itertools.islice(rows, _BATCH)):
             inputs, read, _ = readable_rows(collate(batch))

@@ -1,15 +1,11 @@
-"""A look at some rows of a data set that leaves no trace in the training."""
+"""A look at some rows of a data set."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import IterableDataset
 
 
@@ -20,18 +16,3 @@ def some_rows(dataset: Any, count: int) -> Iterator[Any]:
         count = min(len(dataset), count)
         return (dataset[index * len(dataset) // count] for index in range(count))
     return itertools.islice(iter(dataset), count)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Draw the same random numbers every time, and put the generators back: augmentations draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -15,12 +15,13 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
+from shapadapter.augmenting import seeded
 from shapadapter.collator import TEXT_COLUMNS, find_column
 from shapadapter.explaining import explain
 from shapadapter.explanation import Explanation
 from shapadapter.visual import gallery
 
-from .glance import some_rows, undisturbed
+from .glance import some_rows
 
 # Maps beside each image: those of its likeliest classes.
 _CLASSES = 3
@@ -64,7 +65,7 @@ class AttributionMaps(TrainerCallback):
 
     def _explained(self, dataset: Any) -> Explanation:
         trainer: Any = self.trainer
-        with undisturbed(), trainer.compute_loss_context_manager():
+        with seeded(0), trainer.compute_loss_context_manager():
             rows = list(some_rows(dataset, self.images))
             texts = _texts(rows) if trainer.matching else None
             batch = trainer.data_collator(rows)
