@@ -125,7 +125,7 @@ def _matched(
     if call.return_attributions:
         along = seen(embeds["embedding_attributions"])  # (B, N, T)
         # Once more: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
-        shared = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
+        shared: dict[str, Any] = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
     else:
         shared = _shared_out(call, evidence, logits, empty, seen)
     return MatchingOutput(
