@@ -293,9 +293,10 @@ def test_images_without_labels_are_mixed(tmp_path):
     assert gap(before, trained(trainer.model)) > 0
 
 
-def test_each_micro_batch_has_a_mix_of_its_own(tmp_path):
+@pytest.mark.parametrize("drawn", [True, False])  # or brought by the rows
+def test_each_micro_batch_has_a_mix_of_its_own(tmp_path, drawn):
     trainer = spied(tmp_path, mixup_alpha=0.8)
-    batch = {name: value for name, value in fixed_batch(trainer, 4).items() if name != "coalitions"}
+    batch = {name: value for name, value in fixed_batch(trainer, 4).items() if name != "coalitions" or not drawn}
     trainer.model.train()
 
     def mixed(step):

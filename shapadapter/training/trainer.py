@@ -100,7 +100,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
             prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
         self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._draws: dict[str, int] = {"train": 0, "eval": 0}
+        self._draws: dict[str, int] = {"train": 0, "mix": 0, "eval": 0}
         self._drawn_at = -1
         if args.log_attributions > 0:
             self.add_callback(AttributionMaps(self, args.log_attributions))
@@ -171,10 +171,8 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
         alphas = (self.args.mixup_alpha, self.args.cutmix_alpha)
         if not training or max(alphas) == 0:
             return inputs
-        step = self.state.global_step
-        micro_step = self._draws["train"] if self._drawn_at == step else 0
         # The 2 keeps these random numbers apart from those of the coalitions.
-        key = (self.args.seed, 2, step, micro_step, self.args.process_index)
+        key = (self.args.seed, 2, self.state.global_step, self._draw_number("mix"), self.args.process_index)
         return mixed(inputs, alphas, self.layer.tiling(**inputs), self.layer.classes, key)
 
     def _weight(self) -> float:
@@ -183,21 +181,20 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
 
     def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone: a resumed run repeats them."""
-        mode = "train" if training else "eval"
-        if training and self._drawn_at != self.state.global_step:
-            self._drawn_at, self._draws["train"] = self.state.global_step, 0
-        key = [
-            self.args.seed,
-            int(training),
-            self.state.global_step * training,
-            self._draws[mode],
-            self.args.process_index,
-        ]
-        self._draws[mode] += 1
+        number = self._draw_number("train" if training else "eval")
+        key = [self.args.seed, int(training), self.state.global_step * training, number, self.args.process_index]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         images = inputs["pixel_values"]
         players = self.layer.tiling(**inputs).count
         return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator)
+
+    def _draw_number(self, kind: str) -> int:
+        """How many draws of a kind came before: of "train" and "mix" in this step, of "eval" in this evaluation."""
+        if kind != "eval" and self._drawn_at != self.state.global_step:
+            self._drawn_at = self.state.global_step
+            self._draws |= {"train": 0, "mix": 0}
+        self._draws[kind] += 1
+        return self._draws[kind] - 1
 
     def _with_sizes(self, coalitions: Tensor) -> dict[str, Any]:
         """Coalitions (B, M, N) on the device, and their sizes where these are the same for all images.
