@@ -305,6 +305,24 @@ def test_skipped_images_leave_the_others_as_they_are(tmp_path, source):
     assert output.metrics["test_skipped_images"] == 2
 
 
+def test_a_transform_sees_whole_batches_even_of_guarded_rows(tmp_path):
+    counts = []
+
+    def note(rows):
+        counts.append(len(rows["image"]))
+        return rows
+
+    plain = trainer_of(tmp_path, train=table(files(8)).with_transform(note))
+    assert [len(batch["labels"]) for batch in plain.get_train_dataloader()] == counts == [4, 4]
+    damaged = table(files(8, broken=[5])).with_transform(note)
+    counts.clear()
+    trainer = trainer_of(tmp_path, train=damaged, corrupt_images="skip")
+    with pytest.warns(UserWarning, match="picture-5.png"):
+        batches = list(trainer.get_train_dataloader())
+    assert sorted(int(batch["readable"].sum()) for batch in batches) == [3, 4]
+    assert 4 in counts  # the rows beside the damaged one come one by one
+
+
 def test_metrics_are_of_the_readable_images(tmp_path):
     readable = [row for index, row in enumerate(files(9)) if index not in (0, 2, 3, 7)]
     options = {"per_device_eval_batch_size": 2, "compute_metrics": accuracy, "shapley_weight": 0.0}

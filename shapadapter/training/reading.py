@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal
@@ -54,15 +55,26 @@ class GuardedRows:
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
+        return self._item(index)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """The rows of a batch, at once where the data set can: a transform of `datasets` sees whole batches."""
+        rows: list[Any] = [None] * len(indices)
+        if hasattr(self.dataset, "__getitems__"):
+            with suppress(UnreadableImageError, *DECODING_ERRORS):  # which the rows one by one tell again
+                rows = self.dataset.__getitems__(indices)
+        return [self._item(index, row) for index, row in zip(indices, rows, strict=True)]
+
+    def _item(self, index: int, row: Any = None) -> Any:
         try:
-            return self._read(index)
+            return self._read(index, row)
         except UnreadableImageError as error:
             if self.corrupt_images == "fail":
                 raise
             return {**self._next(index), FAULT: str(error)}
 
-    def _read(self, index: int) -> Any:
-        row, fault = self._attempt(index)
+    def _read(self, index: int, row: Any) -> Any:
+        row, fault = self._attempt(index, row)
         if fault is None:
             return row
         if self._files is None:
@@ -77,11 +89,11 @@ class GuardedRows:
         fault = named(fault, row, self.class_names)
         raise UnreadableImageError(fault if self.corrupt_images == "skip" else f"{fault} {HOW_TO_SKIP}")
 
-    def _attempt(self, index: int) -> tuple[Any, str | None]:
-        """The row with its image opened, and what is wrong with it."""
+    def _attempt(self, index: int, known: Any = None) -> tuple[Any, str | None]:
+        """The row, perhaps read already, with its image opened, and what is wrong with it."""
         row: Any = {}
         try:
-            row = self.dataset[index]
+            row = self.dataset[index] if known is None else known
             if not isinstance(row, Mapping):
                 return row, None  # for a collator that knows what to do with it
             row = {**row, ROW: index}
