@@ -20,16 +20,22 @@ On several GPUs: `accelerate launch --config_file examples/configs/multi-gpu-ddp
 other files there are for the CPU, FSDP and DeepSpeed. `--help` lists every argument.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict, Image, IterableDatasetDict, load_dataset
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain
+from shapadapter.errors import UnreadableImageError
+from shapadapter.images import open_image
 from shapadapter.visual import gallery
 
 
@@ -65,11 +71,11 @@ def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatas
     name = args.dataset_name or "imagefolder"
     splits = load_dataset(name, data_dir=args.image_folder, streaming=args.streaming)
     held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is not None:
-        splits = type(splits)(train=splits[args.train_split], test=splits[held_out])
-    elif args.streaming:
+    if held_out is None and args.streaming:
         raise ValueError(f"A stream cannot be split; pass --test_split, one of {list(splits)}.")
-    features = splits[args.train_split].features
+    chosen = {"train": args.train_split} if held_out is None else {"train": args.train_split, "test": held_out}
+    splits = type(splits)({new: splits[old] for new, old in chosen.items()})
+    features = splits["train"].features
     image = next(name for name, feature in features.items() if isinstance(feature, Image))
     label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
     if args.streaming:  # before anything is done with the columns, or a damaged file would end the stream
@@ -80,7 +86,14 @@ def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatas
         splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
     if held_out is not None:
         return splits
-    return splits[args.train_split].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
+    return splits["train"].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
+
+
+def readable(rows: Dataset | IterableDataset) -> Iterator[PIL.Image.Image]:
+    """The images without the damaged ones, which `--corrupt_images skip` has left out before."""
+    for row in rows.cast_column("image", Image(decode=False)):
+        with suppress(UnreadableImageError):
+            yield open_image(row["image"])
 
 
 def accuracy(evaluation: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -120,7 +133,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
-    held_out = [row["image"] for row in images["test"].shuffle(seed=training_args.seed).take(args.explained_images)]
+    held_out = list(islice(readable(images["test"].shuffle(seed=training_args.seed)), args.explained_images))
     # In every process: under FSDP and ZeRO-3 each holds a part of the weights.
     explanation = explain(trainer.model, held_out, processor, top_k=3)
     if trainer.is_world_process_zero():

@@ -87,7 +87,9 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
         curve(figure.add_subplot(2, 5, column + 1), figure.add_subplot(2, 5, column + 6), name, found[name])
     figure.axes[0].set_ylabel("plain steps")
     figure.axes[1].set_ylabel("memory of a plain step")
-    figure.axes[0].legend(fontsize=7, loc="center left")
+    legend = figure.add_subplot(2, 5, 10)
+    legend.axis("off")
+    legend.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, loc="upper left", frameon=False)
     bars = figure.add_subplot(2, 5, 5)
     ways = found["afterwards"]
     drawn = bars.barh(list(ways), list(ways.values()), color=["tab:blue", "tab:cyan", "tab:red"])
@@ -99,8 +101,8 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
 
 def curve(time: Axes, space: Axes, name: str, points: dict[str, dict[str, float]]) -> None:
     """Time and memory of a step as one setting grows."""
-    values = [int(value) for value in points]
-    series = {key: [one[key] for one in points.values()] for key in next(iter(points.values()))}
+    values = CURVES[name]
+    series = {key: [points[str(value)][key] for value in values] for key in points[str(values[0])]}
     pairs = [value if name == "pairs" else 1 for value in values]
     limit = [1 + count * forward for count, forward in zip(pairs, series["forward"], strict=True)]
     rival = [1 + VIT_SHAPLEY_PASSES * forward for forward in series["forward"]]
@@ -108,6 +110,7 @@ def curve(time: Axes, space: Axes, name: str, points: dict[str, dict[str, float]
     time.plot(values, series["time"], "o-", color="tab:blue", label="with the Shapley objective")
     time.plot(values, limit, "--", color="tab:gray", label="plain + one forward pass per pair")
     time.plot(values, rival, ":", color="tab:red", label="plain + 32 forward passes (ViT-Shapley)")
+    time.axhline(4 / 3, color="tab:green", linewidth=0.8, label="4/3: one pass more, backward costing two")
     time.set(title=f"time by {name}", yscale="log", ylim=(0.95, 24))
     time.set_yticks([1, 1.5, 2, 4, 8, 16], labels=["1", "1.5", "2", "4", "8", "16"])
     time.set_yticks([], minor=True)
@@ -116,7 +119,7 @@ def curve(time: Axes, space: Axes, name: str, points: dict[str, dict[str, float]
     space.set(xlabel=name, ylim=(0.9, 2.0))
     for axes in (time, space):
         axes.set_xscale("log")
-        axes.set_xticks(values, labels=[f"{value:,}" for value in values])
+        axes.set_xticks(values, labels=[f"{value:,}" for value in values], fontsize=8)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)
 
