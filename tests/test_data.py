@@ -220,10 +220,31 @@ def test_a_damaged_file_in_a_stream_is_named_or_left_out(tmp_path):
     assert (metrics["eval_skipped_images"], metrics["eval_count"]) == (1, 11)
 
 
-def test_the_example_streams(tmp_path):
+def the_example():
     spec = importlib.util.spec_from_file_location("finetune", Path(__file__).parents[1] / "examples" / "finetune.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_example_takes_any_split_and_explains_what_can_be_read(tmp_path, streaming):
+    example = the_example()
+    for index, row in enumerate(images(18)):
+        split = ("train", "validation", "test")[index // 6]
+        home = tmp_path / "photos" / split / ("red", "green", "blue")[row["label"]]
+        home.mkdir(parents=True, exist_ok=True)
+        row["image"].resize((8 + index // 6, 8)).save(home / f"{index}.png")
+    (tmp_path / "photos" / "test" / "green" / "13.png").write_bytes(b"no image")
+    args = example.ScriptArguments("unused", image_folder=str(tmp_path / "photos"), streaming=streaming)
+    args.train_split = "validation"
+    splits = example.load_images(args, seed=0)
+    assert {image.width for image in example.readable(splits["train"])} == {9}
+    assert [image.width for image in example.readable(splits["test"])] == [10] * 5
+
+
+def test_the_example_streams(tmp_path):
+    example = the_example()
     for index, row in enumerate(images(12)):
         home = tmp_path / "photos" / ("train" if index < 9 else "test") / ("red", "green", "blue")[row["label"]]
         home.mkdir(parents=True, exist_ok=True)
