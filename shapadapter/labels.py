@@ -83,6 +83,23 @@ def as_model_counts(dataset: Any, names: Mapping[int, str] | None, remedy: str) 
     return Relabelled(dataset, column, numbers)
 
 
+def names_for_numbers(dataset: Any, names: Mapping[int, str] | None) -> dict[int, str] | None:
+    """The names that a data set has for the classes of a model which calls them LABEL_0, LABEL_1, ...
+
+    Args:
+        dataset: what names its classes is a `ClassLabel` of `datasets`.
+        names: of the model's classes, by index.
+
+    Returns:
+        As many names as the model has classes, by index; None where the data set has others, or the model its own.
+    """
+    _, own = _named(dataset)
+    nameless = [f"LABEL_{index}" for index in range(len(own))]
+    if not own or _are_numbers(own) or [str(name) for name in (names or {}).values()] != nameless:
+        return None
+    return dict(enumerate(own))
+
+
 def _named(dataset: Any) -> tuple[str | None, list[str]]:
     """The column of labels and the names of its classes, if it has names."""
     features = getattr(dataset, "features", None)

@@ -11,7 +11,7 @@ import pytest
 import texts
 import torch
 import zoo
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as Processor
@@ -667,6 +667,39 @@ def test_a_constant_model_is_named(tmp_path):
                 value.zero_()
     with pytest.warns(ShapleyCollapseWarning, match="shapley_warmup"):
         trainer.train()
+
+
+def test_a_constant_model_is_named_once(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=0.0, head_learning_rate=0.0, shapley_warmup=0.0, max_steps=4)
+    with torch.no_grad():
+        for name, value in trainer.model.named_parameters():
+            if "shapley_vote" in name:
+                value.zero_()
+    with pytest.warns(ShapleyCollapseWarning) as found:
+        trainer.train()
+    assert sum(issubclass(one.category, ShapleyCollapseWarning) for one in found) == 1
+
+
+def test_a_model_without_names_takes_those_of_the_data(tmp_path):
+    named = datasets.ClassLabel(names=["ant", "bee", "cat"])
+    model = wrapped()
+    assert list(model.config.id2label.values()) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    trainer = trainer_of(tmp_path, model, images().cast_column("label", named), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    explanation = explain(trainer.model, [Image.new("RGB", (32, 32))], Processor(size={"height": 32, "width": 32}))
+    assert explanation.labels == ("ant", "bee", "cat")
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+
+
+def test_a_model_with_names_keeps_them(tmp_path):
+    mine = {0: "red", 1: "green", 2: "blue"}
+    base = tiny_vit()
+    base.config.id2label = dict(mine)
+    model = wrapped(base=base)
+    trainer_of(tmp_path, model, images().cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"])))
+    assert model.config.id2label == mine
 
 
 def test_a_healthy_model_is_not_warned_about(tmp_path):

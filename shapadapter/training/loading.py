@@ -9,11 +9,27 @@ from transformers import Trainer
 
 from shapadapter.collator import FAULT, IMAGE_COLUMNS, ROW, TEXT_COLUMNS
 from shapadapter.images import undecoded
-from shapadapter.labels import LABEL_COLUMNS, as_model_counts
+from shapadapter.labels import LABEL_COLUMNS, as_model_counts, names_for_numbers
 
 from .arguments import ShapleyTrainingArguments
 from .checks import LABEL_REMEDY
 from .reading import guarded
+
+
+def class_names(base: Any, adapter: Any, dataset: Any) -> Mapping[int, str] | None:
+    """The names of the model's classes, by index; those of the training data where it had none, which it then has.
+
+    Args:
+        base: the base model.
+        adapter: config of the active adapter, which keeps the names for the checkpoint.
+        dataset: the training data.
+    """
+    config: Any = getattr(base, "config", None)
+    found = names_for_numbers(dataset, getattr(config, "id2label", None))
+    if found is not None:
+        config.id2label, adapter.id2label = dict(found), dict(found)
+        config.label2id = {name: index for index, name in found.items()}
+    return getattr(config, "id2label", None)
 
 
 class LoadingTrainer(Trainer):

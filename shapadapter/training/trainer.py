@@ -24,7 +24,7 @@ from shapadapter.texts import text_rules
 from .arguments import ShapleyTrainingArguments
 from .checks import check_classes, check_game, check_setting, is_constant
 from .color import mean_color
-from .loading import LoadingTrainer
+from .loading import LoadingTrainer, class_names
 from .mixing import mixed
 from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
 from .repeats import refilled, without_repeats
@@ -76,7 +76,8 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
         self.matching = self.layer.anatomy.kind == "matching"
         rules = text_rules(model) if self.matching else None
         config: Any = getattr(base_of(model), "config", None)
-        names = None if self.matching else getattr(config, "id2label", None)
+        adapter = model.peft_config[self.layer.active]
+        names = None if self.matching else class_names(base_of(model), adapter, kwargs.get("train_dataset"))
         self.class_names = names
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
             kwargs.get("processing_class"), rules, args.truncate_texts, args.corrupt_images, names
@@ -102,6 +103,7 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "mix": 0, "eval": 0}
         self._drawn_at = -1
+        self._collapsed = False  # of a collapse; once is enough
         if args.log_attributions > 0:
             self.add_callback(AttributionMaps(self, args.log_attributions))
 
@@ -325,7 +327,10 @@ class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
 
     def _warn_if_collapsed(self, spread: float) -> None:
         warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
-        if self.args.shapley_weight > 0 and warmed_up and is_constant(spread, self.layer.classes):
+        if self._collapsed or not (self.args.shapley_weight > 0 and warmed_up):
+            return
+        self._collapsed = is_constant(spread, self.layer.classes)
+        if self._collapsed:
             warnings.warn(
                 f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. "
                 "The Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, "
