@@ -473,7 +473,7 @@ def test_workers_skip_count_and_warn_once(tmp_path, workers):
 def test_a_worker_names_the_row(tmp_path):
     rows = table(files(4, broken=[2]))
     trainer = trainer_of(tmp_path, train=rows, dataloader_num_workers=1)
-    with pytest.raises(UnreadableImageError, match=r"picture-2.png'.*row 2, class 'LABEL_2'"):
+    with pytest.raises(UnreadableImageError, match=r"picture-2.png'.*row 2, class 'blue'"):
         list(trainer.get_train_dataloader())
 
 
