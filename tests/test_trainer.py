@@ -780,12 +780,14 @@ def test_the_coalition_fit_does_not_depend_on_the_batch_size(tmp_path):
 
 
 class CountTensors(TrainerCallback):
-    """How many tensors are alive after each step."""
+    """How many tensors are alive after the third step and the last."""
 
     def __init__(self):
         self.counts = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step not in (3, 12):  # looking at every object there is takes its time
+            return
         gc.collect()
         self.counts.append(sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects()))
 
@@ -793,7 +795,8 @@ class CountTensors(TrainerCallback):
 def test_nothing_piles_up_where_nothing_is_logged(tmp_path):
     counter = CountTensors()
     trainer_of(tmp_path, max_steps=12, logging_strategy="no", callbacks=[counter]).train()
-    assert counter.counts[-1] == counter.counts[2]
+    first, last = counter.counts
+    assert first == last
 
 
 def test_removing_unused_columns_keeps_the_image(tmp_path):
