@@ -115,3 +115,11 @@ def test_the_trainer_compiles(tmp_path):
     assert ends[0].keys() == ends[1].keys()
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_wrong_sizes_are_refused_in_a_graph_too():
+    model, pixels = KINDS["vit"]("vote")
+    drawn = sample_pairs(3, 16, 1, torch.Generator().manual_seed(0), sizes=torch.tensor([5]))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # which drops what nobody uses
+    with torch.no_grad(), pytest.raises(RuntimeError, match="other sizes than coalition_sizes"):
+        compiled(pixel_values=pixels, coalitions=drawn, coalition_sizes=(6, 10))
