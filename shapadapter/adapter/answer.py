@@ -90,6 +90,7 @@ def _shared_out(
     full, null = full.detach().float(), null.detach()
 
     def attributions() -> Tensor:
+        """Every player's share, (B, N, K)."""
         raw = call.tiling.attributions(evidence.contributions())  # (B, cells, P) -> (B, N, P)
         return project_on_efficiency(seen(raw), full, null)  # (B, N, K)
 
@@ -120,6 +121,7 @@ def _matched(
     logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)
 
     def seen(part: Tensor) -> Tensor:
+        """Differences of embeddings (..., P) along the texts, (..., T)."""
         return similarity(model, part, directions, difference=True)
 
     if call.return_attributions:
