@@ -1,11 +1,10 @@
 """What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from shapadapter.errors import CheckpointError, ClassNotFoundError
+from shapadapter.classes import find_class, some
+from shapadapter.errors import CheckpointError
+from shapadapter.exchange import as_dict, as_numpy, as_shap
 from shapadapter.files import read_explanation, write_explanation
 from shapadapter.refinement import relative_error
 
@@ -98,7 +99,7 @@ class Explanation:
             raise ValueError("Expected at least one player, one shown class and one pixel.")
         ordered = self.classes.sort(dim=1).values  # (B, C)
         if ((ordered < 0) | (ordered >= classes)).any() or (ordered.diff(dim=1) == 0).any():
-            raise ValueError(f"Expected different classes in 0..{classes - 1}, but got {_some(ordered.tolist())}.")
+            raise ValueError(f"Expected different classes in 0..{classes - 1}, but got {some(ordered.tolist())}.")
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -169,7 +170,7 @@ class Explanation:
             ClassNotFoundError: If the model has no such class.
             ValueError: If the class was not among the columns computed for every image.
         """
-        return self._column(self.attributions, name_or_id)
+        return self.column(self.attributions, name_or_id)
 
     def interval(self, name_or_id: str | int | None = None, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Where the Shapley values of one class are, as far as refinement can tell.
@@ -193,18 +194,18 @@ class Explanation:
         if not 0 < level < 1:
             raise ValueError(f"Expected a level between 0 and 1, such as 0.95, but got {level}.")
         parts = (self.attributions, self.standard_errors)
-        values, errors = (self._best(part) if name_or_id is None else self._column(part, name_or_id) for part in parts)
+        values, errors = (self._best(part) if name_or_id is None else self.column(part, name_or_id) for part in parts)
         reach = NormalDist().inv_cdf((1 + level) / 2) * errors  # (B, rows, cols)
         return values - reach, values + reach
 
-    def _column(self, values: Tensor, name_or_id: str | int) -> Tensor:
-        """The entries of one class, (B, rows, cols), of values (B, rows, cols, C)."""
+    def column(self, values: Tensor, name_or_id: str | int) -> Tensor:
+        """The entries of one class, (B, rows, cols), of values (B, rows, cols, C); raises as `for_label` does."""
         index = self.class_index(name_or_id)
         found = self.classes == index  # (B, C)
         missing = (~found.any(dim=1)).nonzero().flatten().tolist()  # (B, C) -> (B,) -> list
         if missing:
             raise ValueError(
-                f"Class {self.labels[index]!r} was not among the columns computed for image {_some(missing)}. Explain "
+                f"Class {self.labels[index]!r} was not among the columns computed for image {some(missing)}. Explain "
                 f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
             )
         column = found.int().argmax(dim=1)  # (B, C) -> (B,)
@@ -266,6 +267,33 @@ class Explanation:
 
         return write_page(self, path, title=title)
 
+    def to_numpy(self) -> dict[str, NDArray[Any]]:
+        """All tensors as numpy arrays, copied, by their names here: `numpy.savez("why.npz", **explanation.to_numpy())`."""
+        return as_numpy(self._tensors())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What json takes: an entry for each image, with the shown classes best first; without the pixels.
+
+        A class has `label`, `index`, `logit`, `probability`, `null_value`, `sum` and `attributions` (rows lists of cols
+        numbers), with refinement `standard_errors`; a number that is not finite is None.
+        """
+        return as_dict(self)
+
+    def to_shap(self, label: str | int | None = None) -> Any:
+        """A `shap.Explanation`, for the plots of the shap library.
+
+        Args:
+            label: None for `shap.plots.image`, with values (B, rows, cols, 1, C) of the shown classes; a class name or index
+                for `shap.plots.waterfall`, `bar`, `beeswarm` and others, which show N named features: values (B, N), with
+                a player's mean brightness, in 0..1, as the feature's value.
+
+        Raises:
+            ImportError: The shap library is missing.
+            ClassNotFoundError: If the model has no such class.
+            ValueError: If the class was not computed for every image.
+        """
+        return as_shap(self, label)
+
     def save(self, directory: str | Path) -> Path:
         """Write the explanation as `explanation.safetensors` and `explanation.json`.
 
@@ -303,33 +331,6 @@ class Explanation:
             raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
 
 
-def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
-    """Find a class by its name, or check its index.
-
-    Args:
-        labels: The K class names.
-        name_or_id: A class name, exactly as in `labels`, or a class index.
-
-    Returns:
-        The class index, in 0..K-1.
-
-    Raises:
-        ClassNotFoundError: If there is no such class, or several classes share the name.
-    """
-    if not isinstance(name_or_id, str):
-        if 0 <= name_or_id < len(labels):
-            return int(name_or_id)
-        raise ClassNotFoundError(f"There is no class {name_or_id}: the classes are 0..{len(labels) - 1}.")
-    found = [index for index, label in enumerate(labels) if label == name_or_id]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
-    close = difflib.get_close_matches(name_or_id, labels, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {_some(labels)}."
-    raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
-
-
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     plain = value.dtype == dtype and value.device.type == "cpu" and not value.requires_grad
     if tuple(value.shape) != shape or not plain:
@@ -337,11 +338,6 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
             f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {value.dtype} on "
             f"{value.device} of shape {tuple(value.shape)}{', requiring grad' if value.requires_grad else ''}."
         )
-
-
-def _some(values: Iterable[object]) -> str:
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:10]) + (f", ... ({len(texts)} in all)" if len(texts) > 10 else "")
 
 
 def _counted(evaluations: Tensor) -> str:

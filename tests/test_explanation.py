@@ -281,7 +281,9 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in foreign} == {"numpy", "shapadapter", "torch"}
     assert {n for n in foreign if n.startswith("shapadapter")} == {
+        "shapadapter.classes",
         "shapadapter.errors",
+        "shapadapter.exchange",
         "shapadapter.files",
         "shapadapter.refinement",
     }
