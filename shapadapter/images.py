@@ -47,7 +47,14 @@ def open_image(image: Any) -> Any:
         if isinstance(content, str | io.BytesIO) or hasattr(content, "__fspath__"):
             with Image.open(content) as file:
                 return _upright(file)
-    except DECODING_ERRORS as error:
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(
+            f"Cannot read image {_name(image)}, which unpacks to too much: {error} If it comes from where you trust it, set "
+            "PIL.Image.MAX_IMAGE_PIXELS to a larger number first."
+        ) from error
+    except (*DECODING_ERRORS, ValueError) as error:  # Pillow raises the latter for texts that unpack to too much
         kind = UnreadableImageError if is_damage(error) else ImageError
         raise kind(f"Cannot read image {_name(image)}: {error}") from error
     if content is None:
