@@ -6,15 +6,19 @@ Importing the package registers the PEFT method `SHAPLEY` and does nothing else.
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-from .adapter import ShapleyConfig, ShapleyModel, register
-
-register()
+# Our own command alone does without: its subcommands import what they need, and `--help` need not wait for torch.
+_PROGRAM = Path((getattr(sys, "argv", None) or [""])[0]).stem
+if _PROGRAM != "shapadapter":
+    from . import adapter  # noqa: F401 - registers the method
 
 if TYPE_CHECKING:
+    from .adapter import ShapleyConfig, ShapleyModel
     from .attributing import attribute
     from .augmenting import Augmented
     from .backbone import register_family
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from .explaining import explain
     from .explanation import Explanation
     from .game import PatchGame
+    from .loading import load
     from .outputs import MatchingOutput, ShapleyOutput
     from .retrieval import retrieval_after_deletion
     from .training import ShapleyTrainer, ShapleyTrainingArguments, last_whole_checkpoint
@@ -46,7 +51,9 @@ _LAZY = {
     "MatchingOutput": "outputs",
     "PatchGame": "game",
     "ShapleyCollapseWarning": "errors",
+    "ShapleyConfig": "adapter",
     "ShapleyError": "errors",
+    "ShapleyModel": "adapter",
     "ShapleyOutput": "outputs",
     "ShapleyTrainer": "training",
     "ShapleyTrainingArguments": "training",
@@ -55,7 +62,9 @@ _LAZY = {
     "evaluate": "evaluation",
     "explain": "explaining",
     "last_whole_checkpoint": "training",
+    "load": "loading",
     "map_agreement": "evaluation",
+    "register": "adapter",
     "register_family": "backbone",
     "retrieval_after_deletion": "retrieval",
 }
@@ -83,6 +92,7 @@ __all__ = [
     "evaluate",
     "explain",
     "last_whole_checkpoint",
+    "load",
     "map_agreement",
     "register_family",
     "retrieval_after_deletion",

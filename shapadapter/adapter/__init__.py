@@ -1,4 +1,7 @@
-"""The PEFT adapter: configuration, layer (token and head), tuner, registration."""
+"""The PEFT adapter: configuration, layer (token and head), tuner, registration.
+
+Importing it makes the method `SHAPLEY` known to PEFT.
+"""
 
 from .config import ShapleyConfig
 from .layer import ShapleyLayer
@@ -6,3 +9,5 @@ from .model import ShapleyModel
 from .registration import register
 
 __all__ = ["ShapleyConfig", "ShapleyLayer", "ShapleyModel", "register"]
+
+register()
