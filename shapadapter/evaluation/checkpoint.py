@@ -9,9 +9,9 @@ from typing import Any
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.errors import ShapleyError
 from shapadapter.files import write_together
+from shapadapter.loading import load
 
 from .evaluating import evaluate
-from .loading import load_checkpoint
 from .methods import unknown
 from .plan import METHODS
 from .result import Evaluation
@@ -20,12 +20,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: Path, masks: Path | None, methods: tuple[str, ...], output: Path | None, **settings: Any
+    checkpoint: str | Path,
+    data: Path,
+    masks: Path | None,
+    methods: tuple[str, ...],
+    output: Path | None,
+    **settings: Any,
 ) -> Evaluation:
     """Load an adapter and images, evaluate, and write the results.
 
     Args:
-        checkpoint: a folder with `adapter_config.json`, which names the base model.
+        checkpoint: the folder of an adapter, which names its base model; or its name on the Hub.
         data: a folder with a subfolder of images for each class.
         masks: a folder with a png mask at the same relative path for each image; None without.
         methods: to compare, those of `evaluate` by default.
@@ -45,7 +50,7 @@ def evaluate_checkpoint(
             raise ShapleyError(unknown(name))
     if output is not None:
         _check_output(output, checkpoint)
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load(checkpoint)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
@@ -62,7 +67,7 @@ def evaluate_checkpoint(
     return result
 
 
-def _check_output(output: Path, checkpoint: Path) -> None:
+def _check_output(output: Path, checkpoint: str | Path) -> None:
     """Refuse a folder with the evaluation of another adapter.
 
     Raises:
@@ -70,7 +75,7 @@ def _check_output(output: Path, checkpoint: Path) -> None:
     """
     file = output / "evaluation.json"
     other = Evaluation.load(file).about.get("checkpoint") if file.is_file() else None
-    if other is not None and Path(other).resolve() != checkpoint.resolve():
+    if other is not None and Path(other).resolve() != Path(checkpoint).resolve():
         raise ShapleyError(f"{output} holds the evaluation of {other}. Choose another --output for {checkpoint}.")
 
 

@@ -12,7 +12,7 @@ from small import NAMES, bare, pictures, processor, wrapped
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
-from shapadapter import Evaluation, ShapleyConfig, ShapleyError
+from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
 from shapadapter.evaluation import checkpoint as command
 from shapadapter.evaluation import evaluate_checkpoint
@@ -95,7 +95,7 @@ def test_an_adapter_with_a_new_classifier_of_the_base_s_own(folders, tmp_path):
     base = ViTForImageClassification.from_pretrained(folders / "base", num_labels=3, ignore_mismatched_sizes=True)
     model = get_peft_model(base, ShapleyConfig(r=4, prediction="classifier", modules_to_save=["classifier"])).eval()
     model.save_pretrained(tmp_path / "adapter")
-    loaded, _ = command.load_checkpoint(tmp_path / "adapter")
+    loaded, _ = load(tmp_path / "adapter")
     pixels = torch.randn(1, 3, 24, 24)
     assert torch.equal(loaded.eval()(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
 
@@ -106,12 +106,12 @@ def test_a_base_whose_path_was_saved_from_elsewhere(folders, tmp_path, saved):
     shutil.copytree(folders / "adapter", tmp_path / "run" / "adapter")
     file = tmp_path / "run" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": saved}))
-    loaded, _ = command.load_checkpoint(tmp_path / "run" / "adapter")
+    loaded, _ = load(tmp_path / "run" / "adapter")
     pixels = torch.randn(1, 3, 24, 24)
     assert torch.equal(loaded.eval()(pixel_values=pixels).logits, wrapped()(pixel_values=pixels).logits)
     shutil.rmtree(tmp_path / "run" / "base")
     with pytest.raises(ShapleyError, match=f"base model {saved} .* is not there"):
-        command.load_checkpoint(tmp_path / "run" / "adapter")
+        load(tmp_path / "run" / "adapter")
 
 
 def test_what_is_not_there_is_said_in_one_line(folders, tmp_path):

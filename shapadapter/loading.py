@@ -1,0 +1,264 @@
+"""Load an adapter from a folder or from the Hub, with the base model it names and the processor of either."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
+
+from .adapter.registration import NAME
+from .errors import ShapleyError
+from .game import active_layer
+from .remote import HUB_ERRORS, hub_trouble
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
+"""All that processors of images, or of images and texts, are saved as."""
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load an adapter on its base model, and the processor that goes with them.
+
+    Weights are read from safetensors only. From the Hub comes what is needed, and no more: the adapter's two files, the
+    processor's, and the base model.
+
+    Args:
+        checkpoint: the folder of an adapter, or its name on the Hub.
+        base: the base model, where it is not to be found under the name the adapter was saved with: a folder, or another
+            name on the Hub. Its weights must be the same.
+        revision: branch, tag or commit of the adapter's repository; that of the base is written in the adapter.
+        device: e.g. `"cpu"` or `"cuda:1"`; None for the GPU if there is one.
+        dtype: of the base's weights, e.g. `torch.bfloat16` or `"bfloat16"`; None as they were saved. The adapter's own
+            stay as they are.
+        token: for private repositories; None for that of `hf auth login`.
+        trust_remote_code: whether a base with code of its own on the Hub may run it here.
+
+    Returns:
+        The wrapped model, in eval mode, and its image processor; for a model that matches images with texts, the
+        processor of both.
+
+    Raises:
+        ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
+            safetensors.
+        CheckpointError: a file is damaged, or the base is not the one the adapter was made for.
+    """
+    name, place, kind = str(checkpoint), _device(device), _dtype(dtype)
+    folder = _folder(name, revision, token)
+    config = _config(folder, name)
+    root, commit = _root(name, folder, config, base)
+    options = {"revision": commit, "token": token, "trust_remote_code": trust_remote_code}
+    bare = _base_model(name, root, config, {**options, "dtype": kind})
+    model = PeftModel.from_pretrained(bare, str(folder)).eval()
+    own = any((folder / file).is_file() for file in PROCESSOR_FILES[:2])
+    processor = _processor(model, str(folder) if own else root, {} if own else options)
+    return model.to(place), processor
+
+
+def _folder(name: str, revision: str | None, token: str | bool | None) -> Path:
+    """Where the adapter's files are, after they were fetched from the Hub if need be.
+
+    Raises:
+        ShapleyError: there is neither such a folder nor such a repository, or the revision is missing.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ShapleyError(
+                f"revision={revision!r} is one of a repository on the Hub, but {name} is a folder here."
+            )
+        return Path(name)
+    if is_path(name):
+        raise ShapleyError(f"There is no folder {name}.")
+    wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
+    except HUB_ERRORS as error:
+        trouble = hub_trouble(error, name, revision)
+        if trouble is None:
+            raise
+        raise ShapleyError(f"{name} is no folder here. {trouble}") from error
+
+
+def _config(folder: Path, name: str) -> Any:
+    """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there.
+
+    Raises:
+        ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f" There is one in {folder / inside[-1]}." if inside else ""
+        raise ShapleyError(f"{name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{hint}")
+    kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    if kind != NAME:
+        raise ShapleyError(
+            f"{name} is an adapter of type {kind}, not one of shapadapter. Load it with peft.AutoPeftModel."
+        )
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickle = WEIGHTS_NAME in _files(folder, name)
+        raise ShapleyError(
+            f"{name} holds no {SAFETENSORS_WEIGHTS_NAME}."
+            + (
+                f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
+                "Ask for a safetensors file: model.save_pretrained(folder) writes one."
+                if pickle
+                else " The adapter is incomplete."
+            )
+        )
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def _files(folder: Path, name: str) -> list[str]:
+    """Names of all files of the adapter; of a repository as far as the Hub can be asked."""
+    if folder == Path(name):
+        return [path.name for path in folder.iterdir()]
+    try:
+        return HfApi().list_repo_files(name, revision=folder.name)  # the folder is called like the commit
+    except HUB_ERRORS:
+        return []
+
+
+def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tuple[str, str | None]:
+    """Where the base model is, and its revision if it is the one the adapter recorded.
+
+    Raises:
+        ShapleyError: it is nowhere, or the adapter does not name it.
+    """
+    if base is not None:
+        if is_path(str(base)) and not (Path(base) / "config.json").is_file():
+            raise ShapleyError(f"base={str(base)!r} is no folder with a model: expected config.json in it.")
+        return str(base), None
+    recorded = config.base_model_name_or_path
+    if not recorded:
+        raise ShapleyError(f"The adapter {name} does not name its base model. Say where it is: base=...")
+    if folder == Path(name):
+        return find_base(folder, str(recorded)), config.revision
+    if is_path(str(recorded)):
+        raise ShapleyError(
+            f"The adapter {name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
+            "you have that model, say where: base=... Its author can push both: shapadapter.hub.push(folder, repo_id, "
+            "base_repo_id=...)."
+        )
+    return str(recorded), config.revision
+
+
+def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> Any:
+    """The bare base model.
+
+    Raises:
+        ShapleyError: it is not there, has no safetensors, or has code of its own.
+    """
+    # A new classifier is saved with the adapter; the base model must have room for its classes.
+    new_head = config.prediction == "classifier" and config.modules_to_save
+    room = {"num_labels": config.num_classes, "ignore_mismatched_sizes": True} if new_head else {}
+    maker = getattr(transformers, (config.auto_mapping or {}).get("base_model_class", ""), None)
+    if not (isinstance(maker, type) and issubclass(maker, PreTrainedModel)):
+        maker = AutoModelForImageClassification
+    try:
+        return maker.from_pretrained(root, use_safetensors=True, **room, **options)
+    except (*HUB_ERRORS, ValueError) as error:
+        raise ShapleyError(_why_no_base(name, root, options["revision"], error)) from error
+
+
+def _why_no_base(name: str, root: str, revision: str | None, error: BaseException) -> str:
+    trouble = None if Path(root).is_dir() else hub_trouble(error, root, revision)
+    if trouble is not None:
+        remedy = (
+            f"If its weights are unchanged elsewhere, load(..., base={root!r}) takes its newest revision."
+            if "has no revision" in trouble
+            else "Put its folder beside the adapter, or say where it is: base=..."
+        )
+        return f"The base model {root} of the adapter {name} is not there. {trouble} {remedy}"
+    if "safetensors" in str(error):
+        return (
+            f"The base model {root} has no safetensors file, and pickles are not read. Convert it once, if you trust it: "
+            f"AutoModelForImageClassification.from_pretrained({root!r}).save_pretrained('base'), its processor likewise; "
+            "then load(..., base='base')."
+        )
+    if "trust_remote_code" in str(error):
+        return (
+            f"The base model {root} comes with code of its own, which would run here. Read it, and if you trust it, "
+            "load(..., trust_remote_code=True)."
+        )
+    return f"The base model {root} of the adapter {name} cannot be loaded: {str(error).splitlines()[0]}"
+
+
+def _processor(model: Any, place: str, options: dict[str, Any]) -> Any:
+    maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
+    try:
+        return maker.from_pretrained(place, **options)
+    except HUB_ERRORS as error:
+        raise ShapleyError(
+            f"There is no image processor with the adapter or in {place}: {str(error).splitlines()[0]} Save one with the "
+            "adapter: processor.save_pretrained(folder)."
+        ) from error
+
+
+def find_base(folder: Path, name: str) -> str:
+    """The folder of the base model, whose path was saved as it was seen from wherever the training ran, or its name on the Hub.
+
+    Looked for here, from the adapter's folder and those above it, and beside the adapter.
+
+    Raises:
+        ShapleyError: the name is a path, and leads nowhere.
+    """
+    folder, path = folder.resolve(), Path(name)
+    places = [path, *(above / path for above in (folder, *folder.parents))]
+    # What may be a Hub id is not taken for a folder that happens to be called alike.
+    places += [folder.parent / path.name] if is_path(name) else []
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is not None:
+        return name if found == path else str(found)
+    if is_path(name):
+        raise ShapleyError(
+            f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
+            f"{folder.parent / path.name}, or say where it is: base=..."
+        )
+    return name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a folder, and not one on the Hub."""
+    path = Path(name)
+    return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or "\\" in name
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ShapleyError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ShapleyError(f"dtype must be a torch.dtype or its name, such as 'bfloat16', got {dtype!r}.")
+    return found if isinstance(found, torch.dtype) else "auto"

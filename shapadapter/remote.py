@@ -1,0 +1,75 @@
+"""What went wrong at the Hub, in words: the client's own errors do not say what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+_UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)
+
+HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
+"""What the client and transformers raise when something at the Hub is not as it should be."""
+
+
+def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None) -> str | None:
+    """What an error of the Hub's client, or one that was raised from it, means for the user.
+
+    Args:
+        error: the exception.
+        repo_id: the repository that was asked for.
+        revision: the branch, tag or commit that was asked for.
+
+    Returns:
+        Sentences without a token in them, or None if the error is of another kind.
+    """
+    causes = list(_causes(error))
+    for kind, words in (
+        (
+            GatedRepoError,
+            f"{repo_id} asks its visitors for consent. Give it at {constants.ENDPOINT}/{repo_id}, then log in with "
+            "`hf auth login`, or pass token=.",
+        ),
+        (
+            RevisionNotFoundError,
+            f"{repo_id} has no revision {revision or 'main'}: no branch, tag or commit of that name.",
+        ),
+        (
+            RepositoryNotFoundError,
+            f"There is no repository {repo_id} at {constants.ENDPOINT}, or it is private and you may not see it. If it is "
+            "private, log in with `hf auth login`, or pass token=.",
+        ),
+        (HFValidationError, f"{repo_id!r} cannot be the name of a repository on the Hub, which reads user/name."),
+        (
+            _UNREACHED,
+            f"{repo_id} was not loaded before, and the Hub at {constants.ENDPOINT} cannot be asked: there is no "
+            "connection to it, or HF_HUB_OFFLINE=1 forbids it.",
+        ),
+    ):
+        if any(isinstance(cause, kind) for cause in causes):
+            return words
+    code = next((c.response.status_code for c in causes if isinstance(c, HfHubHTTPError) and c.response), None)
+    if code in (401, 403):
+        return (
+            f"The token may not do this with {repo_id} ({code}). Log in with `hf auth login`, or pass token=, with a token "
+            "that may write to it."
+        )
+    return None if code is None else f"The Hub at {constants.ENDPOINT} answered {code} about {repo_id}."
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    step: BaseException | None = error
+    while step is not None:
+        yield step
+        step = step.__cause__ or step.__context__
