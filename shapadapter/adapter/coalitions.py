@@ -28,6 +28,7 @@ class Rules:
         fill_color: the colour they show otherwise; None for 0 in the image processor's scale.
         grid: (rows, cols) of the players, None for the cells.
         offset: (down, right) by which cells look beside their place, in cells.
+        empty: (1, K), v(empty) where it is known beforehand, as in a model that is exported for one size of images.
     """
 
     prediction: str
@@ -37,6 +38,7 @@ class Rules:
     fill_color: tuple[float, ...] | None = None
     grid: tuple[int, int] | None = None
     offset: tuple[float, float] = (0.0, 0.0)
+    empty: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class CoalitionGame:
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""
+        if self.rules.empty is not None:
+            return self.rules.empty
         nobody = torch.zeros(1, self.call.tiling.count, dtype=torch.bool, device=self.call.pixel_values.device)
         first = torch.zeros(1, dtype=torch.long, device=nobody.device)
         with self.call.targets(self.model, gradient=False):

@@ -153,7 +153,7 @@ class ProjectionHead:
         """The token (1, 1, W) after it has attended to the cells (B, s, D): (B, W)."""
         assert self.key is not None
         assert self.value is not None
-        query = token.to(normed.dtype).expand(len(normed), -1, -1)  # (B, 1, W)
+        query = token.to(normed.dtype).expand(normed.shape[0], -1, -1)  # (B, 1, W)
         heads = _READER_HEADS if query.shape[-1] % _READER_HEADS == 0 else 1
         split = (
             part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, self.key(normed), self.value(normed))
