@@ -17,6 +17,7 @@ from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelEr
 from .config import ShapleyConfig
 from .fingerprint import base_fingerprint, same_fingerprint
 from .layer import ShapleyLayer
+from .origin import commit_of
 from .quantised import is_quantised
 
 
@@ -91,6 +92,7 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
     fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
+        config.revision = config.revision or commit_of(model)  # what the user says comes first
         if anatomy.kind != "matching":  # where the classes are the texts of each call
             config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
             config.problem_type = model.config.problem_type
@@ -103,16 +105,26 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
             f"{config.base_model_name_or_path!r}, num_labels={config.num_classes}, ignore_mismatched_sizes=True)."
         )
     if not same_fingerprint(config.base_fingerprint, fingerprint):
-        raise CheckpointError(
-            f"The adapter was made for another base model than this {type(model).__name__}: its weights differ. Load "
-            f"the base it was trained on: {config.base_model_name_or_path!r}. If that has a new, random classifier, save "
-            "the base once and load it from there, or train the classifier with modules_to_save=['classifier']."
-        )
+        raise CheckpointError(_other_base(model, config))
     if config.id2label:
         model.config.id2label = dict(config.id2label)
         model.config.label2id = {label: index for index, label in config.id2label.items()}
     if config.problem_type is not None:
         model.config.problem_type = config.problem_type  # type: ignore[assignment]
+
+
+def _other_base(model: PreTrainedModel, config: ShapleyConfig) -> str:
+    name, kind = config.base_model_name_or_path, type(model).__name__
+    pinned = f", revision={config.revision!r}" if config.revision else ""
+    came, commit = getattr(model, "name_or_path", "") or "a model made from a configuration", commit_of(model)
+    return (
+        f"The adapter was made for another base model than this {kind}: its weights differ. Expected those of {name!r}"
+        f"{f' at revision {config.revision}' if config.revision else ''}, got {came}"
+        f"{f' at revision {commit}' if commit else ''}. Load the base it was trained on: "
+        f"{kind}.from_pretrained({name!r}{pinned}), then PeftModel.from_pretrained(base, adapter); or both by "
+        "shapadapter.load(adapter). If that base has a new, random classifier, save the base once and load it from there, "
+        "or train the classifier with modules_to_save=['classifier']."
+    )
 
 
 def _some(labels: dict[int, str] | None) -> str:
