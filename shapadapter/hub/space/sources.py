@@ -1,0 +1,125 @@
+"""What a Space is made of: the checkpoint and its base, by name or as copies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from shapadapter.adapter.registration import NAME
+from shapadapter.errors import ShapleyError
+from shapadapter.loading import PROCESSOR_FILES, find_base, is_path
+
+BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *PROCESSOR_FILES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a Space finds its model.
+
+    Attributes:
+        name: the checkpoint on the Hub, or the name of its folder.
+        adapter: its folder here, None if it stays on the Hub.
+        base: the folder of its base model here, None if that stays on the Hub or is not known.
+        models: names of models on the Hub.
+        license: that the checkpoint's card states, if it is here and does.
+        timm: whether the base is one of timm's.
+    """
+
+    name: str
+    adapter: Path | None
+    base: Path | None
+    models: tuple[str, ...]
+    license: str | None = None
+    timm: bool = False
+
+    @classmethod
+    def of(cls, checkpoint: str | Path) -> Source:
+        """Look at a checkpoint, without asking the Hub.
+
+        Raises:
+            ShapleyError: there is no such folder, it holds no adapter of ours, or its base is not there.
+        """
+        folder, name = Path(checkpoint), str(checkpoint)
+        if not folder.is_dir():
+            return cls(_hub_name(name), None, None, (name,))
+        config = _config(folder)
+        base = find_base(folder, str(config["base_model_name_or_path"]))
+        local = Path(base) if (Path(base) / "config.json").is_file() else None
+        if local is not None and not any(local.glob("*.safetensors")):
+            raise ShapleyError(f"The base model {local} has no safetensors file; pickles are not copied.")
+        return cls(
+            name=folder.resolve().name,
+            adapter=folder,
+            base=local,
+            models=() if local is not None else (_hub_name(base),),
+            license=_license(folder / "README.md"),
+            timm="timm" in str((config.get("auto_mapping") or {}).get("parent_library")),
+        )
+
+    def copy(self, target: Path) -> None:
+        """Copy what is here: adapter into `adapter/`, base into `base/`; model and processor files alone."""
+        if self.adapter is not None:
+            _copy(self.adapter, target / "adapter", (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES))
+            config = _config(self.adapter)
+            # Nobody else has the author's folder, nor need they know its name.
+            config |= {"base_model_name_or_path": "base"} if self.base is not None else {}
+            (target / "adapter" / CONFIG_NAME).write_text(
+                json.dumps(config, indent=2, sort_keys=True), encoding="utf-8"
+            )
+        if self.base is not None:
+            _copy(self.base, target / "base", BASE_FILES)
+
+
+def _hub_name(name: str) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        valid = False
+    else:
+        valid = not is_path(name)
+    if not valid:
+        raise ShapleyError(f"There is no folder {name}, and it cannot be a name on the Hub, which reads user/name.")
+    return name
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration.
+
+    Raises:
+        ShapleyError: it is missing, unreadable or of another kind of adapter, or there are no safetensors beside it.
+    """
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("peft_type") != NAME or not config.get("base_model_name_or_path"):
+        raise ShapleyError(f"{folder} holds no adapter of shapadapter that names its base model in {CONFIG_NAME}.")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ShapleyError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; other weights are not read.")
+    return config
+
+
+def _license(card: Path) -> str | None:
+    """The license in a card's header."""
+    try:
+        _, header, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+        value = yaml.safe_load(header)["license"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    target.mkdir()
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)

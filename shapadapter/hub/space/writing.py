@@ -1,0 +1,112 @@
+"""Write a Space: a folder with a demo app."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from shapadapter.card.escaping import one_line
+from shapadapter.errors import ShapleyError
+
+from .contents import program, readme, requirements
+from .sources import Source
+from .uploads import open_upload
+
+FILES = ("README.md", "app.py", "requirements.txt")
+FOLDERS = ("adapter", "base", "examples")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+logger = logging.getLogger(__name__)
+
+
+def write_space(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    title: str | None = None,
+    license: str | None = None,
+    examples: Sequence[str | Path] = (),
+) -> Path:
+    """Write a Gradio app that runs with `python app.py`, and as a Space on the Hub.
+
+    The Hub is not asked. A checkpoint on the Hub, and a base model there, is named; a folder is copied, with the folder of
+    its base, so that the Space runs anywhere: it is then as large as both together. Of a Space that is written again, what
+    this function once wrote is replaced, and other files stay.
+
+    Args:
+        checkpoint: the folder of an adapter, or its name on the Hub.
+        folder: to write.
+        revision: branch, tag or commit of a checkpoint on the Hub; a commit makes sure that the Space stays what it is.
+        title: heading; from the checkpoint's name by default.
+        license: such as "apache-2.0"; by default that of the card in the checkpoint's folder, if there is one.
+        examples: images for visitors to click, which are copied.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ShapleyError: there is no such checkpoint, or the folder holds something else.
+        ImageError: an example is not a PNG, JPEG or WebP image, or too large.
+    """
+    source, folder = Source.of(checkpoint), Path(folder)
+    if revision is not None and source.adapter is not None:
+        raise ShapleyError(
+            f"revision={revision!r} is one of a repository on the Hub, but {checkpoint} is a folder here."
+        )
+    if folder.exists() and not is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
+    title = one_line(title or "") or one_line(f"{source.name.split('/')[-1]} explains itself")
+    texts = {
+        "README.md": readme(source, title, license or source.license),
+        "app.py": program(source, title, revision, bool(examples)),
+        "requirements.txt": requirements(source),
+    }
+    place = folder.resolve()
+    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        source.copy(unfinished)
+        _copy_examples(examples, unfinished / "examples")
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        _take_place(unfinished, place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(path.stat().st_size for name in FOLDERS for path in (folder / name).glob("*"))
+    logger.info("Wrote the Space %s; its models and samples have %.1f MB.", folder, size / 2**20)
+    return folder
+
+
+def is_space(folder: Path) -> bool:
+    """Whether `write_space` wrote this folder."""
+    try:
+        return "shapadapter.hub.space" in (folder / "app.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _copy_examples(examples: Sequence[str | Path], target: Path) -> None:
+    """Copy images under names of our own."""
+    if examples:
+        target.mkdir()
+    for number, path in enumerate(examples, start=1):
+        open_upload(Path(path))  # what visitors may not upload is no sample
+        suffix = Path(path).suffix.lower()
+        shutil.copyfile(path, target / f"{number:03d}{suffix if suffix in SUFFIXES else '.png'}")
+
+
+def _take_place(unfinished: Path, folder: Path) -> None:
+    """Give a finished Space its name; into one that is there, move part for part, the program last."""
+    if not folder.exists():
+        unfinished.rename(folder)
+        return
+    for name in (*FOLDERS, "README.md", "requirements.txt", "app.py"):
+        old, new = folder / name, unfinished / name
+        if old.is_dir():
+            old.rename(unfinished / f"old-{name}")
+        if new.exists():
+            new.replace(old)
