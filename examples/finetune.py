@@ -16,97 +16,25 @@ python examples/finetune.py \
 
 What does not fit on the disk is read while training: `--streaming --max_steps 10000`.
 
+`shapadapter train --model facebook/dinov2-small --data photos --output dinov2-photos` does the same. This file is the road to
+copy: what you will change is here, reading a folder and measuring at the end are `shapadapter.training.finetune`'s.
+
 On several GPUs: `accelerate launch --config_file examples/configs/multi-gpu-ddp.yaml examples/finetune.py ...`; the
 other files there are for the CPU, FSDP and DeepSpeed. `--help` lists every argument.
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Literal
-
-import numpy as np
-import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from peft import get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain
-from shapadapter.errors import UnreadableImageError
-from shapadapter.images import open_image
-from shapadapter.visual import gallery
-
-
-@dataclass
-class ScriptArguments:
-    """Model, data and adapter; everything else is a training argument."""
-
-    model_name_or_path: str = field(metadata={"help": "Vision model, on the Hub or in a local folder."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
-    image_folder: str | None = field(default=None, metadata={"help": "Local folder, one subfolder per class."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on: 'test', 'validation', or a fifth of the training."}
-    )
-    prediction: Literal["vote", "classifier"] = field(
-        default="vote", metadata={"help": "The logits: sum of the attributions, or the model's own classifier."}
-    )
-    tune: Literal["lora", "frozen", "full"] = field(default="lora", metadata={"help": "How the backbone is trained."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the data while training, without storing them; needs --max_steps."}
-    )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA updates."})
-    explained_images: int = field(default=8, metadata={"help": "Held-out images to explain at the end."})
-
-    def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.image_folder is None):
-            raise ValueError("Pass either --dataset_name or --image_folder.")
-
-
-def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatasetDict:
-    """Splits `train` and `test` with the columns `image` and `label`."""
-    name = args.dataset_name or "imagefolder"
-    splits = load_dataset(name, data_dir=args.image_folder, streaming=args.streaming)
-    held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is None and args.streaming:
-        raise ValueError(f"A stream cannot be split; pass --test_split, one of {list(splits)}.")
-    chosen = {"train": args.train_split} if held_out is None else {"train": args.train_split, "test": held_out}
-    splits = type(splits)({new: splits[old] for new, old in chosen.items()})
-    features = splits["train"].features
-    image = next(name for name, feature in features.items() if isinstance(feature, Image))
-    label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
-    if args.streaming:  # before anything is done with the columns, or a damaged file would end the stream
-        splits = splits.cast_column(image, Image(decode=False))
-    splits = splits.select_columns([image, label])
-    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-    if args.streaming:
-        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
-    if held_out is not None:
-        return splits
-    return splits["train"].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
-
-
-def readable(rows: Dataset | IterableDataset) -> Iterator[PIL.Image.Image]:
-    """The images without the damaged ones, which `--corrupt_images skip` has left out before."""
-    for row in rows.cast_column("image", Image(decode=False)):
-        with suppress(UnreadableImageError):
-            yield open_image(row["image"])
-
-
-def accuracy(evaluation: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    """Share of correct predictions."""
-    logits, labels = evaluation
-    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == labels))}
+from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter.training.finetune import ScriptArguments, accuracy, finish, load_images, parser
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
     """Train, save, evaluate, explain."""
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
-        images = load_images(args, training_args.seed)
+        images = load_images(args, training_args.seed)  # splits "train" and "test", columns "image" and "label"
     names = images["train"].features["label"].names
     # Without torchvision this is the processor's PIL version, which resizes slightly differently.
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
@@ -129,19 +57,11 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         compute_metrics=accuracy,
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # the adapter, with the processor beside it
-    for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
-    held_out = list(islice(readable(images["test"].shuffle(seed=training_args.seed)), args.explained_images))
-    # In every process: under FSDP and ZeRO-3 each holds a part of the weights.
-    explanation = explain(trainer.model, held_out, processor, top_k=3)
-    if trainer.is_world_process_zero():
-        explanation.save_html(Path(training_args.output_dir, "explanations.html"))
-        gallery(explanation).savefig(Path(training_args.output_dir, "attributions.png"))
+    # Saves the adapter, evaluates it, and explains held-out images.
+    finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset_name)
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((ScriptArguments, ShapleyTrainingArguments)).parse_args_into_dataclasses())
+    main(*parser().parse_args_into_dataclasses())

@@ -1,7 +1,6 @@
 """Data that does not fit, or is damaged, or changes with every look: streams, shards, corrupt images, augmentations."""
 
 import errno
-import importlib.util
 import io
 import itertools
 import json
@@ -41,6 +40,7 @@ from shapadapter.errors import UnreadableImageError
 from shapadapter.evaluation.data import Rows
 from shapadapter.images import open_image
 from shapadapter.training import ImageCollator
+from shapadapter.training import finetune as example
 from shapadapter.training.color import mean_color
 from shapadapter.training.reading import in_place, readable_rows
 
@@ -220,16 +220,8 @@ def test_a_damaged_file_in_a_stream_is_named_or_left_out(tmp_path):
     assert (metrics["eval_skipped_images"], metrics["eval_count"]) == (1, 11)
 
 
-def the_example():
-    spec = importlib.util.spec_from_file_location("finetune", Path(__file__).parents[1] / "examples" / "finetune.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_example_takes_any_split_and_explains_what_can_be_read(tmp_path, streaming):
-    example = the_example()
     for index, row in enumerate(images(18)):
         split = ("train", "validation", "test")[index // 6]
         home = tmp_path / "photos" / split / ("red", "green", "blue")[row["label"]]
@@ -244,7 +236,6 @@ def test_the_example_takes_any_split_and_explains_what_can_be_read(tmp_path, str
 
 
 def test_the_example_streams(tmp_path):
-    example = the_example()
     for index, row in enumerate(images(12)):
         home = tmp_path / "photos" / ("train" if index < 9 else "test") / ("red", "green", "blue")[row["label"]]
         home.mkdir(parents=True, exist_ok=True)

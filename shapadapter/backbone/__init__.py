@@ -6,7 +6,7 @@ The only room that knows how models are built.
 from .anatomy import Anatomy, evaluating, original_name
 from .attention import attention_weights
 from .carrier import Carrier, Pass, Removal, cells_first, with_patch_mask
-from .dryrun import first_tensor
+from .dryrun import configured_size, first_tensor
 from .families import Family, register_family
 from .offset import measure_offset
 from .pixels import fill_absent, sum_over_tiles
@@ -26,6 +26,7 @@ __all__ = [
     "carrier_for",
     "cells_first",
     "choose_removal",
+    "configured_size",
     "default_targets",
     "evaluating",
     "fill_absent",

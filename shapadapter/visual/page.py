@@ -21,43 +21,51 @@ TEMPLATE = "page.html.j2"
 
 
 def write_page(
-    explanation: Explanation,
+    explanation: Explanation | Sequence[Explanation],
     path: str | Path,
     *,
     title: str = "Explanation",
     table: Sequence[tuple[str, str]] | None = None,
+    names: Sequence[str] | None = None,
     max_classes: int = 10,
 ) -> Path:
-    """Write an explanation as a self-contained HTML page.
+    """Write an explanation, or several by one method, as a self-contained HTML page.
 
     Each image comes with a button per class, the map of the chosen class over the picture, the value of any patch on
     hover, tap or arrow key, with its standard error if it has one, one colour scale per image and the sum check. Class
     names may hold anything.
 
     Args:
-        explanation: Any explanation.
+        explanation: Any explanation; several may be of images of different sizes.
         path: The file to write; it is never seen half-written. Its directory must exist.
         title: The heading.
         table: Rows of (name, value) shown above the images.
+        names: Of the images, one for each, such as their files'.
         max_classes: How many of the shown classes each image offers, those with the largest logits.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If an attribution is not finite, or `max_classes` is less than one.
+        ValueError: If an attribution is not finite, `max_classes` is less than one, or there is no image, or not a name
+            for each.
         OSError: If the file cannot be written.
     """
+    parts = [explanation] if isinstance(explanation, Explanation) else list(explanation)
+    images = [_image(part, index, max_classes) for part in parts for index in range(len(part))]
+    if not parts or (names is not None and len(names) != len(images)):
+        raise ValueError(f"Expected some images and a name for each, got {len(images)} and {len(names or ())}.")
     # jinja's `tojson` filter escapes <, > and & and leaves nothing but ASCII, so that no name can end the script.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("shapadapter.visual").joinpath(TEMPLATE).read_text("utf-8"))
     page = template.render(
         title=title,
         table=table or (),
-        images=[_image(explanation, index, max_classes) for index in range(len(explanation))],
-        unit=unit(explanation),
-        sums=explanation.sums_to_logits,
-        method=one_line(explanation.method),
+        images=images,
+        names=[one_line(name) for name in names or ()],
+        unit=unit(parts[0]),
+        sums=all(part.sums_to_logits for part in parts),
+        method=one_line(parts[0].method),
         red=",".join(map(str, RED)),
         blue=",".join(map(str, BLUE)),
         contrast=PICTURE_CONTRAST,

@@ -1,0 +1,5 @@
+"""The `shapadapter` command: a file for each of its commands."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

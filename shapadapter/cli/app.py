@@ -1,0 +1,40 @@
+"""The commands together."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import typer
+
+from . import card, demo, evaluate, explain, export, inspect, push, report, space, train
+
+app = typer.Typer(
+    help="Fine-tuned vision models that predict and explain themselves in one forward pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(epilog="Exit codes: 0 good, 1 error, 2 wrong usage, 130 interrupted.")
+def _root() -> None:
+    """Fine-tuned vision models that predict and explain themselves in one forward pass."""
+
+
+def _help(part: ModuleType) -> str:
+    """What a command does, and an example; a paragraph is one line, which the terminal breaks."""
+    paragraphs = (part.command.__doc__ or "").split("\n\n")
+    return "\n\n".join([*(" ".join(paragraph.split()) for paragraph in paragraphs), f"Example: {part.EXAMPLE}"])
+
+
+for _part in (demo, train, explain, evaluate, report, export, card, push, space, inspect):
+    app.command(
+        _part.__name__.rpartition(".")[2],
+        help=_help(_part),
+        context_settings=getattr(_part, "SETTINGS", None),
+    )(_part.command)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

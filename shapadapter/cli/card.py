@@ -1,0 +1,36 @@
+"""`shapadapter card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Config, Folder, Json
+from .naming import find_images
+from .reporting import quiet, reporting
+
+EXAMPLE = "shapadapter card out --evaluation evaluation/evaluation.json --images photos"
+
+
+def command(
+    checkpoint: Folder,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="evaluation.json of `shapadapter evaluate`, for the table of results.")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image, or a folder of them, for the pictures of the card; may be repeated."),
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Write the model card of an adapter, with results and pictures; what you wrote in it stays."""
+    with reporting(json) as say:
+        from shapadapter.hub.cards import update_card
+
+        quiet()
+        found = find_images(images) if images else None
+        written = update_card(checkpoint, evaluation=evaluation, images=found)
+        say({"card": str(written)}, f"Wrote {written}.")

@@ -1,0 +1,51 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .config import read_config
+
+LOADING, OUTPUT, GENERAL = "Loading", "Output", "General"
+"""The groups of options in `--help`, beside a command's own."""
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Base model, if it is not where the adapter says: a folder or name.", rich_help_panel=LOADING
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of the adapter on the Hub.", rich_help_panel=LOADING),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.", rich_help_panel=LOADING
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="float32, bfloat16 or float16; by default as the base was saved.", rich_help_panel=LOADING
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print json and nothing else on the standard output.", rich_help_panel=GENERAL)
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Options from a yaml file; those of the command line win.",
+        callback=read_config,
+        is_eager=True,
+        rich_help_panel=GENERAL,
+    ),
+]

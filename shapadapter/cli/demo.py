@@ -1,0 +1,34 @@
+"""`shapadapter demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Config, Json
+from .reporting import reporting
+
+EXAMPLE = "shapadapter demo --output demo-output"
+
+
+def command(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, pictures and the report.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of data, training and estimates.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smoke run under a minute; its numbers mean little.")
+    ] = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
+    hint = "What is in the output folder is whole; run the command again to start over."
+    with reporting(json, hint) as say:
+        from shapadapter.demo import run
+
+        rows = run(output, seed, quick)
+        if json:
+            say({"output": str(output), "rows": {name.strip(): value for name, value in rows}}, "")

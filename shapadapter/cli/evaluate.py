@@ -1,0 +1,42 @@
+"""`shapadapter evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import OUTPUT, Checkpoint, Config, Json
+from .reporting import quiet, reporting
+
+EXAMPLE = "shapadapter evaluate out --data photos --output evaluation"
+
+
+def command(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)],
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many images are explained.", min=1)] = 32,
+    methods: Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 32,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json, table.md and curves.png.", rich_help_panel=OUTPUT),
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure a fine-tuned model and its explanations, side by side with other methods."""
+    with reporting(json, "Run the command again to go on, if it had an --output.") as say:
+        from shapadapter.evaluation import evaluate_checkpoint
+
+        quiet()
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        result = evaluate_checkpoint(
+            checkpoint, data, masks, names, output, images=images, seed=seed, batch_size=batch_size
+        )
+        say(result.to_dict(), result.table())

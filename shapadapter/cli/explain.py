@@ -1,0 +1,146 @@
+"""`shapadapter explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import OUTPUT, Base, Checkpoint, Config, Device, Dtype, Json, Revision
+from .naming import find_images, printable
+from .reporting import one_line, quiet, reporting, warn
+
+if TYPE_CHECKING:
+    from shapadapter.explanation import Explanation
+
+EXAMPLE = "shapadapter explain out photos --output explanations"
+FORMATS = ("png", "html", "json", "npz")
+
+
+def command(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the files; by default 'explanations', with --json none.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", rich_help_panel=OUTPUT)
+    ] = "png,html",
+    top_k: Annotated[int, typer.Option(help="How many of the likeliest classes are explained.", min=1)] = 3,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="A class to explain instead, by name or number; may be repeated.")
+    ] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
+    ] = None,
+    refine: Annotated[
+        int, typer.Option(help="Further evaluations for each image, for better maps with error bars.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Predict images and explain why: pictures, a page, or numbers; folders are searched to the bottom.
+
+    What cannot be read is named, the others are explained all the same, and the exit code is 1.
+    """
+    wanted = _formats(formats)
+    output = output or (None if json else Path("explanations"))
+    with reporting(json, "The pictures written so far are whole.") as say, ExitStack() as stack:
+        from shapadapter.loading import load
+
+        from .writing import Written
+
+        paths = find_images(images)
+        quiet()
+        model, processor = load(checkpoint, base=base, revision=revision, device=device, dtype=dtype)
+        asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
+        written = stack.enter_context(Written(output, wanted, checkpoint, say.stream if json else None))
+        for path, found in _explained(model, processor, paths, batch_size, seed, asked):
+            trouble = written.refuse(path, found) if isinstance(found, Exception) else written.add(path, found)
+            if trouble:
+                warn(f"{printable(path)}: {trouble}")
+            elif not json:
+                say(None, f"{one_line(printable(path))}: {_summary(found)}")
+        if output is not None:
+            warn(f"{written.count} of {len(paths)} images explained in {output}.")
+    if written.errors:
+        raise typer.Exit(1)
+
+
+def _formats(given: str) -> frozenset[str]:
+    names = [name.strip().lower() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in FORMATS:
+            raise typer.BadParameter(f"Expected some of {', '.join(FORMATS)}, got {name!r}.", param_hint="--format")
+    return frozenset(names)
+
+
+def _classes(model: Any, texts: list[str] | None, targets: list[str] | None, top_k: int) -> dict[str, Any]:
+    """What `explain` is told about the classes to show: a number means an index, unless a class is called so."""
+    if not targets:
+        return {"top_k": top_k}
+    labels = set(texts or map(str, model.config.id2label.values()))
+    return {"targets": [int(name) if name.isdecimal() and name not in labels else name for name in targets]}
+
+
+def _explained(
+    model: Any, processor: Any, paths: list[Path], batch_size: int, seed: int, asked: dict[str, Any]
+) -> Iterator[tuple[Path, Explanation | Exception]]:
+    """Each path with its explanation, or with what is wrong with it; never more than a batch in memory."""
+    from tqdm.auto import tqdm
+
+    from shapadapter.errors import ImageError
+    from shapadapter.explaining import explain
+
+    # Coalitions depend on an image's place: alone with a seed of its own, it does not matter which others can be read.
+    size = 1 if asked["refine"] else batch_size
+    with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
+        for start in range(0, len(paths), size):
+            opened, failed = _opened(paths[start : start + size])
+            yield from failed
+            try:
+                listed = list(opened.values())
+                together: Any = explain(model, listed, processor, seed=seed + start, **asked) if listed else []
+                yield from ((path, together[index]) for index, path in enumerate(opened))
+            except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
+                for path, image in opened.items():
+                    try:
+                        yield path, explain(model, [image], processor, seed=seed, **asked)
+                    except ImageError as error:
+                        yield path, error
+            bar.update(min(size, len(paths) - start))
+
+
+def _opened(paths: list[Path]) -> tuple[dict[Path, Any], list[tuple[Path, Exception]]]:
+    from shapadapter.errors import ImageError, UnreadableImageError
+    from shapadapter.images import open_image
+
+    opened: dict[Path, Any] = {}
+    failed: list[tuple[Path, Exception]] = []
+    for path in paths:
+        try:
+            if path.exists() and not path.is_file():  # a pipe would wait for ever
+                raise UnreadableImageError(f"{printable(path)} is no file.")
+            opened[path] = open_image(path)
+        except (ImageError, OSError) as error:
+            failed.append((path, error))
+    return opened, failed
+
+
+def _summary(explanation: Any) -> str:
+    from shapadapter.visual.wording import likelihood
+
+    best = explanation.top(3)[0]
+    return ", ".join(f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in best)

@@ -1,0 +1,54 @@
+"""`shapadapter export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .common import Base, Checkpoint, Config, Json, Revision
+from .naming import find_images
+from .reporting import quiet, reporting
+
+EXAMPLE = "shapadapter export out onnx --to onnx --images photos"
+MOST_IMAGES = 32
+
+
+def command(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="Folder for the files.", show_default=False)],
+    images: Annotated[
+        list[Path],
+        typer.Option(
+            help=f"An image, or a folder of them, to compare on, the first {MOST_IMAGES}; may be repeated.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's own ExportedProgram.")] = "onnx",
+    texts: Annotated[
+        list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
+    ] = None,
+    base: Base = None,
+    revision: Revision = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Export model and explanations in one file: logits, attributions and null values, for any number of images.
+
+    What the file computes is compared with the model on the images, and nothing is written if it differs.
+    """
+    with reporting(json) as say:
+        from shapadapter.loading import load
+
+        quiet()
+        chosen = find_images(images)[:MOST_IMAGES]
+        model, processor = load(checkpoint, base=base, revision=revision, device="cpu")
+        result: Any = _exporter(to)(model, output, images=chosen, processor=processor, texts=texts or None)
+        say({"folder": str(output), "largest_difference": result}, f"Wrote {output}. Largest difference: {result}")
+
+
+def _exporter(to: str) -> Any:
+    from shapadapter.export import export_onnx, export_program
+
+    return export_onnx if to == "onnx" else export_program

@@ -1,0 +1,80 @@
+"""`shapadapter report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import OUTPUT, Checkpoint, Config, Json
+from .naming import printable
+from .reporting import quiet, reporting
+
+if TYPE_CHECKING:
+    from shapadapter.evaluation import Evaluation
+
+EXAMPLE = "shapadapter report out --data photos --output report"
+
+
+def command(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)],
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many images are measured.", min=1)] = 32,
+    shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1)] = 12,
+    methods: Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 32,
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
+    ] = Path("report"),
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Evaluate a fine-tuned model and write a page: its measures, and images with their explanations.
+
+    A second run with the same --output takes what has been measured from there.
+    """
+    with reporting(json, "Run the command again to go on.") as say:
+        from shapadapter.evaluation import evaluate_checkpoint
+
+        quiet()
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        settings = {"images": images, "seed": seed, "batch_size": batch_size}
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **settings)
+        page = _page(checkpoint, data, result, output / "report.html", shown, seed)
+        say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
+
+
+def _page(checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int) -> Path:
+    """Explain some of the images, and show them below the measures."""
+    from shapadapter.evaluation.checkpoint import labelled_images
+    from shapadapter.evaluation.data import choose
+    from shapadapter.explaining import explain
+    from shapadapter.loading import load
+    from shapadapter.visual import write_page
+
+    model, processor = load(checkpoint)
+    labels = model.config.id2label
+    rows = labelled_images(data, [str(labels[index]) for index in range(len(labels))], None)
+    chosen = [rows[index] for index in choose(len(rows), shown, seed)]
+    # One by one, for they may differ in size.
+    explanations = [explain(model, row["image"], processor, top_k=3) for row in chosen]
+    names = [printable(Path(row["image"]).relative_to(data)) for row in chosen]
+    title = f"{checkpoint} on {printable(data)}"
+    return write_page(explanations, file, title=title, table=_measures(result), names=names)
+
+
+def _measures(result: Evaluation) -> list[tuple[str, str]]:
+    """The measures as rows for the page, with their intervals where there are some."""
+    named: dict[str, Any] = {**result.task, **result.methods["shapadapter"]}
+    rows = []
+    for name, value in result.metrics().items():
+        between = named.get(name)
+        known = between is not None and between.low == between.low and between.high == between.high
+        interval = f" ({between.low:.3g} to {between.high:.3g})" if between is not None and known else ""
+        rows.append((name.replace("_", " "), f"{value:.3g}{interval}"))
+    return rows

@@ -1,0 +1,78 @@
+"""What a command says: results on the standard output, errors in one line on the other, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import typer
+
+
+@dataclass(frozen=True)
+class Say:
+    """Prints results on the standard output.
+
+    Attributes:
+        stream: the standard output.
+        as_json: whether json is wanted.
+    """
+
+    stream: TextIO
+    as_json: bool
+
+    def __call__(self, data: Any, text: str) -> None:
+        """Print a result: what json takes, or the text for people."""
+        typer.echo(json.dumps(data, allow_nan=False) if self.as_json else text, file=self.stream)
+
+
+@contextmanager
+def reporting(as_json: bool, hint: str = "Run the command again to start over.") -> Iterator[Say]:
+    """Run a command: what goes wrong is said in one line, with exit code 1; an interruption has 130.
+
+    Args:
+        as_json: whether the standard output is for json alone; what else is printed goes to the other one then.
+        hint: what to do after an interruption.
+    """
+    say = Say(sys.stdout, as_json)
+    try:
+        with redirect_stdout(sys.stderr if as_json else say.stream):
+            yield say
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. {hint}", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        typer.echo(f"Error: {one_line(str(error)) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors that are the user's to mend; others are ours, and keep their traceback."""
+    from shapadapter.errors import ShapleyError
+
+    # What the Hub's client raises where nobody answers, if it is in use at all.
+    client = sys.modules.get("httpx")
+    network = (client.HTTPError,) if client is not None else ()
+    return (ShapleyError, ImportError, OSError, ValueError, *network)
+
+
+def warn(text: str) -> None:
+    """Say something beside the result."""
+    typer.echo(one_line(text), err=True)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and without anything that a terminal would act upon."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def quiet() -> None:
+    """Leave out what other libraries say about loading weights."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

@@ -1,0 +1,35 @@
+"""`shapadapter space`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Checkpoint, Config, Json
+from .reporting import reporting
+
+EXAMPLE = "shapadapter space out space && python space/app.py"
+
+
+def command(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="Folder for the app.", show_default=False)],
+    title: Annotated[str | None, typer.Option(help="Heading of the app.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Push it as this Space, too, e.g. you/vit-beans.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="For a Space that is made now.", show_default=False)
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Write a Gradio app that shows why: it runs here, and as a Space of the Hugging Face Hub."""
+    with reporting(json) as say:
+        from shapadapter.hub.space import push_space, write_space
+
+        folder = write_space(checkpoint, output, title=title)
+        url = push_space(folder, push, private=private) if push else None
+        say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: python {folder}/app.py'}")

@@ -1,0 +1,127 @@
+"""`shapadapter train`: checks what was asked, and hands over to accelerate."""
+
+from __future__ import annotations
+
+import json as json_format
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import GENERAL, Json
+from .config import MORE, read_config, unknown
+from .launching import launch
+from .reporting import reporting
+
+EXAMPLE = "shapadapter train --model facebook/dinov2-small --data photos --output out"
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+MODULE = "shapadapter.training.finetune"
+
+OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder": "--data", "dataset_name": "--data"}
+"""Arguments of the script that have another name here."""
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder with a subfolder of images for each class, or a data set on the Hub.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for adapter, checkpoints and explanations.", show_default=False)
+    ],
+    launch_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--launch", help="File of `accelerate config`: which GPUs, FSDP, DeepSpeed; by default all GPUs."
+        ),
+    ] = None,
+    json: Json = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Options and training arguments from a yaml file; those of the command line win.",
+            callback=read_config,
+            is_eager=True,
+            rich_help_panel=GENERAL,
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a vision model that explains itself, on one CPU or many GPUs, through accelerate.
+
+    Every argument of ShapleyTrainingArguments is an option, too: --num-train-epochs 3, --bf16, --shapley-weight 10,
+    --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
+    --explained-images. --resume-from-checkpoint last goes on where a run stopped.
+    """
+    hint = "Go on with the same command and --resume-from-checkpoint last."
+    with reporting(json, hint) as say:
+        given = [*as_arguments(context.meta.get(MORE, {})), *context.args]
+        where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
+        arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
+        check(arguments, given)
+        if launch_config is not None and not launch_config.is_file():
+            raise FileNotFoundError(f"There is no file {launch_config}.")
+        code = launch(MODULE, arguments, launch_config, quiet_output=json)
+        if code:
+            typer.echo("Error: the training failed; what it said stands above.", err=True)
+            raise typer.Exit(1)
+        results = output / "all_results.json"
+        metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
+        say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
+
+
+def as_arguments(values: dict[str, Any]) -> list[str]:
+    """Values of a yaml file as words of a command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        listed = value if isinstance(value, list) else [json_format.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, listed)]
+    return words
+
+
+def check(arguments: list[str], given: list[str]) -> None:
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense.
+
+    Raises:
+        typer.BadParameter: there is one.
+        ImportError: what reads data sets is missing.
+    """
+    if find_spec("datasets") is None:
+        raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
+    from shapadapter.training.finetune import parser
+
+    script = parser()
+    known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
+    for word in given:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if not word.startswith("--") and (not word.startswith("-") or _is_number(word)):
+            continue
+        if name in OWN:
+            raise typer.BadParameter(f"{word} is {OWN[name]} here.")
+        if name not in known or not word.startswith("--"):
+            raise typer.BadParameter(unknown(name, known | {"launch", "json"}, "There is"))
+
+    def refuse(message: str) -> None:
+        raise typer.BadParameter(message)
+
+    script.error = refuse  # type: ignore[method-assign, assignment]
+    rest = script.parse_known_args(arguments)[1]
+    if rest:
+        raise typer.BadParameter(f"{rest[0]!r} belongs to no option.")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

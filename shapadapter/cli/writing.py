@@ -1,0 +1,164 @@
+"""The files of `shapadapter explain`, written while images come in, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+
+from shapadapter import __version__
+from shapadapter.explanation import Explanation
+from shapadapter.files import write_together
+from shapadapter.visual import overlay, symmetric_limit, write_page
+from shapadapter.visual.wording import columns
+
+from .naming import Names, printable
+
+FORMAT, FORMAT_VERSION = "shapadapter.explain", 1
+PAGE_IMAGES = 100
+"""Images on a page; more make a second one."""
+
+SMALLEST = 224
+"""Side in pixels to which smaller pictures are enlarged where matplotlib does not draw them."""
+
+
+class Written:
+    """A folder of explanations, and json on the standard output.
+
+    Args:
+        output: the folder, created if missing; None writes no files.
+        formats: some of "png", "html", "json", "npz".
+        checkpoint: what the page and the json say explained the images.
+        stream: where to write json, too.
+    """
+
+    def __init__(self, output: Path | None, formats: frozenset[str], checkpoint: str, stream: TextIO | None) -> None:
+        self.output, self.formats, self.checkpoint = output, formats, checkpoint
+        self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
+        self.page, self.pages = list[tuple[str, Explanation]](), 0
+        self.documents = [JsonDocument(stream, checkpoint)] if stream is not None else []
+        self.unfinished: Path | None = None
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            if "json" in formats:
+                self.unfinished = output / f".explanations.json.{secrets.token_hex(4)}.tmp"
+                self.documents.append(JsonDocument(self.unfinished.open("x", encoding="ascii"), checkpoint))
+
+    def __enter__(self) -> Written:
+        return self
+
+    def add(self, path: Path, one: Explanation) -> str | None:
+        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
+        name, shown = self.names.of(path), printable(path)
+        try:
+            contents = self._contents(one, name)
+        except ValueError as error:  # not finite
+            return self.refuse(path, error)
+        if self.output is not None:
+            write_together({self.output / file: content for file, content in contents.items()})
+        for document in self.documents:
+            document.add({"path": shown, "files": sorted(contents), **entry(one)})
+        self.count += 1
+        if self.output is not None and "html" in self.formats:
+            self.page.append((shown, one))
+            if len(self.page) == PAGE_IMAGES:
+                self._write_page()
+        return None
+
+    def refuse(self, path: Path, error: Exception) -> str:
+        """Note an image that could not be explained; returns why."""
+        self.errors.append({"path": printable(path), "error": str(error)})
+        return str(error)
+
+    def _contents(self, one: Explanation, name: str) -> dict[str, bytes]:
+        makers = {"png": picture, "npz": archive}
+        wanted = makers if self.output is not None else {}
+        return {f"{name}.{kind}": make(one) for kind, make in wanted.items() if kind in self.formats}
+
+    def _write_page(self) -> None:
+        assert self.output is not None
+        self.pages += 1
+        file = self.output / ("explanations.html" if self.pages == 1 else f"explanations-{self.pages}.html")
+        names, explanations = zip(*self.page, strict=True)
+        write_page(explanations, file, title=f"Explained by {self.checkpoint}", names=names)
+        self.page.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish page and json; after an error, leave no half of them."""
+        try:
+            if kind is None:
+                if self.page:
+                    self._write_page()
+                for document in self.documents:
+                    document.finish(self.errors)
+            if self.unfinished is not None:
+                self.documents[-1].handle.close()
+            if kind is None and self.unfinished is not None and self.output is not None:
+                self.unfinished.replace(self.output / "explanations.json")
+        finally:
+            if self.unfinished is not None:
+                self.unfinished.unlink(missing_ok=True)
+
+
+class JsonDocument:
+    """One json object whose list of images grows on the way."""
+
+    def __init__(self, handle: TextIO, checkpoint: str) -> None:
+        self.handle, self.empty = handle, True
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "shapadapter_version": __version__}
+        handle.write(json.dumps({**head, "checkpoint": checkpoint})[:-1] + ', "images": [')
+
+    def add(self, image: dict[str, Any]) -> None:
+        """Write an image."""
+        self.handle.write(("\n" if self.empty else ",\n") + json.dumps(image, allow_nan=False))
+        self.empty = False
+
+    def finish(self, errors: list[dict[str, str]]) -> None:
+        """Write what could not be explained, and the end."""
+        self.handle.write('\n], "errors": ' + json.dumps(errors) + "}\n")
+        self.handle.flush()
+
+
+def entry(one: Explanation) -> dict[str, Any]:
+    """What json says of an explanation of one image: `Explanation.to_dict` without its list."""
+    whole = one.to_dict()
+    (image,) = whole.pop("images")
+    return {**whole, **image}
+
+
+def archive(one: Explanation) -> bytes:
+    """The numbers about one image as npz, without its pixels; no pickle in it."""
+    arrays = {name: values for name, values in one.to_numpy().items() if name != "images"}
+    shown = [one.labels[index] for index in one.classes[0].tolist()]
+    buffer = io.BytesIO()
+    # (1, ...) -> (...), for there is one image
+    np.savez_compressed(buffer, labels=np.array(shown), **{name: values[0] for name, values in arrays.items()})
+    return buffer.getvalue()
+
+
+def picture(one: Explanation) -> bytes:
+    """A figure of one image as png; without matplotlib, the image and its maps side by side."""
+    buffer = io.BytesIO()
+    try:
+        one.figure().savefig(buffer, format="png")
+    except ImportError:
+        Image.fromarray(strip(one)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def strip(one: Explanation, max_classes: int = 3) -> Any:
+    """The image and its maps (H, W * (1 + classes), 3), in the colours of the figures."""
+    shown = columns(one, 0, max_classes=max_classes)
+    limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))  # (k, rows, cols) -> one number
+    pixels = one.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
+    parts = [pixels, *(overlay(pixels, one.heatmap(column.index), limit) for column in shown)]
+    factor = -(-SMALLEST // max(pixels.shape[:2]))
+    return np.concatenate(parts, axis=1).repeat(factor, axis=0).repeat(factor, axis=1)
