@@ -1,6 +1,7 @@
 """shapadapter: fine-tuned vision models that predict and explain themselves in one forward pass.
 
-Importing the package registers the PEFT method `SHAPLEY` and does nothing else. Do it before an adapter is loaded.
+Importing the package registers the PEFT method `SHAPLEY` and the pipeline "image-attribution", and does nothing else. Do
+it before an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __version__ = "0.1.0.dev0"
 # Our own command alone does without: its subcommands import what they need, and `--help` need not wait for torch.
 _PROGRAM = Path((getattr(sys, "argv", None) or [""])[0]).stem
 if _PROGRAM != "shapadapter":
-    from . import adapter  # noqa: F401 - registers the method
+    from . import adapter, tasks  # noqa: F401 - they register the PEFT method and the pipeline
 
 if TYPE_CHECKING:
     from .adapter import ShapleyConfig, ShapleyModel
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         ClassNotFoundError,
+        ExportError,
         ImageError,
         ShapleyCollapseWarning,
         ShapleyError,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, Evaluator, evaluate, map_agreement
     from .explaining import explain
     from .explanation import Explanation
+    from .export import ExportReport, export_onnx, export_program
     from .game import PatchGame
     from .loading import load
     from .outputs import MatchingOutput, ShapleyOutput
@@ -47,6 +50,8 @@ _LAZY = {
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
     "Explanation": "explanation",
+    "ExportError": "errors",
+    "ExportReport": "export",
     "ImageError": "errors",
     "MatchingOutput": "outputs",
     "PatchGame": "game",
@@ -61,6 +66,8 @@ _LAZY = {
     "attribute": "attributing",
     "evaluate": "evaluation",
     "explain": "explaining",
+    "export_onnx": "export",
+    "export_program": "export",
     "last_whole_checkpoint": "training",
     "load": "loading",
     "map_agreement": "evaluation",
@@ -76,6 +83,8 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Explanation",
+    "ExportError",
+    "ExportReport",
     "ImageError",
     "MatchingOutput",
     "PatchGame",
@@ -91,6 +100,8 @@ __all__ = [
     "attribute",
     "evaluate",
     "explain",
+    "export_onnx",
+    "export_program",
     "last_whole_checkpoint",
     "load",
     "map_agreement",

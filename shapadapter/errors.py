@@ -13,6 +13,10 @@ class CheckpointError(ShapleyError, ValueError):
     """An adapter does not fit its base model, or its state could not be restored from what would be saved."""
 
 
+class ExportError(ShapleyError, RuntimeError):
+    """A model could not be exported, or what came out computes something else."""
+
+
 class ImageError(ShapleyError, ValueError):
     """An image is missing, unreadable or of a kind the model cannot take."""
 

@@ -1,0 +1,197 @@
+"""A wrapped model as a plain function of pixels: what an exporter can trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from shapadapter import __version__
+from shapadapter.adapter.guard import check_mergeable
+from shapadapter.adapter.quantised import is_quantised
+from shapadapter.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.explaining import base_of, embed_texts, prepared_batches
+from shapadapter.game import active_layer
+from shapadapter.options import check_options
+
+OUTPUTS = ("logits", "attributions", "null_values")
+"""What an exported model returns: (B, K), (B, N, K) and (B, K)."""
+
+
+class Deployed(nn.Module):
+    """A model that takes pixels and returns tensors by name.
+
+    Args:
+        model: the base model with its adapter, in eval mode.
+        options: keyword arguments of its forward that are fixed.
+        text_embeds: (T, P), the texts of a matching model.
+    """
+
+    def __init__(self, model: nn.Module, options: dict[str, Any], text_embeds: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.register_buffer("text_embeds", text_embeds)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Logits (B, K), attributions (B, N, K) and null values (B, K) of images (B, C, H, W)."""
+        texts = {} if self.text_embeds is None else {"text_embeds": self.text_embeds}
+        output = self.model(pixel_values=pixel_values, return_dict=True, **texts, **self.options)
+        return {name: getattr(output, name) for name in OUTPUTS}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to export, and what it has to compute.
+
+    Attributes:
+        deployed: the model, on the CPU, in fp32.
+        pixels: (B, C, H, W), the images on which it is traced and compared.
+        expected: what the user's own model says of them, by output.
+        labels: the K names of the classes.
+        about: words that travel in the file: the names of the classes, (rows, cols) of the players, (height, width) of the
+            part of the image that they tile.
+    """
+
+    deployed: Deployed
+    pixels: Tensor
+    expected: dict[str, Tensor]
+    labels: tuple[str, ...]
+    about: dict[str, str]
+
+    def two_images(self) -> Tensor:
+        """A batch to trace with, (2, C, H, W): from one image alone a tracer would conclude that there is always one."""
+        return self.pixels[torch.arange(2) % len(self.pixels)].clone()
+
+    def refused(self, target: str, error: BaseException) -> str:
+        """What to say when a tracer gives up."""
+        name = type(self.deployed.model).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{name} cannot be exported to {target}: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def prepare(
+    model: nn.Module,
+    function: Any,
+    images: Any,
+    processor: Any,
+    texts: Sequence[str] | str | None,
+    options: dict[str, Any],
+) -> Job:
+    """Copy a wrapped model, note what it says of the images, and make the copy easy to trace.
+
+    Raises:
+        ImageError: the images cannot be read, or come with more than pixels.
+        ShapleyError: the model has no active adapter, is quantised, or misses texts.
+        TypeError: an argument that neither `function` nor the model's forward has.
+    """
+    layer = active_layer(model)
+    check_options(model, options, function)
+    _refuse_quantised(model)
+    pixels = _pixels(images, processor)
+    labels, embeds = _classes(model, layer, texts, processor)
+    copied = copy.deepcopy(base_of(model)).cpu().float().eval().requires_grad_(False)
+    deployed = Deployed(copied, options, None if embeds is None else embeds.cpu().float())
+    tiling = active_layer(copied).tiling(pixels, **options)
+    with torch.no_grad():
+        parts = [deployed(part) for part in pixels.split(8)]
+        expected = {name: torch.cat([part[name] for part in parts]) for name in OUTPUTS}
+        _know_the_empty_value(deployed, pixels[:1])
+    _merge(copied)
+    about = {
+        "shapadapter_version": __version__,
+        "labels": json.dumps(labels),
+        "players": json.dumps(tiling.players),
+        "seen": json.dumps(tiling.seen),
+        "prediction": layer.rules[str(layer.active)].prediction,
+    }
+    return Job(deployed, pixels, expected, labels, about)
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter):
+            raise UnsupportedModelError(
+                f"The weights {name} are quantised, which cannot be exported. Load the base model in full precision and "
+                "the adapter on it, then export."
+            )
+
+
+def _pixels(images: Any, processor: Any) -> Tensor:
+    """All images as one tensor (B, C, H, W) fp32."""
+    batches = list(prepared_batches(images, processor, 32))
+    if any(set(batch) != {"pixel_values"} or batch["pixel_values"].ndim != 4 for batch in batches):
+        raise ImageError(
+            "Only models that take pixel_values (B, C, H, W) alone can be exported; this one's processor cuts images "
+            "into patches of varying grids (NaFlex)."
+        )
+    sizes = {tuple(batch["pixel_values"].shape[1:]) for batch in batches}
+    if len(sizes) > 1:
+        raise ImageError(f"An exported model takes images of one size, got {sorted(sizes)}.")
+    return torch.cat([batch["pixel_values"] for batch in batches]).cpu().float()  # (B, C, H, W)
+
+
+def _classes(
+    model: nn.Module, layer: Any, texts: Sequence[str] | str | None, processor: Any
+) -> tuple[tuple[str, ...], Tensor | None]:
+    """The names of the classes, and the embeddings (T, P) of texts that take their place."""
+    config: Any = model.config
+    matching = layer.anatomy.kind == "matching"
+    if matching and texts is None:
+        raise ShapleyError(
+            "The model matches images with texts, which are fixed in an exported file: pass texts=[...]."
+        )
+    if not matching and texts is not None:
+        raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts; leave texts out.")
+    if texts is None:
+        return tuple(str(config.id2label[index]) for index in range(layer.classes)), None
+    listed = (texts,) if isinstance(texts, str) else tuple(texts)
+    return listed, embed_texts(model, listed, processor)
+
+
+def _know_the_empty_value(deployed: Deployed, image: Tensor) -> None:
+    """Note v(empty), which no pixel enters: a second pass of the base model in the graph would compute it each time."""
+    layer = active_layer(deployed.model)
+    name = str(layer.active)
+    if layer.rules[name].prediction != "classifier":
+        return
+    texts = {} if deployed.text_embeds is None else {"text_embeds": deployed.text_embeds}
+    output = deployed.model(pixel_values=image, return_dict=True, **texts, **deployed.options)
+    embeds = getattr(output, "null_embeds", None)
+    layer.rules[name] = replace(
+        layer.rules[name], empty=output.null_values if embeds is None else embeds
+    )  # (1, K or P)
+
+
+def _merge(model: nn.Module) -> None:
+    """Fold LoRA into the weights of a copy, where the sum of the weights computes the sum of the layers."""
+    try:
+        check_mergeable(model)
+    except ShapleyError:
+        return
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without gradients, and without what exporters print of their progress and of packages that do not matter here."""
+    before = logging.root.manager.disable
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,116 @@
+"""ONNX, through the exporter of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shapadapter.errors import ExportError
+
+from .deployed import Job, prepare, quiet
+from .folder import COMPANIONS, new_folder, sizes, write_companions
+from .report import ExportReport, compare
+
+_FILE = "model.onnx"
+_FILES = (_FILE, f"{_FILE}.data", "export.json", *COMPANIONS)
+
+
+def export_onnx(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    images: Any,
+    processor: Any | None = None,
+    texts: Sequence[str] | str | None = None,
+    tolerance: float = 1e-4,
+    opset: int | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Write a wrapped model as an ONNX file that predicts and explains, and compare the two.
+
+    The file takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the processor makes, and
+    returns `logits` (B, K), `attributions` (B, N, K), players in raster order, and `null_values` (B, K). It runs where
+    onnxruntime does, without PyTorch. LoRA is folded into the weights; the model itself stays as it is.
+
+    Args:
+        model: a wrapped model.
+        folder: where to write `model.onnx` and its weights `model.onnx.data`, `config.json` with the names of the classes,
+            and `preprocessor_config.json`. An older export there is replaced.
+        images: real images, as `shapadapter.explain` takes them, to compare the two models on.
+        processor: the image processor the model was trained with; with texts, the processor of both.
+        texts: for a model that matches images with texts: the texts the file compares images with, in place of classes.
+        tolerance: the largest difference allowed, in logits, or as a share of an output's largest number if that is
+            more than 1.
+        opset: version of ONNX's operators; that of the exporter by default.
+        **options: further keyword arguments of the model's forward, fixed in the file.
+
+    Returns:
+        Where the file is, how large it is, and how far it differs.
+
+    Raises:
+        ExportError: the model cannot be traced, or the file differs by more than `tolerance`. Nothing is written then.
+        UnsupportedModelError: the base model is quantised.
+        ImageError: the images cannot be read, or are of several sizes.
+        ShapleyError: texts or an active adapter are missing.
+        FileExistsError: the folder holds other files.
+        ImportError: a package is missing or too old.
+    """
+    _need_packages()
+    job = prepare(model, export_onnx, images, processor, texts, options)
+    with new_folder(folder, _FILES) as place:
+        opset = _write(job, place, opset)
+        write_companions(place, job, processor)
+        differences = compare(_runner(place / _FILE), job, tolerance, len(job.pixels))
+        written = sizes(place)
+    return ExportReport(Path(folder) / _FILE, differences, len(job.pixels), opset, written)
+
+
+def _need_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: pip install "shapadapter[onnx]"')
+
+
+def _write(job: Job, place: Path, opset: int | None) -> int:
+    """Trace the model and write its files; returns the version of ONNX's operators."""
+    from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
+
+    sample: Any = {"pixel_values": job.two_images()}  # (2, C, H, W)
+    deployed: Any = job.deployed
+    config = OnnxConfig(dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, opset_version=opset)
+    with quiet():
+        try:
+            exported = OnnxExporter().export(deployed, sample, config=config)
+        except ImportError:  # of a package that is too old
+            raise
+        except Exception as error:  # of many kinds, from many layers
+            raise ExportError(job.refused("ONNX", error)) from error
+        graph = exported.program.graph
+        for part in (graph, *exported.program.functions.values()):
+            for node in part.all_nodes():
+                node.metadata_props.clear()  # where in which file on this machine it was traced
+        for value in (*graph.inputs, *graph.outputs):
+            value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
+        exported.program.metadata_props.update(job.about)
+        exported.save_pretrained(place)
+    return int(exported.program.opset_imports[""])
+
+
+def _runner(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The written file in onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(pixels: Tensor) -> dict[str, Tensor]:
+        found: list[Any] = session.run(names, {"pixel_values": np.ascontiguousarray(pixels.numpy())})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    return run

@@ -1,0 +1,103 @@
+"""A program of `torch.export`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind
+
+from shapadapter.errors import ExportError
+
+from .deployed import Job, prepare, quiet
+from .folder import COMPANIONS, new_folder, sizes, write_companions
+from .report import ExportReport, compare
+
+_FILE = "model.pt2"
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+def export_program(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    images: Any,
+    processor: Any | None = None,
+    texts: Sequence[str] | str | None = None,
+    tolerance: float = 1e-4,
+    **options: Any,
+) -> ExportReport:
+    """Write a wrapped model as a program of `torch.export` that predicts and explains, and compare the two.
+
+    `torch.export.load(path).module()` takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the
+    processor makes, and returns a dict of `logits` (B, K), `attributions` (B, N, K) and `null_values` (B, K). It needs
+    PyTorch and nothing else.
+
+    Args:
+        model: a wrapped model.
+        folder: where to write `model.pt2`, `config.json` with the names of the classes, and `preprocessor_config.json`. An
+            older export there is replaced.
+        images: real images, as `shapadapter.explain` takes them, to compare the two models on.
+        processor: the image processor the model was trained with; with texts, the processor of both.
+        texts: for a model that matches images with texts: the texts the program compares images with.
+        tolerance: the largest difference allowed, in logits, or as a share of an output's largest number if that is
+            more than 1.
+        **options: further keyword arguments of the model's forward, fixed in the program.
+
+    Returns:
+        Where the file is, how large it is, and how far it differs.
+
+    Raises:
+        ExportError: the model cannot be traced, or the program differs by more than `tolerance`. Nothing is written then.
+        UnsupportedModelError: the base model is quantised.
+        ImageError: the images cannot be read, or are of several sizes.
+        ShapleyError: texts or an active adapter are missing.
+        FileExistsError: the folder holds other files.
+    """
+    job = prepare(model, export_program, images, processor, texts, options)
+    with new_folder(folder, (_FILE, *COMPANIONS)) as place:
+        with quiet():
+            torch.export.save(_traced(job), place / _FILE, extra_files={"shapadapter.json": json.dumps(job.about)})
+            run = torch.export.load(place / _FILE).module()
+        write_companions(place, job, processor)
+        with torch.no_grad():
+            differences = compare(lambda pixels: run(pixel_values=pixels), job, tolerance, len(job.pixels))
+        written = sizes(place)
+    return ExportReport(Path(folder) / _FILE, differences, len(job.pixels), None, written)
+
+
+def _traced(job: Job) -> torch.export.ExportedProgram:
+    """The model as a program, without weights that nothing reads and without paths of this machine."""
+    try:
+        program = torch.export.export(
+            job.deployed,
+            args=(),
+            kwargs={"pixel_values": job.two_images()},
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            strict=False,
+        )
+    except Exception as error:  # of many kinds, from many layers
+        raise ExportError(job.refused("torch.export", error)) from error
+    graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
+    for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
+        node.meta.pop("stack_trace", None)
+    return _without_unused(program)
+
+
+def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Leave out the weights that no operation reads, such as the text tower of a model whose texts are fixed."""
+    places = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    signature = program.graph_signature
+    unused = [spec for spec in signature.input_specs if spec.kind in _WEIGHTS and not places[spec.arg.name].users]
+    for spec in unused:
+        program.graph.erase_node(places[spec.arg.name])
+        program.state_dict.pop(spec.target, None)
+        program.constants.pop(spec.target, None)
+        signature.input_specs.remove(spec)
+    program.graph_module.recompile()
+    return program

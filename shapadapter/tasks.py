@@ -1,0 +1,76 @@
+"""The task "image-attribution" of `transformers.pipeline`: known by name as soon as the package is imported."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .errors import ShapleyError
+
+TASK = "image-attribution"
+
+# What `pipeline()` hands to every model class, and what has no meaning for an adapter: its base has a config of its own.
+_IGNORED = ("config", "local_files_only", "code_revision", "_from_pipeline")
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A wrapped model and the processor it was trained with: transformers itself would take the base model's."""
+
+    model: Any
+    processor: Any
+
+
+class CheckpointLoader:
+    """What `pipeline()` calls with the name of a model, as it would call `AutoModelForImageClassification`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: Any = None,
+        trust_remote_code: bool | None = None,
+        **options: Any,
+    ) -> LoadedCheckpoint:
+        """Load an adapter by its folder or name, with its base and processor, on the CPU; see `shapadapter.load`.
+
+        Raises:
+            ShapleyError: it cannot be loaded, or an option of `model_kwargs` is not known here.
+        """
+        unknown = sorted(set(options) - set(_IGNORED))
+        if unknown:
+            raise ShapleyError(
+                f"pipeline({TASK!r}) cannot load an adapter by its name with {', '.join(unknown)}. Load the model as you "
+                "like and pass it: pipeline(task, model=model, image_processor=processor)."
+            )
+        from .loading import load
+
+        wanted = None if dtype == "auto" else dtype
+        # A folder has no revisions; that of a repository is of the adapter's, whatever transformers resolved it for.
+        commit = None if revision is None else getattr(revision, "initial", str(revision))
+        trust = bool(trust_remote_code)
+        try:
+            return LoadedCheckpoint(
+                *load(name, revision=commit, token=token, device="cpu", dtype=wanted, trust_remote_code=trust)
+            )
+        except ShapleyError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            # Of these pipeline() would make a long list of all it tried.
+            raise ShapleyError(f"{name} cannot be loaded: {error}") from error
+
+
+def register_task() -> None:
+    """Let `pipeline("image-attribution", model=...)` find its class, which is imported when it is used."""
+    # Not by `register_pipeline`, which takes a class, and lets `save_pretrained` copy its code into the checkpoint.
+    PIPELINE_REGISTRY.supported_tasks[TASK] = {
+        "impl": "shapadapter.pipeline.ImageAttributionPipeline",
+        "pt": (CheckpointLoader,),
+        "type": "image",
+    }
+
+
+register_task()
