@@ -16,21 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 from .adapter.registration import NAME
 from .errors import ShapleyError
 from .game import active_layer
-from .remote import HUB_ERRORS, hub_trouble
-
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-)
-"""All that processors of images, or of images and texts, are saved as."""
+from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble
 
 
 def load(
@@ -70,7 +56,7 @@ def load(
     """
     name, place, kind = str(checkpoint), _device(device), _dtype(dtype)
     folder = _folder(name, revision, token)
-    config = _config(folder, name)
+    config = read_config(folder, name)
     root, commit = _root(name, folder, config, base)
     options = {"revision": commit, "token": token, "trust_remote_code": trust_remote_code}
     bare = _base_model(name, root, config, {**options, "dtype": kind})
@@ -104,7 +90,7 @@ def _folder(name: str, revision: str | None, token: str | bool | None) -> Path:
         raise ShapleyError(f"{name} is no folder here. {trouble}") from error
 
 
-def _config(folder: Path, name: str) -> Any:
+def read_config(folder: Path, name: str) -> Any:
     """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there.
 
     Raises:

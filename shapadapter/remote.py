@@ -1,4 +1,4 @@
-"""What went wrong at the Hub, in words: the client's own errors do not say what to type."""
+"""What travels to the Hub and back, and what went wrong there, in words: the client's own errors do not say what to type."""
 
 from __future__ import annotations
 
@@ -18,6 +18,33 @@ from huggingface_hub.errors import (
 )
 
 _UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
+"""All that processors of images, or of images and texts, are saved as; one of the first two is always there."""
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *PROCESSOR_FILES,
+    "README.md",
+    "evaluation.json",
+    "explanations/*",
+)
+"""Patterns of all that is uploaded of an adapter's folder: no optimiser's states, no pickles, no logs."""
+
+BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES, "README.md")
+"""The same of a base model's folder."""
 
 HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
 """What the client and transformers raise when something at the Hub is not as it should be."""
@@ -59,12 +86,16 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
     ):
         if any(isinstance(cause, kind) for cause in causes):
             return words
-    code = next((c.response.status_code for c in causes if isinstance(c, HfHubHTTPError) and c.response), None)
-    if code in (401, 403):
+    code = next(
+        (c.response.status_code for c in causes if isinstance(c, HfHubHTTPError) and c.response is not None), None
+    )
+    if code == 401:
         return (
-            f"The token may not do this with {repo_id} ({code}). Log in with `hf auth login`, or pass token=, with a token "
-            "that may write to it."
+            f"The Hub does not know who asks for {repo_id}: there is no token, or it is not valid. Log in with "
+            "`hf auth login`, or pass token=."
         )
+    if code == 403:
+        return f"This token may not write to {repo_id}. Pass one that may as token=, or choose another name."
     return None if code is None else f"The Hub at {constants.ENDPOINT} answered {code} about {repo_id}."
 
 

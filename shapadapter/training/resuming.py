@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,9 +26,10 @@ from .checkpoints import (
     unreadable_in,
     warn_passed_over,
 )
+from .pushing import PushingTrainer, without_token
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(PushingTrainer):
     """`Trainer` whose checkpoints are known to be whole or not, and whose data set knows its epoch after resuming."""
 
     _saving = False
@@ -62,7 +62,8 @@ class ResumableTrainer(Trainer):
         finally:
             self.args.save_total_limit, self._saving = limit, False
         if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, now with the limit
+            with without_token(self.args):
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, now with the limit
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:

@@ -15,9 +15,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.registration import NAME
 from shapadapter.errors import ShapleyError
-from shapadapter.loading import PROCESSOR_FILES, find_base, is_path
-
-BASE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *PROCESSOR_FILES)
+from shapadapter.loading import find_base, is_path
+from shapadapter.remote import BASE_FILES, PROCESSOR_FILES
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Source:
         config = _config(folder)
         base = find_base(folder, str(config["base_model_name_or_path"]))
         local = Path(base) if (Path(base) / "config.json").is_file() else None
-        if local is not None and not any(local.glob("*.safetensors")):
+        if local is not None and not any(local.glob("model*.safetensors")):
             raise ShapleyError(f"The base model {local} has no safetensors file; pickles are not copied.")
         return cls(
             name=folder.resolve().name,
