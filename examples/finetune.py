@@ -27,7 +27,7 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.training.finetune import ScriptArguments, accuracy, finish, load_images, parser
+from shapadapter.training.finetune import ScriptArguments, accuracy, finish, load_images, parser, resumed_from
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
@@ -56,7 +56,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
     # Saves the adapter, evaluates it, and explains held-out images.
     finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:

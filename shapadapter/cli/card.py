@@ -31,6 +31,6 @@ def command(
         from shapadapter.hub.cards import update_card
 
         quiet()
-        found = find_images(images) if images else None
+        found = list(find_images(images)) if images else None
         written = update_card(checkpoint, evaluation=evaluation, images=found)
         say({"card": str(written)}, f"Wrote {written}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -67,8 +68,9 @@ def command(
         model, processor = load(checkpoint, base=base, revision=revision, device=device, dtype=dtype)
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
         written = stack.enter_context(Written(output, wanted, checkpoint, say.stream if json else None))
-        for path, found in _explained(model, processor, paths, batch_size, seed, asked):
-            trouble = written.refuse(path, found) if isinstance(found, Exception) else written.add(path, found)
+        for path, found in _explained(model, processor, list(paths), batch_size, seed, asked):
+            failed = isinstance(found, Exception)
+            trouble = written.refuse(path, found) if failed else written.add(path, paths[path], found)
             if trouble:
                 warn(f"{printable(path)}: {trouble}")
             elif not json:
@@ -132,8 +134,8 @@ def _opened(paths: list[Path]) -> tuple[dict[Path, Any], list[tuple[Path, Except
     for path in paths:
         try:
             if path.exists() and not path.is_file():  # a pipe would wait for ever
-                raise UnreadableImageError(f"{printable(path)} is no file.")
-            opened[path] = open_image(path)
+                raise UnreadableImageError("It is no file.")
+            opened[path] = open_image(os.fspath(path))
         except (ImageError, OSError) as error:
             failed.append((path, error))
     return opened, failed

@@ -42,10 +42,10 @@ def command(
         from shapadapter.loading import load
 
         quiet()
-        chosen = find_images(images)[:MOST_IMAGES]
+        chosen = list(find_images(images))[:MOST_IMAGES]
         model, processor = load(checkpoint, base=base, revision=revision, device="cpu")
         result: Any = _exporter(to)(model, output, images=chosen, processor=processor, texts=texts or None)
-        say({"folder": str(output), "largest_difference": result}, f"Wrote {output}. Largest difference: {result}")
+        say(result.to_dict(), f"Wrote {result}")
 
 
 def _exporter(to: str) -> Any:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from shapadapter.inspecting import Inspection
 
 EXAMPLE = "shapadapter inspect facebook/dinov2-small"
+SHOWN = 4
+"""Modules that are named; json has all."""
 
 
 def command(
@@ -70,8 +72,10 @@ def _by(numbers: tuple[int, ...] | None) -> str:
 def _trained(found: Inspection) -> str | None:
     if found.tune is None:
         return None
+    hidden = len(found.lora_targets) - SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
     words = {
-        "lora": f"token, head, LoRA on {', '.join(found.lora_targets)}",
+        "lora": f"token, head, LoRA on {', '.join(found.lora_targets[:SHOWN])}{more}",
         "frozen": "token and head",
         "full": "token, head and the whole backbone",
     }
@@ -99,4 +103,8 @@ def _base(found: Inspection) -> str | None:
 
 
 def _record(found: Inspection) -> str | None:
-    return ", ".join(f"{name}: {value}" for name, value in found.record.items()) if found.record else None
+    return (
+        ", ".join(f"{name}: {value}" for name, value in found.record.items())
+        if found.adapter and found.record
+        else None
+    )

@@ -12,8 +12,8 @@ MARK = ".attribution"
 LONGEST = 60
 
 
-def find_images(given: list[Path]) -> list[Path]:
-    """Files as they were given, and the images in folders, in order of their names; each once.
+def find_images(given: list[Path]) -> dict[Path, Path]:
+    """Files as they were given, and the images in folders, in order of their names; each with its place in the folder.
 
     Links to folders are not followed, and neither hidden files nor what this command wrote are images.
 
@@ -22,16 +22,14 @@ def find_images(given: list[Path]) -> list[Path]:
     """
     from shapadapter.errors import ShapleyError
 
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in given:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = _images_below(path)
+        inside = _images_below(path) if path.is_dir() else [path]
         if not inside:
             raise ShapleyError(f"There are no images in the folder {printable(path)}.")
-        found += inside
-    return list(dict.fromkeys(found))
+        for image in inside:
+            found.setdefault(image, image.relative_to(path) if path.is_dir() else Path(path.name))
+    return found
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -54,10 +52,13 @@ class Names:
     def __init__(self) -> None:
         self.taken: set[str] = set()
 
-    def of(self, path: Path) -> str:
-        """A name for what is written about `path`, without suffix: letters, digits, `-`, `_` and `.` of its own name."""
-        text = unicodedata.normalize("NFC", printable(Path(path.stem)))
-        kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".-")[:LONGEST] or "image"
+    def of(self, place: Path) -> str:
+        """A name, without suffix, for what is written about the image at a place in a folder: ants/1.jpg gives ants-1.
+
+        Letters, digits, `-`, `_` and `.` are kept, of a long name the end.
+        """
+        text = unicodedata.normalize("NFC", "-".join(map(printable, map(Path, place.with_suffix("").parts))))
+        kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[-LONGEST:].lstrip(".-") or "image"
         name, number = kept, 1
         while name.casefold() in self.taken:
             number += 1

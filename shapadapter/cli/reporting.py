@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def one_line(text: str) -> str:
 
 
 def quiet() -> None:
-    """Leave out what other libraries say about loading weights."""
+    """Leave out what other libraries tell each other: bars of loading weights, and what will be renamed one day."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)")

@@ -10,22 +10,17 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image
 
 from shapadapter import __version__
 from shapadapter.explanation import Explanation
 from shapadapter.files import write_together
-from shapadapter.visual import overlay, symmetric_limit, write_page
-from shapadapter.visual.wording import columns
+from shapadapter.visual import draw_strip, write_page
 
 from .naming import Names, printable
 
 FORMAT, FORMAT_VERSION = "shapadapter.explain", 1
 PAGE_IMAGES = 100
 """Images on a page; more make a second one."""
-
-SMALLEST = 224
-"""Side in pixels to which smaller pictures are enlarged where matplotlib does not draw them."""
 
 
 class Written:
@@ -53,9 +48,15 @@ class Written:
     def __enter__(self) -> Written:
         return self
 
-    def add(self, path: Path, one: Explanation) -> str | None:
-        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
-        name, shown = self.names.of(path), printable(path)
+    def add(self, path: Path, place: Path, one: Explanation) -> str | None:
+        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown.
+
+        Args:
+            path: of the image.
+            place: its place in the folder that was given.
+            one: its explanation.
+        """
+        name, shown = self.names.of(place), printable(path)
         try:
             contents = self._contents(one, name)
         except ValueError as error:  # not finite
@@ -73,8 +74,9 @@ class Written:
 
     def refuse(self, path: Path, error: Exception) -> str:
         """Note an image that could not be explained; returns why."""
-        self.errors.append({"path": printable(path), "error": str(error)})
-        return str(error)
+        told = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file
+        self.errors.append({"path": printable(path), "error": told})
+        return told
 
     def _contents(self, one: Explanation, name: str) -> dict[str, bytes]:
         makers = {"png": picture, "npz": archive}
@@ -145,20 +147,10 @@ def archive(one: Explanation) -> bytes:
 
 
 def picture(one: Explanation) -> bytes:
-    """A figure of one image as png; without matplotlib, the image and its maps side by side."""
+    """A figure of one image as png; without matplotlib, a simpler picture of the same."""
     buffer = io.BytesIO()
     try:
         one.figure().savefig(buffer, format="png")
     except ImportError:
-        Image.fromarray(strip(one)).save(buffer, format="png")
+        draw_strip(one).save(buffer, format="png")
     return buffer.getvalue()
-
-
-def strip(one: Explanation, max_classes: int = 3) -> Any:
-    """The image and its maps (H, W * (1 + classes), 3), in the colours of the figures."""
-    shown = columns(one, 0, max_classes=max_classes)
-    limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))  # (k, rows, cols) -> one number
-    pixels = one.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
-    parts = [pixels, *(overlay(pixels, one.heatmap(column.index), limit) for column in shown)]
-    factor = -(-SMALLEST // max(pixels.shape[:2]))
-    return np.concatenate(parts, axis=1).repeat(factor, axis=0).repeat(factor, axis=1)

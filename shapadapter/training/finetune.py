@@ -25,6 +25,7 @@ from shapadapter.images import open_image
 from shapadapter.visual import gallery
 
 from .arguments import ShapleyTrainingArguments
+from .checkpoints import last_whole_checkpoint
 from .trainer import ShapleyTrainer
 
 
@@ -106,6 +107,12 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
     return get_peft_model(base, config)
 
 
+def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` means: with `last` the newest whole checkpoint, or a fresh start before the first."""
+    wish, folder = training_args.resume_from_checkpoint, str(training_args.output_dir)
+    return last_whole_checkpoint(folder) if wish == "last" else wish
+
+
 def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | IterableDataset, count: int) -> None:
     """Save the adapter, measure it, and explain `count` held-out images: explanations.html and attributions.png."""
     trainer.save_model()  # the adapter, with the processor beside it
@@ -138,7 +145,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         processing_class=AutoImageProcessor.from_pretrained(args.model_name_or_path),
         compute_metrics=accuracy,
     )
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
     finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset_name)
