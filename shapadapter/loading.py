@@ -57,8 +57,12 @@ def load(
     name, place, kind = str(checkpoint), _device(device), _dtype(dtype)
     folder = _folder(name, revision, token)
     config = read_config(folder, name)
-    root, commit = _root(name, folder, config, base)
-    options = {"revision": commit, "token": token, "trust_remote_code": trust_remote_code}
+    root, recorded = _root(name, folder, config, base)
+    options = {
+        "revision": _pinned(name, root, recorded, token),
+        "token": token,
+        "trust_remote_code": trust_remote_code,
+    }
     bare = _base_model(name, root, config, {**options, "dtype": kind})
     model = PeftModel.from_pretrained(bare, str(folder)).eval()
     own = any((folder / file).is_file() for file in PROCESSOR_FILES[:2])
@@ -151,6 +155,20 @@ def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tupl
             "base_repo_id=...)."
         )
     return str(recorded), config.revision
+
+
+def _pinned(name: str, root: str, revision: str | None, token: str | bool | None) -> str | None:
+    """The commit of the base model, so that all its files are of the same one; None for a folder.
+
+    Raises:
+        ShapleyError: the repository or the revision is not there, or may not be seen.
+    """
+    if Path(root).is_dir():
+        return None
+    try:
+        return HfApi().resolve_revision(root, revision=revision, token=token).resolved
+    except HUB_ERRORS as error:
+        raise ShapleyError(_why_no_base(name, root, revision, error)) from error
 
 
 def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> Any:
