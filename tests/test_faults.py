@@ -72,7 +72,7 @@ def change_a_byte(path: Path) -> None:
 def test_a_manifest_names_every_file(saved):
     folder = saved[0] / "checkpoint-3"
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert set(manifest["files"]) == names_in(folder) - {MANIFEST}
+    assert set(manifest["files"]) == names_in(folder) - {MANIFEST, "README.md"}  # the card may be edited
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(manifest["files"])
     assert trouble_with(folder) is None
     assert unreadable_in(folder) is None

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
+from shapadapter.card import read_pictures, settled, write_card
 from shapadapter.errors import CheckpointError
 
 
@@ -93,9 +94,21 @@ class ShapleyConfig(LoraConfig):
         default=None, metadata={"help": "Numbers by which another base model is recognised, written likewise."}
     )
     shapadapter_version: str | None = field(default=None, metadata={"help": "The version that wrote the adapter."})
+    record: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What is known of data, training and results, for the model card; written by ShapleyTrainer and "
+            "update_card."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
+        self.pictures: dict[str, bytes] = {}
+        self.model_tags: list[str] = []
+        self.weights: str | None = None
+        self.written_card: tuple[Path, str] | None = None
         # LoraConfig sets its own type there.
         self.peft_type = PeftType.SHAPLEY  # type: ignore[attr-defined]
         for name, allowed in (
@@ -134,7 +147,19 @@ class ShapleyConfig(LoraConfig):
         path = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
         if path.is_file():
             check_weights(path, config.tensors())
+            config.pictures = read_pictures(path.parent, config.to_dict())
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the model card with its pictures."""
+        self.record = settled(self.record, self.weights, Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+        self.write_card(save_directory)
+
+    def write_card(self, folder: str | Path) -> None:
+        """Write, or renew, the model card in the adapter's folder; see `shapadapter.card`."""
+        text = write_card(Path(folder), self.to_dict(), pictures=self.pictures, tags=self.model_tags)
+        self.written_card = None if text is None else (Path(folder).resolve(), text)
 
     def tensors(self) -> list[str]:
         """Names, as saved, of the tensors of token and head that an adapter of this configuration has."""

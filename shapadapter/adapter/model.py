@@ -27,6 +27,7 @@ from shapadapter.backbone import (
 )
 from shapadapter.errors import UnsupportedModelError
 
+from .cards import note
 from .config import ShapleyConfig
 from .guard import (
     check_base,
@@ -152,6 +153,7 @@ class ShapleyModel(LoraModel):
         if config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has settled it by the first labels.
             config.problem_type = model.config.problem_type
+        note(model, layer, config, saved)
         return saved
 
     @classmethod

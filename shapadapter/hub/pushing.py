@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, constants
 from peft.utils import CONFIG_NAME
 
+from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
 from shapadapter.loading import find_base, load, read_config
 from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, hub_trouble
@@ -87,7 +88,7 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
     if base_repo_id is None:
         raise ShapleyError(
             f"The base model of {folder} is {name}, a folder on this computer, so nobody else could load the adapter. Push "
-            "it beside: push(folder, repo_id, base_repo_id='user/name-of-the-base'), or --base-repo-id on the command line."
+            "it beside: push(folder, repo_id, base_repo_id='user/name-of-the-base'), or --base-repo on the command line."
         )
     if not any(root.glob("model*.safetensors")):
         raise ShapleyError(
@@ -125,6 +126,7 @@ def _upload(
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
+        card_for_push(folder, name, revision=revision, token=api.token)
         info: CommitInfo = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
         )

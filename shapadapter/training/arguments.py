@@ -100,6 +100,13 @@ class ShapleyTrainingArguments(TrainingArguments):
             "Biases if they are in report_to, else as files in output_dir/attributions."
         },
     )
+    card_images: int = field(
+        default=4,
+        metadata={
+            "help": "Held-out images that the model card shows with their maps, drawn by save_model and push_to_hub and "
+            "uploaded with the card; 0 if nobody may see them."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that neither collator nor model use from the data sets."}
     )
@@ -115,6 +122,8 @@ class ShapleyTrainingArguments(TrainingArguments):
         if min(self.shapley_weight, self.coalition_task_weight) < 0:
             raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
         self._check_data()
+        if self.card_images < 0:
+            raise ValueError(f"card_images must not be negative, got {self.card_images}.")
         if self.log_attributions < 0 or (self.log_attributions > 0 and self.eval_strategy == IntervalStrategy.NO):
             raise ValueError(
                 "log_attributions is a number of held-out images, drawn at each evaluation: pass one that is not negative, "

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from shapadapter.card import CARD, PICTURES
 from shapadapter.files import to_disk, write_together
 
 MANIFEST = "complete.json"
@@ -27,15 +28,38 @@ _FORMAT = "shapadapter.checkpoint"
 def seal(folder: Path) -> None:
     """Declare a checkpoint whole: every file of it is on the disk, and `complete.json` says what they must be.
 
+    Of the model card and its pictures it says nothing: they may be edited, and nothing is loaded from them.
+
     Raises:
         OSError: If a file cannot be brought to the disk; there is no `complete.json` then.
     """
     about = {}
     for path in _files(folder):
         to_disk(path)
+        if _is_card(path.relative_to(folder)):
+            continue
         about[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
     content = json.dumps({"format": _FORMAT, "format_version": 1, "files": about}, indent=2)
     write_together({folder / MANIFEST: content.encode()})
+
+
+def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
+    """What to write so that one file of a whole checkpoint gets another content, and the checkpoint stays whole.
+
+    Args:
+        folder: a checkpoint, or any other folder, in which only the file is written.
+        name: of the file.
+        content: the new one.
+
+    Returns:
+        Contents of files, by path.
+    """
+    found = {folder / name: content}
+    if (folder / MANIFEST).exists() and trouble_with(folder) is None:
+        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        about["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        found[folder / MANIFEST] = json.dumps(about, indent=2).encode()
+    return found
 
 
 def trouble_with(folder: Path) -> str | None:
@@ -49,7 +73,7 @@ def trouble_with(folder: Path) -> str | None:
         # Sizes first: a file that was cut off is found without reading the large ones before it.
         for check in (_length_trouble, _content_trouble):
             for name, about in expected.items():
-                if trouble := check(folder / name, about):
+                if not _is_card(Path(name)) and (trouble := check(folder / name, about)):
                     return f"{name} {trouble}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} or a file that it names cannot be read ({type(error).__name__}: {error})"
@@ -136,6 +160,11 @@ def discard(folder: Path) -> None:
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a checkpoint but its own manifest; sharded ones have subfolders."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file of a checkpoint, by its path in it, is for people alone."""
+    return path.name == CARD or path.parent.name == PICTURES
 
 
 def _hash(path: Path) -> str:

@@ -15,7 +15,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from shapadapter.remote import ADAPTER_FILES, hub_trouble
+from shapadapter.card import card_for_push
+from shapadapter.remote import ADAPTER_FILES, hub_trouble, warn_of_local_base
 
 
 class PushingTrainer(Trainer):
@@ -67,6 +68,8 @@ class PushingTrainer(Trainer):
         tags = dict.fromkeys([*([given] if isinstance(given, str) else given), *own])
         self.create_model_card(**{**kwargs, "tags": list(tags)})
         self._finish_current_push()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        warn_of_local_base(next(iter(model.peft_config.values())).base_model_name_or_path)
         branch = revision if revision is not None else self.args.hub_revision
         message = commit_message or "End of training"
         done = self._upload(Path(str(self.args.output_dir)), ADAPTER_FILES, message, token, branch)
@@ -145,6 +148,8 @@ def _commit(folder: Path, repo_id: str, options: dict[str, Any]) -> Any:
         revision = options["revision"]
         if revision is not None and not revision.startswith("refs/"):
             hf_api().create_branch(repo_id, branch=revision, exist_ok=True, token=options["token"])
+        if options["path_in_repo"] is None:
+            card_for_push(folder, repo_id, revision=revision, token=options["token"])
         return hf_api().upload_folder(repo_id=repo_id, folder_path=folder, **options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from shapadapter.shapley import sample_pairs
 from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
+from .carding import CardingTrainer
 from .checks import check_classes, check_game, check_setting, is_constant
 from .color import mean_color
 from .loading import LoadingTrainer, class_names
@@ -34,7 +35,7 @@ from .task import check_labels, soft_task
 from .watching import AttributionMaps
 
 
-class ShapleyTrainer(LoadingTrainer, ResumableTrainer, ShardedTrainer):
+class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns

@@ -24,7 +24,7 @@ from shapadapter.visual import gallery
 from .glance import some_rows
 
 # Maps beside each image: those of its likeliest classes.
-_CLASSES = 3
+CLASSES = 3
 
 
 class AttributionMaps(TrainerCallback):
@@ -53,7 +53,7 @@ class AttributionMaps(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Explain, draw and write."""
-        explanation = self._explained(kwargs["eval_dataloader"].dataset)
+        explanation, _ = explained(self.trainer, kwargs["eval_dataloader"].dataset, self.images)
         if not state.is_world_process_zero:
             return
         if not torch.isfinite(explanation.attributions).all():
@@ -62,14 +62,6 @@ class AttributionMaps(TrainerCallback):
         # Several evaluation sets have prefixes of their own, which stand nowhere but in the metrics' names.
         name = next(key.removesuffix("_runtime") for key in kwargs["metrics"] if key.endswith("_runtime"))
         self._write(as_picture(explanation), name, state.global_step, Path(args.output_dir) / "attributions")
-
-    def _explained(self, dataset: Any) -> Explanation:
-        trainer: Any = self.trainer
-        with seeded(0), trainer.compute_loss_context_manager():
-            rows = list(some_rows(dataset, self.images))
-            texts = _texts(rows) if trainer.matching else None
-            batch = trainer.data_collator(rows)
-            return explain(trainer.model, batch, trainer.processing_class, texts=texts, top_k=_CLASSES)
 
     def _write(self, picture: Image.Image, name: str, step: int, folder: Path) -> None:
         taken = False
@@ -88,10 +80,24 @@ class AttributionMaps(TrainerCallback):
             picture.save(folder / f"{name}-{step:06d}.png")
 
 
+def explained(trainer: Any, dataset: Any, images: int) -> tuple[Explanation, Any]:
+    """Explain some images of a data set as the trainer's model sees them; every process has to call it.
+
+    Returns:
+        The explanation, and the labels of its images, None without.
+    """
+    with seeded(0), trainer.compute_loss_context_manager():
+        rows = list(some_rows(dataset, images))
+        texts = _texts(rows) if trainer.matching else None
+        batch = trainer.data_collator(rows)
+        found = explain(trainer.model, batch, trainer.processing_class, texts=texts, top_k=CLASSES)
+        return found, batch.get("labels")
+
+
 def as_picture(explanation: Explanation) -> Image.Image:
     """All images of an explanation, a row each, as a picture."""
     file = io.BytesIO()
-    gallery(explanation, max_classes=_CLASSES).savefig(file, format="png", dpi=100)
+    gallery(explanation, max_classes=CLASSES).savefig(file, format="png", dpi=100)
     return Image.open(file).convert("RGB")
 
 

@@ -1,0 +1,99 @@
+"""Where PEFT and transformers write a model card: for a Shapley adapter they write ours, for any other one their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shapadapter.card import CARD, card_for_push, is_ours, read_card, read_config, weights_digest, write_card
+from shapadapter.errors import ImageError
+
+from .config import ShapleyConfig
+from .layer import ShapleyLayer
+
+_NAME = "SHAPLEY"
+
+
+def note(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfig, saved: dict[str, Tensor]) -> None:
+    """Leave with a configuration what its card needs to know of the model, just before both are saved.
+
+    Args:
+        model: the model that is saved, with or without PEFT's wrapper.
+        layer: its Shapley layer.
+        config: of the adapter that is saved.
+        saved: the adapter's tensors.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config.weights = weights_digest(saved)
+    config.model_tags = [str(tag) for tag in getattr(base, "model_tags", None) or []]
+    kind = "matching" if layer.anatomy.kind == "matching" else "classifier"
+    players = _players(base, layer)
+    record = {"kind": kind, **({} if players is None else {"players": players}), **(config.record or {})}
+    if getattr(base, "quantization_method", None) is not None:
+        record["quantised"] = str(getattr(base.quantization_method, "value", base.quantization_method))
+    config.record = record
+
+
+def _players(base: PreTrainedModel, layer: ShapleyLayer) -> list[int] | None:
+    """(rows, cols) on images of the base model's own size; None where it names none."""
+    size = getattr(base.config, "image_size", None)
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
+    if layer.active is None or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    try:
+        return list(layer.tiling(torch.empty(1, layer.anatomy.channels, *sides, device="meta")).players)
+    except (ImageError, RuntimeError):  # it takes images of another form
+        return None
+
+
+def install() -> None:
+    """Lead PEFT's and transformers' own cards past Shapley adapters; a second call changes nothing.
+
+    PEFT's `create_or_update_model_card` replaces tags that a user added, and `push_to_hub` of transformers puts the card
+    of the repository, or an empty form, in the place of the one that was just written.
+    """
+    _wrap(PeftModel, "create_or_update_model_card", _card_of_peft)
+    _wrap(PeftModel, "_upload_modified_files", _upload)
+    _wrap(PreTrainedModel, "_upload_modified_files", _upload)
+
+
+def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    theirs = getattr(owner, name)
+    if hasattr(theirs, "_of_shapadapter"):
+        return
+
+    @wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, theirs, *args, **kwargs)
+
+    method._of_shapadapter = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def _card_of_peft(model: Any, theirs: Callable[..., None], output_dir: str) -> None:
+    config = model.peft_config.get("default")  # the one that is saved into this folder; others have folders in it
+    if not isinstance(config, ShapleyConfig):
+        theirs(model, output_dir)
+    elif not is_ours(read_card(Path(output_dir) / CARD) or ""):  # else it is renewed when the weights are there, too
+        write_card(Path(output_dir), config.to_dict(), tags=config.model_tags)
+
+
+def _upload(model: Any, theirs: Callable[..., Any], working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    folder = Path(working_dir)
+    if read_config(folder).get("peft_type") == _NAME:
+        # What stands there is the repository's card or a form, with the tags that the caller asked for.
+        path = folder / CARD
+        tags = (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
+        written = [config.written_card for config in model.peft_config.values() if isinstance(config, ShapleyConfig)]
+        start = next((text for place, text in filter(None, written) if place == folder.resolve()), "")
+        revision, token = kwargs.get("revision"), kwargs.get("token")
+        card_for_push(folder, repo_id, revision=revision, token=token, tags=tags, start=start)
+    return theirs(model, working_dir, repo_id, *args, **kwargs)

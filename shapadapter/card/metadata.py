@@ -1,0 +1,127 @@
+"""The metadata of a card: what we know is filled in, what the user wrote stays, what the user deleted stays away."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from .sections import digest
+
+_BLOCK = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+_WRITTEN = re.compile(r"<!-- shapadapter:metadata (\{.*?\}) -->\n?")
+_KEY = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)  # where a line begins that names a key
+_LISTS = ("tags", "datasets", "metrics", "model-index")
+
+
+def split(text: str) -> tuple[str, str]:
+    """The yaml of a card, without its fences, and the text below; no yaml where there is none."""
+    match = _BLOCK.match(text)
+    return (match[1], text[match.end() :]) if match else ("", text)
+
+
+def read(block: str) -> dict[str, Any]:
+    """The yaml of a card as a dict.
+
+    Raises:
+        ValueError: it is no yaml, or no mapping.
+    """
+    try:
+        found = yaml.safe_load(block)
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
+        raise ValueError(f"the yaml at its top cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict | None):
+        raise ValueError("the yaml at its top is no mapping")
+    return found or {}
+
+
+def written(text: str) -> dict[str, Any]:
+    """Digests of what was filled in when the card was last written, by key; of lists, of each item."""
+    match = _WRITTEN.search(text)
+    try:
+        found = json.loads(match[1]) if match else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def note(text: str, ours: Mapping[str, Any]) -> str:
+    """The text with a comment at its end that says, in digests, what was filled in."""
+    signs = {key: [_sign(item) for item in value] if key in _LISTS else _sign(value) for key, value in ours.items()}
+    return f"{_WRITTEN.sub('', text).rstrip()}\n\n<!-- shapadapter:metadata {json.dumps(signs)} -->\n"
+
+
+def filled(theirs: Mapping[str, Any], ours: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's metadata with ours.
+
+    Args:
+        theirs: what stands in the card.
+        ours: what is known now.
+        before: `written` of the card.
+    """
+    found = dict(theirs)
+    for key, value in ours.items():
+        if key not in theirs:
+            if key not in before:  # else the user has deleted it
+                found[key] = value
+        elif key in _LISTS:
+            signs = before.get(key)
+            found[key] = _united(theirs[key], value, signs if isinstance(signs, list) else [])
+        elif _sign(theirs[key]) == before.get(key):
+            found[key] = value
+    for key, signs in before.items():  # what we no longer say
+        if key not in ours and key in theirs:
+            rest = _united(theirs[key], [], signs) if key in _LISTS and isinstance(signs, list) else []
+            if rest or (key not in _LISTS and _sign(theirs[key]) != signs):
+                found[key] = rest or theirs[key]
+            else:
+                del found[key]
+    return found
+
+
+def _united(theirs: Any, ours: list[Any], before: list[str]) -> Any:
+    """The user's items and ours; one of ours that is gone was deleted, one that is there but no longer said goes."""
+    listed = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    new, there = {_sign(item) for item in ours}, {_sign(item) for item in listed}
+    kept = [item for item in listed if _sign(item) in new or _sign(item) not in before]
+    if any(isinstance(item, dict) for item in ours):
+        # Results have a new sign when a number changes. Where the last ones are gone, the user has edited or deleted them.
+        wanted = ours if not before or there & set(before) else []
+    else:
+        wanted = [item for item in ours if _sign(item) not in before]
+    added = [item for item in wanted if _sign(item) not in there]
+    return theirs if kept == listed and not added else kept + added
+
+
+def replaced(block: str, metadata: Mapping[str, Any]) -> str:
+    """The yaml with these values, in which keys whose values stay are left letter by letter: comments, quotes, order."""
+    theirs = read(block)
+    kept = []
+    try:
+        for part in _KEY.split(block):
+            named = read(part)
+            changed = any(key not in metadata or metadata[key] != named[key] for key in named)
+            kept.append(_dumped({key: metadata[key] for key in named if key in metadata}) if changed else part)
+        text = "".join(kept) + _dumped({key: value for key, value in metadata.items() if key not in theirs})
+        if read(text) == dict(metadata):
+            return text
+    except ValueError:  # keys that cannot be read one by one, as those with anchors
+        pass
+    return _dumped(metadata)
+
+
+def _dumped(metadata: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6) if metadata else ""
+
+
+def _sign(value: Any) -> str:
+    return digest(json.dumps(value, sort_keys=True, default=str))
+
+
+def untouched(theirs: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether metadata holds what was filled in, and nothing else."""
+    signs = {key: [_sign(item) for item in value] if key in _LISTS else _sign(value) for key, value in theirs.items()}
+    return signs == dict(before)

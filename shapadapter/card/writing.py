@@ -1,0 +1,179 @@
+"""Write a card into a folder, around what the user has written."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from shapadapter.errors import CheckpointError
+from shapadapter.files import write_together
+
+from . import metadata, sections
+from .content import sections as content
+from .facts import Facts, mapping, repository, text, texts
+from .results import model_index
+
+CARD = "README.md"
+PICTURES = "explanations"
+_OWN_PICTURE = re.compile(r"explanation-\d+\.png")
+_TAGS = ("shapadapter", "explainability", "shapley-values", "attribution")
+
+
+def write_card(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    pictures: Mapping[str, bytes] | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    tags: Sequence[str] = (),
+    start: str | None = None,
+    remote: Collection[str] = (),
+) -> str | None:
+    """Write `README.md`, and the pictures that it shows, so that neither is ever seen half-written.
+
+    Args:
+        folder: the adapter's.
+        config: the content of its `adapter_config.json`.
+        pictures: contents of pictures to be written, by name; ours that the record does not list are then removed. None
+            leaves them alone.
+        name: by which the adapter is loaded; by default the folder's own.
+        revision: the branch on the Hub.
+        tags: to be added to the metadata.
+        start: the card to go on from; by default the one in the folder.
+        remote: pictures that are not in the folder, but where it is going.
+
+    Returns:
+        The text of the card; None where the one that is there cannot be read and was left as it is.
+    """
+    path = folder / CARD
+    here = read_card(path) if start is None else start
+    listed = _listed(config)
+    if pictures is not None:
+        _put_pictures(folder / PICTURES, {f: data for f, data in pictures.items() if f in listed}, listed)
+    shown = [file for file in listed if (folder / PICTURES / file).is_file() or file in remote]
+    facts = Facts(config, name or folder.resolve().name, revision, shown)
+    try:
+        card = updated(here, facts, tags)
+    except ValueError as error:
+        warnings.warn(f"{path} is left as it is, because {error}.", stacklevel=2)
+        return None
+    write_together({path: card.encode()})
+    return card
+
+
+def _listed(config: Mapping[str, Any]) -> list[str]:
+    """The pictures that a record names, none of which can lead out of their folder."""
+    known = mapping(config.get("record")).get("pictures")
+    files = [str(mapping(picture).get("file")) for picture in known] if isinstance(known, list) else []
+    return [file for file in files if _OWN_PICTURE.fullmatch(file)]
+
+
+def _put_pictures(folder: Path, new: Mapping[str, bytes], listed: Sequence[str]) -> None:
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"{folder} is a link to another folder: pictures are written into the adapter's own only."
+        )
+    if new:
+        folder.mkdir(exist_ok=True)
+        write_together({folder / file: data for file, data in new.items()})
+    for path in folder.glob("explanation-*.png"):
+        if _OWN_PICTURE.fullmatch(path.name) and path.name not in listed:
+            path.unlink(missing_ok=True)
+
+
+def read_pictures(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The pictures that a record names and that are in the folder, by name."""
+    paths = [folder / PICTURES / file for file in _listed(config)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file() and not path.parent.is_symlink()}
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card; None where there is none."""
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.is_file() else None
+
+
+def updated(card: str | None, facts: Facts, tags: Sequence[str] = ()) -> str:
+    """A card with what is known now.
+
+    A card of ours is renewed section by section, except for what the user has changed. A card that is not ours keeps its
+    text and gets the metadata that it lacks.
+
+    Args:
+        card: its text, None without one.
+        facts: what is known.
+        tags: which the user wants added.
+
+    Raises:
+        ValueError: its yaml or its text cannot be read.
+    """
+    whole = card or ""
+    if any("\udc80" <= character <= "\udcff" for character in whole):
+        raise ValueError("it is not in UTF-8")
+    plain = whole.replace("\r\n", "\n")
+    block, body = metadata.split(plain)
+    theirs, ours = metadata.read(block), known(facts)
+    if not body.strip() or _is_template(body):
+        # What another tool has filled in of itself says nothing about the user's wishes.
+        said = {key: value for key, value in theirs.items() if key not in ours or isinstance(ours[key], list)}
+        found, below = metadata.filled(said, ours, {}), metadata.note(f"\n{sections.fresh(content(facts))}", ours)
+    elif sections.is_ours(body):
+        found = metadata.filled(theirs, ours, metadata.written(body))
+        below = metadata.note(sections.merged(body, content(facts)), ours)
+    else:
+        missing = {key: value for key, value in ours.items() if key not in theirs}
+        found, below = {**theirs, **missing}, body
+    if tags:
+        found = metadata.filled(found, {"tags": list(tags)}, {})
+    text = f"---\n{metadata.replaced(block, found)}---\n{below}"
+    return text.replace("\n", "\r\n") if "\r\n" in whole else text
+
+
+def untouched(card: str) -> bool:
+    """Whether a card is ours and as it was written."""
+    block, body = metadata.split(card.replace("\r\n", "\n"))
+    try:
+        return sections.untouched(body) and metadata.untouched(metadata.read(block), metadata.written(body))
+    except ValueError:
+        return False
+
+
+def known(facts: Facts) -> dict[str, Any]:
+    """The metadata that we can fill in."""
+    about, base, found = facts.of("about"), facts.base, model_index(facts, facts.title)
+    datasets = [*texts(about.get("dataset_tags")), *texts(about.get("dataset")), *texts(facts.of("data").get("id"))]
+    kinds = [metric["type"] for metric in found[0]["results"][0]["metrics"]] if found else []
+    tags = [*_TAGS, *([] if base is None else [f"base_model:adapter:{base}"])]
+    tags += ["lora"] if facts.config.get("tune") == "lora" else []
+    tags += ["generated_from_trainer"] if facts.of("training") else []
+    values: dict[str, Any] = {
+        "language": about.get("language"),
+        "license": text(about.get("license")),
+        "library_name": "peft",
+        "base_model": base,
+        "base_model_relation": None if base is None else "adapter",
+        "pipeline_tag": facts.task,
+        "tags": list(dict.fromkeys([*tags, *texts(about.get("tags"))])),
+        "datasets": list(dict.fromkeys(name for name in datasets if repository(name))),
+        "metrics": list(dict.fromkeys(kinds)),
+        "model-index": found,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _is_template(body: str) -> bool:
+    """Whether it is an empty form that PEFT or transformers puts where there is no card."""
+    form = ModelCard.from_template(ModelCardData()).text
+    return _bare(body) == _bare(form)
+
+
+def _bare(form: str) -> str:
+    """A form without what its makers fill in: PEFT its version, transformers a sentence."""
+    form = re.sub(r"### Framework versions\s+- PEFT \S+", "", form)
+    form = re.sub(r"This is the model card of a 🤗 transformers model that has been pushed on the Hub\..*", "", form)
+    return " ".join(re.sub(r"<!--.*?-->", "", form, flags=re.DOTALL).split())

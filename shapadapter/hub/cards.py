@@ -1,0 +1,76 @@
+"""Bring what was measured later, and new pictures, into the card of a saved adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from shapadapter.card import CARD, compact, read_config, read_pictures, settled, weights_digest, write_card
+from shapadapter.card.record import CONFIG
+from shapadapter.errors import ShapleyError
+from shapadapter.evaluation import Evaluation
+from shapadapter.explaining import explain
+from shapadapter.files import write_together
+from shapadapter.loading import load
+from shapadapter.training.checkpoints import resealed
+from shapadapter.visual import sample_pictures
+
+_WEIGHTS = "adapter_model.safetensors"
+_CLASSES = 3
+
+
+def update_card(
+    folder: str | Path,
+    *,
+    evaluation: str | Path | Evaluation | None = None,
+    images: Any = None,
+    processor: Any = None,
+    texts: list[str] | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write the card of an adapter's folder anew, with results and pictures; what the user wrote in it stays.
+
+    Results and the list of pictures are kept in `adapter_config.json`, so that they travel with the adapter. A checkpoint
+    that is whole stays whole.
+
+    Args:
+        folder: of the adapter.
+        evaluation: what `evaluate` found, or the path of its `evaluation.json`.
+        images: to be shown with their maps, in place of those that are shown now: paths, PIL images or arrays. A few
+            held-out ones that anybody may see. An empty list takes the pictures away.
+        processor: the image processor; by default the one in the folder, or the base model's.
+        texts: what a model that matches images with texts compares the images with.
+        name: by which the adapter is loaded in the card's code, such as `user/name`; by default the folder's own.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ShapleyError: the folder holds no adapter of ours, or the images cannot be explained.
+        CheckpointError: the evaluation cannot be read, or the adapter cannot be loaded.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.get("peft_type") != "SHAPLEY" or not (folder / _WEIGHTS).is_file():
+        raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {CONFIG} and {_WEIGHTS}.")
+    found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
+    record = settled(config.get("record"), weights_digest(load_file(folder / _WEIGHTS)), folder) or {}
+    pictures = read_pictures(folder, config)
+    if found is not None:
+        record["evaluation"] = compact(found.to_dict())
+        record["players"] = found.about["players"]
+    if images is not None:
+        pictures, record["pictures"] = _drawn(folder, images, processor, texts) if len(images) else ({}, [])
+    config["record"] = record
+    write_together(resealed(folder, CONFIG, json.dumps(config, indent=2, sort_keys=True).encode()))
+    write_card(folder, config, pictures=pictures, name=name)
+    return folder / CARD
+
+
+def _drawn(folder: Path, images: Any, processor: Any, texts: Any) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    model, own = load(folder)
+    found = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+    return sample_pictures(found, _CLASSES)

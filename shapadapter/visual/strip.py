@@ -1,0 +1,81 @@
+"""An image beside its maps as one small picture, with nothing but Pillow and numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from shapadapter.explanation import Explanation
+
+from .maps import overlay, symmetric_limit
+from .wording import Column, columns, number, one_line
+
+HEIGHT = 184
+"""Of image and maps, in pixels: four of them beside each other are as wide as a page of the Hub."""
+
+_GAP = 8
+_LINES = 2
+_SIZE = 15
+_INK, _FAINT = (31, 41, 55), (107, 114, 128)
+
+
+def draw_strip(
+    explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "", height: int = HEIGHT
+) -> Image.Image:
+    """Draw one image, and beside it the maps of its likeliest shown classes, which share their colours.
+
+    Args:
+        explanation: any explanation.
+        index: which image.
+        max_classes: how many maps at most.
+        caption: a line below the image, such as what it shows.
+        height: of image and maps, in pixels.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: a number is not finite.
+        IndexError: there is no such image.
+    """
+    shown = columns(explanation, index, max_classes=max_classes)
+    tall, wide = explanation.images.shape[1:3]
+    width = max(height // 3, min(3 * height, round(height * wide / tall)))
+    picture = Image.fromarray(explanation.images[index].numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))
+    tiles = [picture, *(_map(picture, column, limit) for column in shown)]
+    texts = [(caption, ""), *(_texts(column) for column in shown)]
+    below = _LINES * (_SIZE + 5) + _GAP
+    strip = Image.new("RGB", (len(tiles) * (width + _GAP) + _GAP, height + 2 * _GAP + below), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(size=_SIZE)
+    for place, (tile, lines) in enumerate(zip(tiles, texts, strict=True)):
+        left = _GAP + place * (width + _GAP)
+        strip.paste(tile, (left, _GAP))
+        for line, text in enumerate(lines):
+            top = height + 2 * _GAP + line * (_SIZE + 5) - 2
+            pen.text((left, top), _fitting(text, font, width), font=font, fill=_FAINT if line else _INK)
+    return strip
+
+
+def describe(explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "") -> str:
+    """The same in words, for those who do not see the picture."""
+    shown = "; ".join(" ".join(_texts(column)) for column in columns(explanation, index, max_classes=max_classes))
+    return f"Attribution maps of a held-out image{f' ({caption})' if caption else ''}: {shown}"
+
+
+def _map(picture: Image.Image, column: Column, limit: float) -> Image.Image:
+    heat = Image.fromarray(column.values.numpy()).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.fromarray(overlay(np.asarray(picture), np.asarray(heat), limit))
+
+
+def _texts(column: Column) -> tuple[str, str]:
+    return column.label, f"{column.probability}, sum {number(float(column.values.double().sum()), sign=True)}"
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text on one line, cut where it would run into the next map."""
+    line = one_line(text)
+    cut = line[:200]
+    while cut and font.getlength(cut if cut == line else f"{cut}…") > width:
+        cut = cut[:-1]
+    return cut if cut == line else f"{cut}…"
