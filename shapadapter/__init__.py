@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-# Our own command alone does without: its subcommands import what they need, and `--help` need not wait for torch.
+# Our own command alone does without: its subcommands import what they need, and `--help` need not wait for torch. Processes
+# that it spawns have its name, but come through multiprocessing.
 _PROGRAM = Path((getattr(sys, "argv", None) or [""])[0]).stem
-if _PROGRAM != "shapadapter":
+if _PROGRAM != "shapadapter" or "multiprocessing" in sys.modules:
     from . import adapter, tasks  # noqa: F401 - they register the PEFT method and the pipeline
 
 if TYPE_CHECKING:

@@ -69,9 +69,11 @@ def command(
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
         written = stack.enter_context(Written(output, wanted, checkpoint, say.stream if json else None))
         for path, found in _explained(model, processor, list(paths), batch_size, seed, asked):
-            failed = isinstance(found, Exception)
-            trouble = written.refuse(path, found) if failed else written.add(path, paths[path], found)
-            if trouble:
+            if isinstance(found, Exception):
+                trouble: str | None = written.refuse(path, found)
+            else:
+                trouble = written.add(path, paths[path], found)
+            if trouble is not None:
                 warn(f"{printable(path)}: {trouble}")
             elif not json:
                 say(None, f"{one_line(printable(path))}: {_summary(found)}")

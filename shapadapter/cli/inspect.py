@@ -59,7 +59,7 @@ def as_text(found: Inspection) -> str:
         "base": _base(found),
         "written by": found.adapter and f"shapadapter {found.versions['written_by']}",
         "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "written_by"),
-        "training": _record(found),
+        "record of": _record(found),
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{one_line(str(value))}" for name, value in rows.items() if value)
@@ -103,8 +103,5 @@ def _base(found: Inspection) -> str | None:
 
 
 def _record(found: Inspection) -> str | None:
-    return (
-        ", ".join(f"{name}: {value}" for name, value in found.record.items())
-        if found.adapter and found.record
-        else None
-    )
+    """What the adapter knows of its making, by name; json has all of it."""
+    return ", ".join(found.record) if found.adapter and found.record else None
