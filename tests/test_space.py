@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matching
 import numpy as np
 import pytest
 import torch
@@ -277,3 +278,44 @@ def test_without_gradio_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "shapadapter.hub.space.app", raising=False)
     with pytest.raises(ImportError, match=r'pip install "shapadapter\[app\]"'):
         import shapadapter.hub.space.app  # noqa: F401
+
+
+def test_texts_take_the_place_of_classes(tmp_path):
+    pytest.importorskip("gradio")
+    from shapadapter.hub.space.app import MAX_TEXTS, see
+
+    model, processor = matching.wrapped("clip", "classifier"), matching.processor("clip")
+    noise().save(tmp_path / "file", format="PNG")
+    texts = ["a photo of a one", "a photo of a two"]
+    view = see(model, processor, tmp_path / "file", "\n a photo of a one\n\na photo of a two \n")
+    expected = explain(model, noise(), processor, texts=texts)
+    assert view.explanation.labels == tuple(texts)
+    for text in texts:
+        torch.testing.assert_close(view.explanation.for_label(text), expected.for_label(text))
+    for wrong in ("", " \n ", "one\n" * (MAX_TEXTS + 1)):
+        with pytest.raises(ShapleyError, match="Write 1 to 20 texts"):
+            see(model, processor, tmp_path / "file", wrong)
+    with pytest.raises(ShapleyError, match="tokens"):
+        see(model, processor, tmp_path / "file", "a photo of a one " * 20)
+
+
+def test_the_model_runs_once(explanation):
+    gradio = pytest.importorskip("gradio")
+    from shapadapter.hub.space import page
+
+    looked = []
+
+    def look(*given):
+        looked.append(given)
+        return View(explanation)
+
+    made = page.Page(look, "Title", True, [])
+    assert made.texts.visible
+    _, _, _, view, *_ = made._run({"path": "upload.png"}, "one\ntwo", 100, 100)
+    assert looked == [(Path("upload.png"), "one\ntwo")]
+    view, *_ = page._choose(view, 100, 100, gradio.EventData(None, {"place": 1}))
+    view, *_ = page._point(view, 50, 100, gradio.SelectData(None, {"index": [200, 10], "value": None}))
+    assert (view.place, view.patch) == (1, (0, 1))
+    page._draw(view, 10, 10)
+    assert len(looked) == 1
+    assert not page.Page(look, "Title", False, []).texts.visible

@@ -64,8 +64,6 @@ class Page:
         self.upload = gr.Image(
             label="Picture", sources=["upload", "clipboard"], height=260, buttons=[], placeholder=INVITATION
         )
-        # Gradio would decode the file before anyone has looked at it.
-        self.upload.preprocess = _path_of  # type: ignore[method-assign, assignment]
         self.texts = gr.Textbox(
             "a photo of a cat\na photo of a dog", lines=3, label="Texts, one on each line", visible=self.matching
         )
@@ -96,6 +94,7 @@ class Page:
             self._run,
             [self.upload, self.texts, *sliders],
             [self.trouble, self.found, self.original, *shown],
+            preprocess=False,  # gradio would decode the file before anyone has looked at it
             concurrency_limit=1,
             api_visibility="private",
         )
@@ -106,20 +105,16 @@ class Page:
         for slider in sliders:
             slider.change(_draw, [self.view, *sliders], self.map, trigger_mode="always_last", **quick)
 
-    def _run(self, upload: Path | None, texts: str, share: float, opacity: float) -> tuple[Any, ...]:
+    def _run(self, upload: dict[str, Any] | None, texts: str, share: float, opacity: float) -> tuple[Any, ...]:
         nothing = (gr.update(visible=False), None, None, "", None, "", "", "")
-        if upload is None:
+        if upload is None or upload["path"] is None:
             return "", *nothing
+        path = Path(upload["path"])  # gradio has checked that the file is an upload
         try:
-            view = self.look(upload, texts) if self.matching else self.look(upload)
+            view = self.look(path, texts) if self.matching else self.look(path)
         except ShapleyError as error:
             return message(str(error)), *nothing
         return "", gr.update(visible=True), original(view), *_shown(view, share, opacity)
-
-
-def _path_of(payload: Any) -> Path | None:
-    """Where gradio has put an upload; it has checked that the file is one."""
-    return None if payload is None or payload.path is None else Path(payload.path)
 
 
 _PICTURE: dict[str, Any] = {

@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.registration import NAME
 from shapadapter.errors import ShapleyError
-from shapadapter.loading import find_base, is_path
-from shapadapter.remote import BASE_FILES, PROCESSOR_FILES
+from shapadapter.loading import find_base
+from shapadapter.remote import BASE_FILES, PROCESSOR_FILES, is_path
 
 
 @dataclass(frozen=True)
