@@ -29,7 +29,8 @@ from .errors import ImageError, ShapleyError, UnsupportedModelError
 from .explaining import base_of
 from .game import active_layer
 from .images import prepare_images
-from .loading import is_path, load
+from .loading import load
+from .remote import is_path
 from .remote import HUB_ERRORS, hub_trouble
 
 SHOWN_CLASSES = 10

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
+from .adapter import ShapleyConfig
 from .adapter.registration import NAME
 from .errors import ShapleyError
 from .game import active_layer
-from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble
+from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
 
 def load(
@@ -120,7 +121,7 @@ def read_config(folder: Path, name: str) -> Any:
                 else " The adapter is incomplete."
             )
         )
-    return PeftConfig.from_pretrained(str(folder))
+    return ShapleyConfig.from_pretrained(str(folder))
 
 
 def _files(folder: Path, name: str) -> list[str]:
@@ -244,12 +245,6 @@ def find_base(folder: Path, name: str) -> str:
             f"{folder.parent / path.name}, or say where it is: base=..."
         )
     return name
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can only be that of a folder, and not one on the Hub."""
-    path = Path(name)
-    return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or "\\" in name
 
 
 def _device(device: str | torch.device | None) -> torch.device:

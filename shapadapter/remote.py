@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -48,6 +50,28 @@ BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json
 
 HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
 """What the client and transformers raise when something at the Hub is not as it should be."""
+
+
+def warn_of_local_base(name: str | None) -> None:
+    """Warn, before an adapter is uploaded, if others could not find its base model.
+
+    Args:
+        name: the adapter's `base_model_name_or_path`.
+    """
+    if name and not Path(name).exists() and not is_path(name):
+        return
+    where = f"{name} is a folder on this computer" if name else "has no name"
+    warnings.warn(
+        f"The adapter is pushed, but its base model {where}: nobody else can load it. Push both from a saved folder: "
+        "shapadapter.hub.push(folder, repo_id, base_repo_id='user/name-of-the-base').",
+        stacklevel=3,
+    )
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a folder, and not one on the Hub."""
+    path = Path(name)
+    return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or "\\" in name
 
 
 def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None) -> str | None:

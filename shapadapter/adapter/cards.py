@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from shapadapter.card import CARD, card_for_push, is_ours, read_card, read_config, weights_digest, write_card
 from shapadapter.errors import ImageError
+from shapadapter.remote import warn_of_local_base
 
 from .config import ShapleyConfig
 from .layer import ShapleyLayer
@@ -88,7 +89,8 @@ def _card_of_peft(model: Any, theirs: Callable[..., None], output_dir: str) -> N
 
 def _upload(model: Any, theirs: Callable[..., Any], working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     folder = Path(working_dir)
-    if read_config(folder).get("peft_type") == _NAME:
+    if (about := read_config(folder)).get("peft_type") == _NAME:
+        warn_of_local_base(about.get("base_model_name_or_path"))
         # What stands there is the repository's card or a form, with the tags that the caller asked for.
         path = folder / CARD
         tags = (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []

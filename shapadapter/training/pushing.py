@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,8 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from shapadapter.card import card_for_push
 from shapadapter.remote import ADAPTER_FILES, hub_trouble, warn_of_local_base
+
+_log = logging.getLogger(__name__)
 
 
 class PushingTrainer(Trainer):
@@ -129,7 +131,8 @@ class PushingTrainer(Trainer):
         for job in [] if done is None else done.jobs:
             if error := job.exception():
                 trouble = hub_trouble(error, str(self.hub_model_id), self.args.hub_revision)
-                warnings.warn(f"A checkpoint was not pushed. {trouble or f'{error}'}", stacklevel=3)
+                # Logged, because warnings of several threads get in each other's way.
+                _log.warning("A checkpoint was not pushed. %s", trouble or error)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 import shapadapter
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError
-from shapadapter.evaluation import evaluate_checkpoint
+from shapadapter.evaluation import checkpoint
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -109,15 +109,22 @@ def test_a_new_classifier_finds_room(online, tmp_path):
     assert logits(model).shape == (2, 5)
 
 
-def test_evaluate_takes_a_name_on_the_hub(adapter, tmp_path):
-    pytest.importorskip("matplotlib")
-    for index, name in enumerate(NAMES.values()):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32), (80 * index, 10, 200)).save(tmp_path / "data" / name / "0.png")
-    name, small = adapter("ada/evaluated"), {"images": 1, "truth_evaluations": 64, "budgets": (16,), "progress": False}
-    found = evaluate_checkpoint(name, tmp_path / "data", None, ("equal",), None, **small)
-    assert found.about["checkpoint"] == name
-    assert found.task["accuracy"].count == 3
+def test_evaluate_takes_a_name_on_the_hub(adapter, tmp_path, monkeypatch):
+    (tmp_path / "data" / NAMES[1]).mkdir(parents=True)
+    Image.new("RGB", (32, 32), (80, 10, 200)).save(tmp_path / "data" / NAMES[1] / "0.png")
+    seen = []
+
+    def measured(*arguments, **_):
+        seen.extend(arguments)
+        raise StopIteration
+
+    monkeypatch.setattr(checkpoint, "evaluate", measured)
+    with pytest.raises(StopIteration):
+        checkpoint.evaluate_checkpoint(adapter("ada/evaluated"), tmp_path / "data", None, ("equal",), None)
+    model, rows, processor = seen
+    assert torch.equal(logits(model), logits(shapadapter.load(adapter.folder)[0]))
+    assert [row["label"] for row in rows] == [1]
+    assert processor.size["height"] == 32
 
 
 def test_what_is_missing_is_said_with_what_to_type(adapter, online, tmp_path):
@@ -188,7 +195,9 @@ def test_an_unreachable_hub_says_so(online, monkeypatch):
         shapadapter.load("ada/later")
 
 
-def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_path):
+def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
     trace = tmp_path / "it-ran"
     code = (
         f"open({str(trace)!r}, 'w').close()\n"
@@ -208,6 +217,9 @@ def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_pa
         shapadapter.load("ada/on-code")
     assert "trust_remote_code=True" in str(caught.value)
     assert not trace.exists()
+    loaded, _ = shapadapter.load("ada/on-code", trust_remote_code=True)
+    assert trace.exists()
+    assert torch.equal(logits(loaded), logits(shapadapter.load(adapter.folder)[0]))
 
 
 def test_an_adapter_in_a_subfolder_is_pointed_at(adapter, tmp_path):

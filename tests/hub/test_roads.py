@@ -76,13 +76,16 @@ def test_the_trainer_pushes_each_checkpoint_in_one_commit(author, hub):
 
 
 def test_private_is_private_and_the_address_is_told(author, hub):
-    repos = {name: repo.private for (_, name), repo in hub.repos.items()}
-    assert {name for name, private in repos.items() if private} == {
-        "ada/trained",
-        "ada/secret",
-        "ada/own",
-        "ada/my-base",
+    private = {
+        "trained": True,
+        "secret": True,
+        "own": True,
+        "my-base": True,
+        "pushed": False,
+        "added": False,
+        "whole": False,
     }
+    assert {name: hub.repos["model", f"ada/{name}"].private for name in private} == private
     assert lines(author.printed, "address") == [f"{hub.url}/ada/whole"]
     assert lines(author.printed, "proposed") == [f"{hub.url}/ada/pushed/discussions/1"]
 
