@@ -30,8 +30,7 @@ from .explaining import base_of
 from .game import active_layer
 from .images import prepare_images
 from .loading import load
-from .remote import is_path
-from .remote import HUB_ERRORS, hub_trouble
+from .remote import HUB_ERRORS, hub_trouble, is_path
 
 SHOWN_CLASSES = 10
 
