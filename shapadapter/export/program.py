@@ -21,6 +21,12 @@ from .report import ExportReport, compare
 _FILE = "model.pt2"
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
 
+# What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
+_WITHOUT_EFFECT = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+)
+
 
 def export_program(
     model: nn.Module,
@@ -83,6 +89,8 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
         )
     except Exception as error:  # of many kinds, from many layers
         raise ExportError(job.refused("torch.export", error)) from error
+    if job.deployed.text_embeds is not None:
+        program = program.run_decompositions({})  # without operations in place, which would keep the text tower alive
     graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop("stack_trace", None)
@@ -91,6 +99,7 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
 
 def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Leave out the weights that no operation reads, such as the text tower of a model whose texts are fixed."""
+    program.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _WITHOUT_EFFECT)
     places = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     signature = program.graph_signature
     unused = [spec for spec in signature.input_specs if spec.kind in _WEIGHTS and not places[spec.arg.name].users]
