@@ -15,12 +15,16 @@ from shapadapter.loading import load
 
 from .page import Page
 from .uploads import MAX_BYTES, open_upload
-from .view import SHOWN, View
+from .view import View
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
+SHOWN = 6
+"""Classes that a visitor can choose from, the likeliest."""
+
 MAX_TEXTS = 20
+MAX_WAITING = 32
 
 
 def build_app(
@@ -57,7 +61,7 @@ def launch(app: Blocks) -> None:
     from gradio.themes import Default
 
     system = ("system-ui", "sans-serif")  # nothing to fetch
-    app.queue(max_size=32).launch(
+    app.queue(max_size=MAX_WAITING).launch(
         share=False,
         show_error=False,
         max_file_size=MAX_BYTES,
@@ -92,4 +96,4 @@ def see(model: Any, processor: Any, upload: Path, texts: str | None = None) -> V
     lines = [line.strip() for line in texts.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MAX_TEXTS:
         raise ShapleyError(f"Write 1 to {MAX_TEXTS} texts, one on each line; there are {len(lines)}.")
-    return View(explain(model, image, processor, texts=lines, top_k=SHOWN))
+    return View(explain(model, image, processor, texts=lines))

@@ -44,7 +44,7 @@ pip install -r requirements.txt
 python app.py
 ```
 
-Written by [shapadapter](https://pypi.org/project/shapadapter/) {version}.
+Written by shapadapter {version}.
 """
 
 

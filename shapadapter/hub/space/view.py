@@ -17,9 +17,6 @@ from shapadapter.explanation import Explanation
 from shapadapter.visual import overlay, symmetric_limit
 from shapadapter.visual.wording import MINUS, Column, columns, number
 
-SHOWN = 6
-"""Classes on offer, the likeliest."""
-
 SIDE = 512
 """Pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges."""
 
@@ -29,7 +26,7 @@ class View:
     """One explained image, and where the visitor is in it.
 
     Attributes:
-        explanation: of one image.
+        explanation: of one image; its classes are on offer.
         place: the chosen class, 0 for the likeliest one.
         patch: row and column of the chosen patch, or None.
     """
@@ -41,7 +38,7 @@ class View:
     @property
     def columns(self) -> list[Column]:
         """The classes on offer, the likeliest first."""
-        return columns(self.explanation, 0, max_classes=SHOWN)
+        return columns(self.explanation, 0, max_classes=self.explanation.classes.shape[1])
 
     @property
     def column(self) -> Column:
