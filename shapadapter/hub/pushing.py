@@ -130,6 +130,8 @@ def _upload(
         info: CommitInfo = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
         )
+    if create_pr and info.pr_url is None:
+        raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
     if create_pr:
         return str(info.pr_url)
     return f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision is not None else "")

@@ -156,7 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/lfs/(\w+)", path):
             return self._receive(match[1])
         if match := re.fullmatch(r"/(?:(spaces|datasets)/)?(.+)\.git/info/lfs/objects/(batch|verify)", path):
-            return self._large_files(self._repo(match[1], match[2], write=True), match[3])
+            self._need_user()
+            return self._large_files(self._repo(match[1], match[2]), match[3])
         if match := re.fullmatch(r"/(?:(spaces|datasets)/)?(.+?)/resolve/([^/]+)/(.+)", path):
             return self._resolve(self._repo(match[1], match[2]), unquote(match[3]), unquote(match[4]))
         pattern = r"/api/(models|spaces|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|preupload|commit|commits|branch|tag|refs)(?:/(.*))?)?"

@@ -103,6 +103,8 @@ def test_a_push_that_fails_leaves_nothing_half_done(folders, online):
 def test_branches_and_pull_requests(folders, online):
     assert push(folders / "adapter", "many") == f"{online.url}/{OWNER}/many"
     before = online.commit(f"{OWNER}/many")
+    with pytest.raises(ShapleyError, match="holds these very files already"):
+        push(folders / "adapter", "many", create_pr=True)
     (folders / "adapter" / "evaluation.json").write_text("{}")
     assert push(folders / "adapter", "many", revision="v2") == f"{online.url}/{OWNER}/many/tree/v2"
     assert push(folders / "adapter", f"{OWNER}/many", create_pr=True) == f"{online.url}/{OWNER}/many/discussions/1"
