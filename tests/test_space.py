@@ -20,7 +20,17 @@ from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
 from shapadapter import ImageError, ShapleyError, explain, load
 from shapadapter.hub.space import push_space, uploads, write_space, writing
 from shapadapter.hub.space.uploads import open_upload
-from shapadapter.hub.space.view import View, class_list, map_picture, message, original, reading, strongest, sum_check
+from shapadapter.hub.space.view import (
+    View,
+    class_list,
+    map_picture,
+    message,
+    original,
+    reading,
+    scale_bar,
+    strongest,
+    sum_check,
+)
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +329,15 @@ def test_the_model_runs_once(explanation):
     page._draw(view, 10, 10)
     assert len(looked) == 1
     assert not page.Page(look, "Title", False, []).texts.visible
+
+
+def test_small_numbers_have_no_exponent(explanation):
+    small = replace(
+        explanation, attributions=explanation.attributions / float(explanation.attributions.abs().max()) * 0.0112
+    )
+    html = scale_bar(View(small))
+    assert "\N{MINUS SIGN}0.0112" in html
+    assert "+0.0112" in html
+    zero = View(replace(explanation, attributions=torch.zeros_like(explanation.attributions)), 0, (0, 0))
+    assert "+0.00" in reading(zero)
+    assert strongest(zero.column.values, 0.5).abs().sum() == 0

@@ -125,8 +125,7 @@ def class_list(view: View) -> str:
 
 def scale_bar(view: View) -> str:
     """What the colours mean, with their numbers."""
-    limit = view.limit
-    low, high = (number(-limit), number(limit, sign=True)) if limit else ("0", "0")
+    low, high = _signed(view, -view.limit), _signed(view, view.limit)
     return (
         f'<div class="scale"><div class="colours" role="img" aria-label="Colours from {low}, blue, over 0, transparent, to '
         f'{high}, red"></div><div class="ticks"><span>{low}<br>against</span><span>0</span><span>{high}<br>for</span></div>'
@@ -139,7 +138,7 @@ def reading(view: View) -> str:
     if view.patch is None:
         return '<p class="reading">Click a patch of the map to read its number.</p>'
     row, col = view.patch
-    value = number(float(view.column.values[row, col]), sign=True)
+    value = _signed(view, float(view.column.values[row, col]))
     return f'<p class="reading">Row {row + 1}, column {col + 1}: <strong>{value}</strong> for <em>{_name(view.column)}</em></p>'
 
 
@@ -164,6 +163,12 @@ def message(text: str) -> str:
 def _name(column: Column) -> str:
     # `bdi` keeps a name that is written from right to left from turning the numbers beside it.
     return f"<bdi>{escape(column.label)}</bdi>"
+
+
+def _signed(view: View, value: float) -> str:
+    """An attribution with as many decimals as give the largest one three digits."""
+    decimals = 2 - math.floor(math.log10(view.limit)) if view.limit else 0
+    return f"{value:+.{min(max(decimals, 2), 9)}f}".replace("-", MINUS)
 
 
 def _percent(share: float) -> str:
