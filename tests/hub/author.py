@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from shapadapter import ShapleyConfig, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter import ShapleyConfig, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments, explain
 from shapadapter.hub import push
 
 BASE, TOKEN = "ada/tiny-vit", sys.argv[1]
@@ -82,6 +82,8 @@ for pickle in ("optimizer.pt", "training_args.bin", "adapter_model.bin"):
 Path("adapter/explanations").mkdir()
 pictures(1)[0]["image"].save("adapter/explanations/one.png")
 print("address", push("adapter", "whole", token=TOKEN))
+explanation = explain(model, [row["image"] for row in pictures()], processor)
+np.savez("answers/explained.npz", **explanation.to_numpy())
 differ(model)
 remember(model, "moved")
 model.push_to_hub("ada/pushed", token=TOKEN, revision="v2")
