@@ -19,6 +19,7 @@ from shapadapter.augmenting import Augmented
 from shapadapter.errors import CheckpointError
 from shapadapter.training import checkpoints, last_whole_checkpoint, resuming
 from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
+from shapadapter.training.pushing import PushingTrainer
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -274,7 +275,7 @@ def test_what_a_killed_run_left_under_a_name_is_not_mixed_with_the_new(tmp_path)
 def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, trouble_with(Path(folder))))
+        PushingTrainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, trouble_with(Path(folder))))
     )
     trainer = trainer_of(tmp_path, **{**STEPS, "max_steps": 2})
     trainer.args.push_to_hub = True
