@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from .adapter import ShapleyLayer
 from .backbone import Tiling, evaluating, normalised
-from .errors import ImageError, ShapleyError
 from .classes import find_class
+from .errors import ImageError, ShapleyError
 from .explanation import Explanation
 from .game import active_layer
 from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify, unprocess

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,12 +69,9 @@ def _page(checkpoint: str, data: Path, result: Evaluation, file: Path, shown: in
 
 
 def _measures(result: Evaluation) -> list[tuple[str, str]]:
-    """The measures as rows for the page, with their intervals where there are some."""
-    named: dict[str, Any] = {**result.task, **result.methods["shapadapter"]}
-    rows = []
-    for name, value in result.metrics().items():
-        between = named.get(name)
-        known = between is not None and between.low == between.low and between.high == between.high
-        interval = f" ({between.low:.3g} to {between.high:.3g})" if between is not None and known else ""
-        rows.append((name.replace("_", " "), f"{value:.3g}{interval}"))
-    return rows
+    """The measures as rows for the page: those of the model card."""
+    from shapadapter.card import Facts, compact
+    from shapadapter.card.results import rows
+
+    facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
+    return [(row.label, row.shown) for row in rows(facts)]

@@ -62,10 +62,11 @@ def command(
     """
     hint = "Go on with the same command and --resume-from-checkpoint last."
     with reporting(json, hint) as say:
-        given = [*as_arguments(context.meta.get(MORE, {})), *context.args]
+        script = _script()
+        given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
         where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
         arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
-        check(arguments, given)
+        check(arguments, given, script)
         if launch_config is not None and not launch_config.is_file():
             raise FileNotFoundError(f"There is no file {launch_config}.")
         code = launch(MODULE, arguments, launch_config, quiet_output=json)
@@ -77,29 +78,39 @@ def command(
         say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
 
 
-def as_arguments(values: dict[str, Any]) -> list[str]:
-    """Values of a yaml file as words of a command line."""
-    words: list[str] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        listed = value if isinstance(value, list) else [json_format.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{name}", *map(str, listed)]
-    return words
-
-
-def check(arguments: list[str], given: list[str]) -> None:
-    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense.
+def _script() -> Any:
+    """The parser of the training script.
 
     Raises:
-        typer.BadParameter: there is one.
         ImportError: what reads data sets is missing.
     """
     if find_spec("datasets") is None:
         raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
     from shapadapter.training.finetune import parser
 
-    script = parser()
+    return parser()
+
+
+def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
+    """Values of a yaml file as words of a command line, for a parser."""
+    words: list[str] = []
+    for name, value in values.items():
+        action = script._option_string_actions.get(f"--{name}")
+        if value is None:
+            continue
+        if isinstance(value, list) and getattr(action, "nargs", None) != "+":
+            value = ",".join(map(str, value))
+        listed = value if isinstance(value, list) else [json_format.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, listed)]
+    return words
+
+
+def check(arguments: list[str], given: list[str], script: Any) -> None:
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense.
+
+    Raises:
+        typer.BadParameter: there is one.
+    """
     known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
     for word in given:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
@@ -113,7 +124,7 @@ def check(arguments: list[str], given: list[str]) -> None:
     def refuse(message: str) -> None:
         raise typer.BadParameter(message)
 
-    script.error = refuse  # type: ignore[method-assign, assignment]
+    script.error = refuse
     rest = script.parse_known_args(arguments)[1]
     if rest:
         raise typer.BadParameter(f"{rest[0]!r} belongs to no option.")

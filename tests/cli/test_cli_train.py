@@ -1,0 +1,145 @@
+"""`shapadapter train`: what is checked before anything starts, and a training that is stopped and goes on."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datasets")
+pytest.importorskip("matplotlib")
+
+from commands import error_of, run
+from small import NAMES, pictures
+
+from shapadapter.cli import launching, train
+from shapadapter.training import finetune
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The words that accelerate would have been given."""
+    calls = []
+    monkeypatch.setattr(train, "launch", lambda *arguments, **_: calls.append(arguments) or 0)
+    return calls
+
+
+USUAL = ("train", "--model", "base", "--data", "photos", "--output", "trained")
+
+
+def test_training_arguments_come_from_file_and_command_line(launched, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        "model: base\ndata: photos\noutput: trained\nnum-train-epochs: 3\nbf16: true\nclass_weights: [1, 2]\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nlora_rank: 4\nlearning_rate: 1e-4\nreport_to: null\n"
+    )
+    run("train", "--config", config, "--num-train-epochs", 5, "--use-cpu")
+    module, words, launcher = launched[0]
+    assert (module, launcher) == ("shapadapter.training.finetune", None)
+    args, training = finetune.parser().parse_args_into_dataclasses(words, look_for_args_file=False)
+    assert (args.model_name_or_path, args.image_folder, args.lora_rank) == ("base", "photos", 4)
+    assert (training.num_train_epochs, training.bf16, training.learning_rate) == (5, True, 1e-4)
+    assert training.class_weights == [1.0, 2.0]
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    run("train", "--model", "base", "--data", "ada/beans", "--output", "o", "--launch", config)
+    assert launched[1][1][2:4] == ["--dataset_name", "ada/beans"]
+    assert launched[1][2] == config
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num-train-epoch", "3"], "Did you mean 'num-train-epochs'?"),
+        (["--num-train-epochs", "three"], "invalid float value: 'three'"),
+        (["--output_dir", "x"], "--output_dir is --output here."),
+        (["--prediction", "votes"], "votes"),
+        (["-x"], "the option 'x'"),
+        (["stray"], "'stray' belongs to no option"),
+    ],
+)
+def test_wrong_training_arguments_never_start(launched, words, said):
+    assert said in error_of(*USUAL, *words, code=2)
+    assert launched == []
+
+
+def test_a_failed_training_is_an_error(monkeypatch):
+    monkeypatch.setattr(train, "launch", lambda *_, **__: 1)
+    assert "the training failed" in error_of(*USUAL)
+    assert "no file nowhere.yaml" in error_of(*USUAL, "--launch", "nowhere.yaml")
+
+
+TINY = [
+    "--per-device-train-batch-size",
+    "4",
+    "--save-steps",
+    "1",
+    "--use-cpu",
+    "--report-to",
+    "none",
+    "--lora-rank",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Enough images for a fifth of them to be held out."""
+    root = tmp_path_factory.mktemp("many")
+    for place, picture in enumerate(pictures(20)):
+        home = root / NAMES[place % 4]
+        home.mkdir(exist_ok=True)
+        picture.save(home / f"{place}.png")
+    return root
+
+
+@pytest.mark.slow
+def test_a_training_through_accelerate(many, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--output", tmp_path / "new", *TINY, "--max-steps", 2, "--explained-images", 2]
+    found = json.loads(run("train", "--model", folder / "base", "--data", many, *words, "--json").stdout)
+    assert found["metrics"]["eval_accuracy"] >= 0
+    assert (tmp_path / "new" / "explanations.html").is_file()
+    assert run("explain", tmp_path / "new", many / "ant", "--json").exit_code == 0
+
+
+def test_last_goes_on_where_a_run_stopped_or_starts_it(many, folder, tmp_path):
+    def trained(steps):
+        words = ["--model_name_or_path", folder / "base", "--image_folder", many, "--output_dir", tmp_path, *TINY]
+        words += ["--max_steps", steps, "--resume_from_checkpoint", "last", "--explained_images", 0]
+        finetune.main(*finetune.parser().parse_args_into_dataclasses(list(map(str, words)), look_for_args_file=False))
+        return json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())["global_step"]
+
+    assert trained(1) == 1
+    begun = (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert trained(2) == 2
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_mtime_ns == begun
+
+
+@pytest.mark.slow
+def test_whoever_interrupts_the_command_leaves_no_training_behind(tmp_path, monkeypatch):
+    """Also by a signal to this process alone, of which the others would never hear."""
+    said = tmp_path / "said"
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        "    pathlib.Path(sys.argv[1] + '-end').write_text('ended in order')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def interrupt():
+        while not said.exists() or not said.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "launch", lambda *_, **how: launching.launch("sleeper", [str(said)], None, **how))
+    threading.Thread(target=interrupt, daemon=True).start()
+    found = run(*USUAL, code=130)
+    assert "Go on with the same command and --resume-from-checkpoint last." in found.stderr
+    assert Path(f"{said}-end").read_text() == "ended in order"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(said.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
