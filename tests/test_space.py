@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from PIL import Image
 from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
+from transformers import AutoModel
 
-from shapadapter import ImageError, ShapleyError, explain, load
+from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
 from shapadapter.hub.space import push_space, uploads, write_space, writing
 from shapadapter.hub.space.uploads import open_upload
 from shapadapter.hub.space.view import (
@@ -341,3 +343,18 @@ def test_small_numbers_have_no_exponent(explanation):
     zero = View(replace(explanation, attributions=torch.zeros_like(explanation.attributions)), 0, (0, 0))
     assert "+0.00" in reading(zero)
     assert strongest(zero.column.values, 0.5).abs().sum() == 0
+
+
+def test_the_space_of_a_matching_model_has_its_tokenizer(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    from shapadapter.hub.space.app import build_app
+
+    matching.base("clip").save_pretrained(tmp_path / "clip")
+    model = get_peft_model(AutoModel.from_pretrained(tmp_path / "clip"), ShapleyConfig(r=4, prediction="classifier"))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    matching.processor("clip").save_pretrained(tmp_path / "adapter")
+    folder = write_space(tmp_path / "adapter", tmp_path / "space")
+    shutil.rmtree(tmp_path / "clip")
+    app = build_app(folder / "adapter", base=folder / "base")
+    (texts,) = [block for block in app.blocks.values() if isinstance(block, gradio.Textbox)]
+    assert texts.visible

@@ -213,3 +213,25 @@ def test_nothing_was_executed_asked_or_shown_to_others(visit):
     assert secret.status == 403
     config = json.loads(visit.page.request.get(f"{visit.address}/config").text())
     assert not config["analytics_enabled"]
+
+
+def test_only_uploads_are_opened(visit):
+    """Who talks to the server without the page cannot have it explain a picture of the server's."""
+    request = visit.page.request
+    config = json.loads(request.get(f"{visit.address}/config").text())
+    (run,) = [one["id"] for one in config["dependencies"] if len(one["outputs"]) == 9]
+
+    def answer(path, session):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [given, "", 100, 100], "fn_index": run, "session_hash": session}
+        assert request.post(f"{visit.address}/gradio_api/queue/join", data=body).ok
+        return request.get(f"{visit.address}/gradio_api/queue/data?session_hash={session}").text()
+
+    content = (visit.root / "sample.png").read_bytes()
+    sent = {"files": {"name": "own.png", "mimeType": "image/png", "buffer": content}}
+    (own,) = request.post(f"{visit.address}/gradio_api/upload", multipart=sent).json()
+    assert '"success":true' in answer(own, "one")
+    refused = answer(str(visit.root / "sample.png"), "two")
+    assert '"success":false' in refused
+    assert "aria-pressed" not in refused
+    assert "InvalidPathError" in (visit.root / "log").read_text()
