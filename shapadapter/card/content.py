@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .escaping import code, one_line, table, words
-from .facts import MATCHING, Facts, mapping, number, text, texts
+from .facts import MATCHING, Facts, mapping, number, pictures_of, text, texts
 from .results import rows
 from .usage import usage
 
@@ -94,9 +94,7 @@ def _classes(facts: Facts) -> list[str]:
 
 
 def _pictures(facts: Facts) -> str:
-    known = facts.record.get("pictures")
-    listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
-    shown = [picture for picture in listed if picture.get("file") in facts.pictures]
+    shown = [picture for picture in pictures_of(facts.record) if picture["file"] in facts.pictures]
     if not shown:
         return ""
     pictures = [f"![{words(picture.get('alt', ''), 300)}](explanations/{picture['file']})" for picture in shown]
@@ -147,12 +145,12 @@ def _how_measured(facts: Facts) -> str:
     if found.get("truth") != "exact":
         error = "" if own is None else f", its own error {own:.2g}"
         truth = f"KernelSHAP with {0 if count is None else count:,.0f} evaluations{error}"
-    read = text(found.get("curves_read")) or "probability"
+    read = "value" if found.get("curves_read") == "value" else "probability"
     groups = " of groups" if found.get("groups") else ""
     return (
         f"The game is the model's own: an absent player is {_REMOVALS.get(str(found.get('removal')), ('removed',))[0]}, the value "
         f"is the logit of the predicted class. The true Shapley values are {truth}. Insertion and deletion are areas under "
-        f"the curve of its {one_line(read)}. Intervals are bootstrapped over images{groups}; time and memory with LoRA merged."
+        f"the curve of its {read}. Intervals are bootstrapped over images{groups}; time and memory with LoRA merged."
     )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 # As huggingface_hub allows names of repositories.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 
+OWN_PICTURE = re.compile(r"explanation-[0-9]{1,4}\.png")
+"""Names of the pictures that we write; none of them can lead out of their folder."""
+
 MATCHING = "zero-shot-image-classification"
 CLASSIFYING = "image-classification"
 
@@ -96,6 +99,13 @@ class Facts:
         return given or (
             self.name.split("/")[-1] if "/" in self.name else f"{self.base_name} with Shapley attributions"
         )
+
+
+def pictures_of(record: Any) -> list[Mapping[str, Any]]:
+    """The pictures that a record names: `file` and `alt` of each."""
+    known = mapping(record).get("pictures")
+    listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
+    return [picture for picture in listed if OWN_PICTURE.fullmatch(str(picture.get("file")))]
 
 
 def repository(name: Any) -> str | None:

@@ -15,12 +15,12 @@ from shapadapter.files import write_together
 
 from . import metadata, sections
 from .content import sections as content
-from .facts import Facts, mapping, repository, text, texts
+from .facts import OWN_PICTURE, Facts, pictures_of, repository, text, texts
 from .results import model_index
 
 CARD = "README.md"
 PICTURES = "explanations"
-_OWN_PICTURE = re.compile(r"explanation-\d+\.png")
+_BY_TOOLS = ("library_name", "base_model")
 _TAGS = ("shapadapter", "explainability", "shapley-values", "attribution")
 
 
@@ -68,10 +68,7 @@ def write_card(
 
 
 def _listed(config: Mapping[str, Any]) -> list[str]:
-    """The pictures that a record names, none of which can lead out of their folder."""
-    known = mapping(config.get("record")).get("pictures")
-    files = [str(mapping(picture).get("file")) for picture in known] if isinstance(known, list) else []
-    return [file for file in files if _OWN_PICTURE.fullmatch(file)]
+    return [str(picture["file"]) for picture in pictures_of(config.get("record"))]
 
 
 def _put_pictures(folder: Path, new: Mapping[str, bytes], listed: Sequence[str]) -> None:
@@ -83,7 +80,7 @@ def _put_pictures(folder: Path, new: Mapping[str, bytes], listed: Sequence[str])
         folder.mkdir(exist_ok=True)
         write_together({folder / file: data for file, data in new.items()})
     for path in folder.glob("explanation-*.png"):
-        if _OWN_PICTURE.fullmatch(path.name) and path.name not in listed:
+        if OWN_PICTURE.fullmatch(path.name) and path.name not in listed:
             path.unlink(missing_ok=True)
 
 
@@ -120,7 +117,7 @@ def updated(card: str | None, facts: Facts, tags: Sequence[str] = ()) -> str:
     theirs, ours = metadata.read(block), known(facts)
     if not body.strip() or _is_template(body):
         # What another tool has filled in of itself says nothing about the user's wishes.
-        said = {key: value for key, value in theirs.items() if key not in ours or isinstance(ours[key], list)}
+        said = {key: value for key, value in theirs.items() if key not in ours or key not in _BY_TOOLS}
         found, below = metadata.filled(said, ours, {}), metadata.note(f"\n{sections.fresh(content(facts))}", ours)
     elif sections.is_ours(body):
         found = metadata.filled(theirs, ours, metadata.written(body))

@@ -90,6 +90,8 @@ class CardingTrainer(Trainer):
         if metrics := measured(self.state.log_history, self._loaded):
             images = getattr(self.evaluator, "images", None)
             found["metrics"] = {**metrics, **({"evaluator_images": images} if isinstance(images, int) else {})}
+        if self.args.card_images == 0:
+            found["pictures"] = []  # none of an earlier run's either
         return found
 
     def _epochs_a_step(self) -> float:
