@@ -246,6 +246,24 @@ def test_a_file_that_computes_something_else_is_found_out(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_onnx
+def test_an_opset_the_exporter_cannot_write_is_an_error(tmp_path):
+    given = {"images": pictures(1), "processor": PROCESSOR}
+    with pytest.raises(ExportError, match="cannot write opset 9, it wrote 18"):
+        export_onnx(families.wrap("vit"), tmp_path / "onnx", **given, opset=9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_one_batch_size_alone_is_found_out(tmp_path, monkeypatch):
+    def fixed(job):
+        return torch.export.export(job.deployed, (), {"pixel_values": job.two_images()})
+
+    monkeypatch.setattr(program_module, "_traced", fixed)
+    with pytest.raises(ExportError, match="cannot run a batch of 1"):
+        export_program(families.wrap("vit"), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_traced_is_named(tmp_path, monkeypatch):
     model = families.wrap("vit")
 

@@ -76,8 +76,7 @@ class Job:
     def refused(self, target: str, error: BaseException) -> str:
         """What to say when a tracer gives up."""
         name = type(self.deployed.model).__name__
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{name} cannot be exported to {target}: {type(error).__name__}: {lines[0] if lines else ''}"
+        return f"{name} cannot be exported to {target}: {type(error).__name__}: {first_line(error)}."
 
 
 def prepare(
@@ -182,6 +181,11 @@ def _merge(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the story that tracers tell after it."""
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shapadapter.errors import ExportError
 
-from .deployed import Job, prepare, quiet
+from .deployed import Job, first_line, prepare, quiet
 from .folder import COMPANIONS, new_folder, sizes, write_companions
 from .report import ExportReport, compare
 
@@ -99,14 +99,20 @@ def _write(job: Job, place: Path, opset: int | None) -> int:
             value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
         exported.program.metadata_props.update(job.about)
         exported.save_pretrained(place)
-    return int(exported.program.opset_imports[""])
+    written = int(exported.program.opset_imports[""])
+    if opset not in (None, written):
+        raise ExportError(f"The exporter cannot write opset {opset}, it wrote {written}. Nothing was kept.")
+    return written
 
 
 def _runner(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
     """The written file in onnxruntime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime's own kinds
+        raise ExportError(f"onnxruntime cannot load the file: {first_line(error)}. Try another opset.") from error
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shapadapter.errors import ExportError
 
-from .deployed import OUTPUTS, Job
+from .deployed import OUTPUTS, Job, first_line
 
 _BATCHES = (1, 2, 3)
 """Sizes of the batches that are compared; the model was traced with two images."""
@@ -70,7 +70,7 @@ def compare(
     while len(order):
         for size in _BATCHES:
             part, order = order[:size], order[size:]
-            found = run(job.pixels[part]) if len(part) else {}
+            found = _ran(run, job.pixels[part]) if len(part) else {}
             for name, values in found.items():
                 expected = job.expected[name][part]
                 if values.shape != expected.shape:
@@ -89,3 +89,12 @@ def compare(
                 "raise the tolerance."
             )
     return largest
+
+
+def _ran(run: Callable[[Tensor], Mapping[str, Tensor]], pixels: Tensor) -> Mapping[str, Tensor]:
+    try:
+        return run(pixels)
+    except Exception as error:  # of many kinds, by what runs the file
+        raise ExportError(
+            f"The exported model cannot run a batch of {len(pixels)}: {first_line(error)}. Nothing was written."
+        ) from error
