@@ -32,7 +32,8 @@ def fresh(hub, tmp_path_factory):
     def run(script, *arguments, cwd, token=TOKEN, home=None):
         home = home or tmp_path_factory.mktemp("home")
         code = [str(script)] if isinstance(script, Path) else ["-c", script]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(home, token)}
+        loud = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "info", "HF_HUB_VERBOSITY": "info"}
+        environment = {**os.environ, **loud, **hub.environment(home, token)}
         done = subprocess.run(
             [sys.executable, *code, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
         )

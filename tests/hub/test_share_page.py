@@ -67,7 +67,9 @@ def test_every_block_runs(online, tmp_path, monkeypatch, capsys):
     assert online.titles("ada/vit-beans", "v2")[0] == "Trained for longer"
     assert online.repos["model", "ada/vit-beans-draft"].private
     assert "Training in progress, step 1" in online.titles("ada/vit-run")
-    assert online.files("ada/vit-run")["adapter_model.safetensors"] == Path("run/adapter_model.safetensors").read_bytes()
+    assert (
+        online.files("ada/vit-run")["adapter_model.safetensors"] == Path("run/adapter_model.safetensors").read_bytes()
+    )
     assert {"adapter_model.safetensors", "README.md"} <= set(online.files("ada/vit-from-memory"))
     assert torch.equal(*(weights(online, name) for name in ("ada/vit-beans", "ada/vit-beans-draft")))
     assert "model.safetensors" in online.files("ada/vit-mine-base")
