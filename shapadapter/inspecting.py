@@ -240,12 +240,12 @@ def _as_before(model: Any) -> Iterator[None]:
 def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
     """(height, width) of a prepared image, and (rows, cols) of the players on it; None where that cannot be said."""
     layer = active_layer(model)
+    height, width = configured_size(model) or layer.anatomy.sample
     try:
         if processor is not None:
-            inputs = prepare_images([Image.new("RGB", (512, 512))], processor)
+            inputs = prepare_images([Image.new("RGB", (width, height))], processor)
         else:
-            side = configured_size(model) or layer.anatomy.sample
-            inputs = {"pixel_values": torch.zeros(1, layer.anatomy.channels, *side)}
+            inputs = {"pixel_values": torch.zeros(1, layer.anatomy.channels, height, width)}
         tiling = layer.tiling(**inputs, **layer.anatomy.options)
         return (tiling.seen, tiling.players)
     except ImageError:
