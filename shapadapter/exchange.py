@@ -102,8 +102,9 @@ def _players(explanation: Explanation) -> list[str]:
 
 def _brightness(explanation: Explanation) -> NDArray[np.float32]:
     """The mean brightness of each player, (B, N), in 0..1: what shap's plots print or colour as a feature's value."""
+    rows, cols = explanation.attributions.shape[1:3]
     grey = explanation.images.float().mean(dim=3) / 255  # (B, H, W, 3) -> (B, H, W)
-    return _flat(adaptive_avg_pool2d(grey, explanation.attributions.shape[1:3]))  # (B, H, W) -> (B, N)
+    return _flat(adaptive_avg_pool2d(grey, (rows, cols)))  # (B, H, W) -> (B, rows, cols) -> (B, N)
 
 
 def _flat(values: Tensor) -> NDArray[np.float32]:
