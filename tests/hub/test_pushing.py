@@ -105,11 +105,13 @@ def test_branches_and_pull_requests(folders, online):
     before = online.commit(f"{OWNER}/many")
     with pytest.raises(ShapleyError, match="holds these very files already"):
         push(folders / "adapter", "many", create_pr=True)
-    (folders / "adapter" / "evaluation.json").write_text("{}")
+    evaluation = {"about": {"checkpoint": str(folders / "adapter"), "folder": "/home/me/photos", "seed": 0}}
+    (folders / "adapter" / "evaluation.json").write_text(json.dumps(evaluation))
     assert push(folders / "adapter", "many", revision="v2") == f"{online.url}/{OWNER}/many/tree/v2"
     assert push(folders / "adapter", f"{OWNER}/many", create_pr=True) == f"{online.url}/{OWNER}/many/discussions/1"
     assert online.commit(f"{OWNER}/many") == before
-    assert "evaluation.json" in online.files(f"{OWNER}/many", "v2")
+    told = json.loads(online.files(f"{OWNER}/many", "v2")["evaluation.json"])
+    assert told == {"about": {"checkpoint": "adapter", "folder": "photos", "seed": 0}}
     assert "evaluation.json" in online.files(f"{OWNER}/many", "refs/pr/1")
 
 
