@@ -108,7 +108,7 @@ def _explained(
     from shapadapter.errors import ImageError
     from shapadapter.explaining import explain
 
-    # Coalitions depend on an image's place: alone with a seed of its own, it does not matter which others can be read.
+    # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
     size = 1 if asked["refine"] else batch_size
     with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(paths), size):
@@ -116,7 +116,7 @@ def _explained(
             yield from failed
             try:
                 listed = list(opened.values())
-                together: Any = explain(model, listed, processor, seed=seed + start, **asked) if listed else []
+                together: Any = explain(model, listed, processor, seed=seed, **asked) if listed else []
                 yield from ((path, together[index]) for index, path in enumerate(opened))
             except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
                 for path, image in opened.items():

@@ -114,18 +114,19 @@ class JsonDocument:
     """One json object whose list of images grows on the way."""
 
     def __init__(self, handle: TextIO, checkpoint: str) -> None:
-        self.handle, self.empty = handle, True
+        self.handle = handle
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "shapadapter_version": __version__}
-        handle.write(json.dumps({**head, "checkpoint": checkpoint})[:-1] + ', "images": [')
+        self.before = json.dumps({**head, "checkpoint": checkpoint})[:-1] + ', "images": [\n'
 
     def add(self, image: dict[str, Any]) -> None:
         """Write an image."""
-        self.handle.write(("\n" if self.empty else ",\n") + json.dumps(image, allow_nan=False))
-        self.empty = False
+        self.handle.write(self.before + json.dumps(image, allow_nan=False))
+        self.before = ",\n"
 
     def finish(self, errors: list[dict[str, str]]) -> None:
         """Write what could not be explained, and the end."""
-        self.handle.write('\n], "errors": ' + json.dumps(errors) + "}\n")
+        start = "" if self.before == ",\n" else self.before
+        self.handle.write(start + '\n], "errors": ' + json.dumps(errors) + "}\n")
         self.handle.flush()
 
 

@@ -65,10 +65,12 @@ def test_classes_refinement_and_json_alone(tmp_path):
     assert len(image["classes"][0]["standard_errors"]) == 3
     assert not Path("explanations").exists()
     assert "no class 'wolf'" in error_of("explain", "out", "photos/ant/0.png", "--targets", "wolf")
-    # What an image gets does not depend on the others of its batch.
-    both = json.loads(run("explain", "out", "photos/dog/3.png", "photos/ant/0.png", "--json", "--refine", 16).stdout)
-    alone = json.loads(run("explain", "out", "photos/dog/3.png", "--json", "--refine", 16).stdout)
-    assert both["images"][0] == alone["images"][0]
+    assert not run("explain", "out", "photos/ant/0.png", "--targets", "wolf", "--json", code=1).stdout
+    # What an image gets does not depend on the others.
+    two = ["photos/dog/3.png", "photos/ant/0.png"]
+    both = json.loads(run("explain", "out", *two, "--json", "--refine", 16).stdout)
+    alone = json.loads(run("explain", "out", two[1], "--json", "--refine", 16).stdout)
+    assert both["images"][1] == alone["images"][0]
 
 
 def test_hostile_names_stay_in_the_folder_and_in_their_page(tmp_path):
