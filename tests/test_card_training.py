@@ -277,3 +277,16 @@ def test_a_resumed_training_counts_all_its_minutes(tmp_path):
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert record_of(tmp_path / "checkpoint-2")["training"]["minutes"] >= 90
+
+
+def test_a_quantity_has_a_card(tmp_path):
+    options = {"max_steps": 1, "eval_strategy": "no"}
+    data = images(6, labels=[float(index) for index in range(6)])
+    model = wrapped(base=tiny_vit(1, problem_type="regression"))
+    trainer = trainer_of(tmp_path, model, train=data, held_out=data, **options)
+    trainer.train()
+    trainer.save_model()
+    card = card_of(tmp_path)
+    assert "null value + contributions = prediction" in card
+    assert "classes**" not in card
+    assert card.count("](explanations/") == 4

@@ -98,11 +98,11 @@ def _pictures(facts: Facts) -> str:
     if not shown:
         return ""
     pictures = [f"![{words(picture.get('alt', ''), 300)}](explanations/{picture['file']})" for picture in shown]
-    what = "the prediction" if facts.quantity else "the class above the map"
+    what = "the prediction" if facts.quantity else "the class below the map"
     return "\n\n".join(
         [
             "## What it sees",
-            f"Held-out images. Red speaks for {what}, blue against it, white is 0; the maps of one image share their colours.",
+            f"Sample images. Red speaks for {what}, blue against it, no colour is 0; maps of one image share their scale.",
             *pictures,
         ]
     )
@@ -126,10 +126,7 @@ def _nothing_measured(facts: Facts) -> str:
         "the cost. To measure it on held-out images, in a folder with a subfolder for each class, and write it here:\n\n"
         "```bash\n"
         "shapadapter evaluate CHECKPOINT --data FOLDER --output report\n"
-        "```\n\n"
-        "```python\n"
-        "from shapadapter.hub import update_card\n\n"
-        'update_card("CHECKPOINT", evaluation="report/evaluation.json")\n'
+        "shapadapter card CHECKPOINT --evaluation report/evaluation.json\n"
         "```"
     )
 

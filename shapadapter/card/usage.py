@@ -38,7 +38,7 @@ def _explaining(name: str, revision: str, matching: bool) -> str:
         f"model, processor = shapadapter.load({name}{revision})\n"
         f'explanation = shapadapter.explain(model, "photo.jpg", processor{texts})\n\n'
         "print(explanation.top(3)[0])  # the likeliest, with logits\n"
-        "print(explanation.attributions.shape)  # (images, rows, cols, shown): what each player adds to each logit\n"
+        "print(explanation.attributions.shape)  # (images, rows, cols, shown classes)\n"
         'explanation.save_html("why.html")  # a page to look at'
     )
 

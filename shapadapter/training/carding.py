@@ -116,7 +116,8 @@ class CardingTrainer(Trainer):
         if not torch.isfinite(found.attributions).all():
             warnings.warn("The card has no pictures: attributions are not finite.", stacklevel=3)
             return
-        numbers = labels.tolist() if isinstance(labels, torch.Tensor) and labels.ndim == 1 else None
+        classes = isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+        numbers = labels.tolist() if classes else None
         config.pictures, listed = sample_pictures(found, CLASSES, numbers)
         config.record = {**(config.record or {}), "pictures": listed, "players": list(found.attributions.shape[1:3])}
         self._rewrite(config, folder)

@@ -60,7 +60,7 @@ def draw_strip(
 def describe(explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "") -> str:
     """The same in words, for those who do not see the picture."""
     shown = "; ".join(" ".join(_texts(column)) for column in columns(explanation, index, max_classes=max_classes))
-    return f"Attribution maps of a held-out image{f' ({caption})' if caption else ''}: {shown}"
+    return f"Attribution maps of an image{f' ({caption})' if caption else ''}: {shown}"
 
 
 def _map(picture: Image.Image, column: Column, limit: float) -> Image.Image:
