@@ -205,7 +205,7 @@ def _opened(image: Any, timeout: float | None) -> Any:
 
 
 def _fetched(address: str, timeout: float | None) -> bytes:
-    import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     shown = address.split("?")[0]  # what follows may be a signature
     try:

@@ -57,8 +57,8 @@ def _expected() -> tuple[type[Exception], ...]:
     from shapadapter.errors import ShapleyError
 
     # What the Hub's client raises where nobody answers, if it is in use at all.
-    client = sys.modules.get("httpx")
-    network = (client.HTTPError,) if client is not None else ()
+    client = sys.modules.get("huggingface_hub.utils")
+    network = (client.httpx.HTTPError,) if client is not None else ()
     return (ShapleyError, ImportError, OSError, ValueError, *network)
 
 
