@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.card import read_config, write_card, write_record
-from shapadapter.errors import ShapleyError
 from shapadapter.visual import sample_pictures
 
 from .arguments import ShapleyTrainingArguments
@@ -108,8 +107,9 @@ class CardingTrainer(Trainer):
             return
         try:
             found, labels = explained(self, self._guarded(held_out), self.args.card_images)
-        except (ShapleyError, ValueError) as error:
-            warnings.warn(f"The model is saved, but its card has no pictures: {error}", stacklevel=3)
+        except Exception as error:  # of a data set or collator of the user's: what is trained must not be lost for it
+            words = f"The model is saved, but its card has no pictures: {type(error).__name__}: {error}"
+            warnings.warn(words, stacklevel=3)
             return
         if not self.args.should_save or not read_config(folder):
             return
