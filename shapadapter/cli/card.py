@@ -23,6 +23,7 @@ def command(
         list[Path] | None,
         typer.Option(help="An image, or a folder of them, for the pictures of the card; may be repeated."),
     ] = None,
+    shown: Annotated[int, typer.Option(help="How many of the images are shown, spread evenly.", min=1)] = 4,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -32,5 +33,6 @@ def command(
 
         quiet()
         found = list(find_images(images)) if images else None
-        written = update_card(checkpoint, evaluation=evaluation, images=found)
+        chosen = found and found[:: max(1, len(found) // shown)][:shown]
+        written = update_card(checkpoint, evaluation=evaluation, images=chosen)
         say({"card": str(written)}, f"Wrote {written}.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Checkpoint, Config, Json
+from .common import OUTPUT, Base, Checkpoint, Config, Device, Json, Revision
 from .reporting import quiet, reporting
 
 EXAMPLE = "shapadapter evaluate out --data photos --output evaluation"
@@ -27,6 +27,9 @@ def command(
         Path | None,
         typer.Option(help="Folder for evaluation.json, table.md and curves.png.", rich_help_panel=OUTPUT),
     ] = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -36,7 +39,7 @@ def command(
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
-        result = evaluate_checkpoint(
-            checkpoint, data, masks, names, output, images=images, seed=seed, batch_size=batch_size
-        )
+        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
+        place: dict[str, Any] = {"base": base, "revision": revision, "device": device}
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
         say(result.to_dict(), result.table())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Checkpoint, Config, Json
+from .common import OUTPUT, Base, Checkpoint, Config, Device, Json, Revision
 from .naming import printable
 from .reporting import quiet, reporting
 
@@ -31,6 +31,9 @@ def command(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
     ] = Path("report"),
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -40,24 +43,28 @@ def command(
     """
     with reporting(json, "Run the command again to go on.") as say:
         from shapadapter.evaluation import evaluate_checkpoint
+        from shapadapter.loading import load
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
-        settings = {"images": images, "seed": seed, "batch_size": batch_size}
-        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **settings)
-        page = _page(checkpoint, data, result, output / "report.html", shown, seed)
+        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
+        place: dict[str, Any] = {"base": base, "revision": revision, "device": device}
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
+        loaded = load(checkpoint, **place)
+        page = _page(loaded, checkpoint, data, result, output / "report.html", shown, seed)
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
 
 
-def _page(checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int) -> Path:
+def _page(
+    loaded: tuple[Any, Any], checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int
+) -> Path:
     """Explain some of the images, and show them below the measures."""
     from shapadapter.evaluation.checkpoint import labelled_images
     from shapadapter.evaluation.data import choose
     from shapadapter.explaining import explain
-    from shapadapter.loading import load
     from shapadapter.visual import write_page
 
-    model, processor = load(checkpoint)
+    model, processor = loaded
     labels = model.config.id2label
     rows = labelled_images(data, [str(labels[index]) for index in range(len(labels))], None)
     chosen = [rows[index] for index in choose(len(rows), shown, seed)]

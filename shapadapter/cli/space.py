@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Checkpoint, Config, Json
+from .common import Checkpoint, Config, Json, Revision
 from .reporting import reporting
 
 EXAMPLE = "shapadapter space out space && python space/app.py"
@@ -17,6 +17,13 @@ def command(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder for the app.", show_default=False)],
     title: Annotated[str | None, typer.Option(help="Heading of the app.")] = None,
+    examples: Annotated[
+        list[Path] | None, typer.Option("--example", help="An image that visitors can click; may be repeated.")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Such as apache-2.0; by default that of the adapter's card.")
+    ] = None,
+    revision: Revision = None,
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Push it as this Space, too, e.g. you/vit-beans.")
     ] = None,
@@ -30,6 +37,8 @@ def command(
     with reporting(json) as say:
         from shapadapter.hub.space import push_space, write_space
 
-        folder = write_space(checkpoint, output, title=title)
+        folder = write_space(
+            checkpoint, output, revision=revision, title=title, license=license_, examples=examples or ()
+        )
         url = push_space(folder, push, private=private) if push else None
         say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: python {folder}/app.py'}")

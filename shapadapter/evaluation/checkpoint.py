@@ -25,6 +25,10 @@ def evaluate_checkpoint(
     masks: Path | None,
     methods: tuple[str, ...],
     output: Path | None,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Load an adapter and images, evaluate, and write the results.
@@ -36,6 +40,9 @@ def evaluate_checkpoint(
         methods: to compare, those of `evaluate` by default.
         output: where `evaluation.json`, `table.md` and `curves.png` go, and the records with which an interrupted run goes
             on; None writes nothing.
+        base: the base model, if it is not where the adapter says.
+        revision: branch, tag or commit of the adapter on the Hub.
+        device: where to run; a GPU by default, if there is one.
         **settings: further arguments of `evaluate`.
 
     Raises:
@@ -50,7 +57,7 @@ def evaluate_checkpoint(
             raise ShapleyError(unknown(name))
     if output is not None:
         _check_output(output, checkpoint)
-    model, processor = load(checkpoint)
+    model, processor = load(checkpoint, base=base, revision=revision, device=device)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)

@@ -62,6 +62,11 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     card = Path("out/README.md").read_text()
     assert "Relative L2 error" in card
     assert "![" in card
+    # Of a large folder a few, spread over all of it.
+    assert run("card", "out", "--images", "photos", "--shown", 2).exit_code == 0
+    assert len(list(Path("out/explanations").glob("*.png"))) == 2
+    lost = run("evaluate", "out", "--data", "photos", "--base", "nowhere/at/all", code=1)
+    assert "base='nowhere/at/all' is no folder" in lost.stderr
 
 
 def test_export_prints_how_far_it_differs(tmp_path):
@@ -79,8 +84,11 @@ def test_export_prints_how_far_it_differs(tmp_path):
 
 
 def test_a_space_is_a_folder(tmp_path):
-    found = json.loads(run("space", "out", tmp_path / "space", "--title", "<b>Ants</b>", "--json").stdout)
+    more = ("--license", "mit", "--example", "photos/ant/0.png")
+    found = json.loads(run("space", "out", tmp_path / "space", "--title", "<b>Ants</b>", "--json", *more).stdout)
     assert (Path(found["folder"]) / "app.py").is_file()
+    assert "license: mit" in (Path(found["folder"]) / "README.md").read_text()
+    assert list(Path(found["folder"], "examples").iterdir())
     assert found["url"] is None
 
 
