@@ -49,3 +49,16 @@ Config = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
+
+# What `evaluate` and `report` measure.
+Data = Annotated[
+    Path, typer.Option("--data", help="Folder with a subfolder of images for each class.", show_default=False)
+]
+Masks = Annotated[
+    Path | None,
+    typer.Option("--masks", help="Folder with a png mask of the object at the same path for each image."),
+]
+Measured = Annotated[int, typer.Option("--images", help="How many images are measured.", min=1)]
+Methods = Annotated[str, typer.Option("--methods", help="Methods to compare with, separated by commas.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is drawn.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.", min=1)]

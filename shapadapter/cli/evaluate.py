@@ -7,7 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Base, Checkpoint, Config, Device, Json, Revision
+from .common import (
+    OUTPUT,
+    Base,
+    BatchSize,
+    Checkpoint,
+    Config,
+    Data,
+    Device,
+    Json,
+    Masks,
+    Measured,
+    Methods,
+    Revision,
+    Seed,
+)
 from .reporting import quiet, reporting
 
 EXAMPLE = "shapadapter evaluate out --data photos --output evaluation"
@@ -15,14 +29,12 @@ EXAMPLE = "shapadapter evaluate out --data photos --output evaluation"
 
 def command(
     checkpoint: Checkpoint,
-    data: Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)],
-    masks: Annotated[
-        Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="How many images are explained.", min=1)] = 32,
-    methods: Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 32,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for evaluation.json, table.md and curves.png.", rich_help_panel=OUTPUT),

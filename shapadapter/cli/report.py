@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Base, Checkpoint, Config, Device, Json, Revision
+from .common import (
+    OUTPUT,
+    Base,
+    BatchSize,
+    Checkpoint,
+    Config,
+    Data,
+    Device,
+    Json,
+    Masks,
+    Measured,
+    Methods,
+    Revision,
+    Seed,
+)
 from .naming import printable
 from .reporting import quiet, reporting
 
@@ -19,15 +33,13 @@ EXAMPLE = "shapadapter report out --data photos --output report"
 
 def command(
     checkpoint: Checkpoint,
-    data: Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)],
-    masks: Annotated[
-        Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="How many images are measured.", min=1)] = 32,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
     shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1)] = 12,
-    methods: Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 32,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
     output: Annotated[
         Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
     ] = Path("report"),
