@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
-from .errors import ShapleyError
+from .errors import CheckpointError, ShapleyError
 from .game import active_layer
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
@@ -67,7 +67,8 @@ def load(
     bare = _base_model(name, root, config, {**options, "dtype": kind})
     model = PeftModel.from_pretrained(bare, str(folder)).eval()
     own = any((folder / file).is_file() for file in PROCESSOR_FILES[:2])
-    processor = _processor(model, str(folder) if own else root, {} if own else options)
+    # Code that comes with an adapter never runs: what is trusted is the base.
+    processor = _processor(model, str(folder) if own else root, {"trust_remote_code": False} if own else options)
     return model.to(place), processor
 
 
@@ -100,12 +101,16 @@ def read_config(folder: Path, name: str) -> Any:
 
     Raises:
         ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
+        CheckpointError: its configuration is damaged.
     """
     if not (folder / CONFIG_NAME).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" There is one in {folder / inside[-1]}." if inside else ""
         raise ShapleyError(f"{name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{hint}")
-    kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    try:
+        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{CONFIG_NAME} of {name} is damaged: {error}") from error
     if kind != NAME:
         raise ShapleyError(
             f"{name} is an adapter of type {kind}, not one of shapadapter. Load it with peft.AutoPeftModel."
@@ -152,8 +157,8 @@ def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tupl
     if is_path(str(recorded)):
         raise ShapleyError(
             f"The adapter {name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
-            "you have that model, say where: base=... Its author can push both: shapadapter.hub.push(folder, repo_id, "
-            "base_repo_id=...)."
+            "you have that model, say where: base=... Its author can push both: push(folder, repo_id, base_repo_id=...) "
+            "of shapadapter.hub."
         )
     return str(recorded), config.revision
 
@@ -217,7 +222,12 @@ def _processor(model: Any, place: str, options: dict[str, Any]) -> Any:
     maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
     try:
         return maker.from_pretrained(place, **options)
-    except HUB_ERRORS as error:
+    except (*HUB_ERRORS, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ShapleyError(
+                f"The image processor in {place} comes with code of its own, which is not run. Save one of transformers' "
+                "with the adapter: processor.save_pretrained(folder)."
+            ) from error
         raise ShapleyError(
             f"There is no image processor with the adapter or in {place}: {str(error).splitlines()[0]} Save one with the "
             "adapter: processor.save_pretrained(folder)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+
+from .files import write_together
 
 _UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)
 
@@ -62,10 +65,26 @@ def warn_of_local_base(name: str | None) -> None:
         return
     where = f"{name} is a folder on this computer" if name else "has no name"
     warnings.warn(
-        f"The adapter is pushed, but its base model {where}: nobody else can load it. Push both from a saved folder: "
-        "shapadapter.hub.push(folder, repo_id, base_repo_id='user/name-of-the-base').",
+        f"The adapter is pushed, but its base model {where}: nobody else can load it. Push both from a saved folder: from "
+        "shapadapter.hub import push; push(folder, repo_id, base_repo_id='user/name-of-the-base').",
         stacklevel=3,
     )
+
+
+def forget_places(folder: Path) -> None:
+    """Leave of the folders in an evaluation that is uploaded their own names, without where they are on this computer.
+
+    Args:
+        folder: with `evaluation.json`, or without; one whose file cannot be read is left as it is.
+    """
+    file = folder / "evaluation.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        about = found["about"]
+        about |= {name: Path(about[name]).name for name in ("checkpoint", "folder") if name in about}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    write_together({file: json.dumps(found, indent=1).encode()})
 
 
 def is_path(name: str) -> bool:

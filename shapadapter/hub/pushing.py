@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
 from shapadapter.loading import find_base, load, read_config
-from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, hub_trouble
+from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, forget_places, hub_trouble
 
 
 def push(
@@ -62,7 +62,7 @@ def push(
     base = _local_base(folder, config, base_repo_id)
     api = HfApi(token=token, library_name="shapadapter")
     with _staged(folder, ADAPTER_FILES) as staged:
-        _forget_places(staged / "evaluation.json")
+        forget_places(staged)
         if base is not None and base_repo_id is not None:
             name, commit = _push_base(api, folder, base, base_repo_id, private)
             _rename_base(staged / CONFIG_NAME, name, commit)
@@ -112,14 +112,6 @@ def _rename_base(file: Path, name: str, commit: str) -> None:
     about = json.loads(file.read_text(encoding="utf-8"))
     about |= {"base_model_name_or_path": name, "revision": commit}
     file.write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _forget_places(file: Path) -> None:
-    """Leave of the folders in an evaluation their own names, without where they are on this computer."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name in {"checkpoint", "folder"} & set(found.get("about", {})):
-        found["about"][name] = Path(found["about"][name]).name
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def _upload(

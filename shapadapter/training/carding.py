@@ -17,6 +17,7 @@ from shapadapter.visual import sample_pictures
 
 from .arguments import ShapleyTrainingArguments
 from .describing import data, hardware, measured, settings, versions
+from .pushing import own_folder
 from .watching import CLASSES, explained
 
 
@@ -111,6 +112,7 @@ class CardingTrainer(Trainer):
             words = f"The model is saved, but its card has no pictures: {type(error).__name__}: {error}"
             warnings.warn(words, stacklevel=3)
             return
+        folder = own_folder(self, folder)
         if not self.args.should_save or not read_config(folder):
             return
         if not torch.isfinite(found.attributions).all():
@@ -173,7 +175,7 @@ class CardingTrainer(Trainer):
         }
         about = {**(config.record or {}).get("about", {}), **{name: value for name, value in said.items() if value}}
         config.record = {**(config.record or {}), **({"about": about} if about else {})}
-        folder = Path(str(self.args.output_dir))
+        folder = own_folder(self, Path(str(self.args.output_dir)))
         folder.mkdir(parents=True, exist_ok=True)
         self._rewrite(config, folder)
 

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from shapadapter.card import card_for_push
-from shapadapter.remote import ADAPTER_FILES, hub_trouble, warn_of_local_base
+from shapadapter.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
 
 _log = logging.getLogger(__name__)
 
@@ -113,11 +114,15 @@ class PushingTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
         copy = Path(tempfile.mkdtemp(prefix="_push-", dir=run))
-        for path in {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}:
-            place = copy / path.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if folder == run or not _linked(path, place):
-                shutil.copyfile(path, place)
+        own = folder if path_in_repo is not None else own_folder(self, folder)
+        sources = {folder: patterns} if own == folder else {folder: PROCESSOR_FILES, own: patterns}
+        for source, wanted in sources.items():
+            for path in {path for pattern in wanted for path in source.glob(pattern) if path.is_file()}:
+                place = copy / path.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.unlink(missing_ok=True)  # a second name of a file that must stay as it is
+                if folder == run or not _linked(path, place):
+                    shutil.copyfile(path, place)
         options = {"token": token, "revision": revision, "path_in_repo": path_in_repo, "commit_message": message}
         return hf_api().run_as_future(_commit, copy, str(self.hub_model_id), options)
 
@@ -133,6 +138,13 @@ class PushingTrainer(Trainer):
                 trouble = hub_trouble(error, str(self.hub_model_id), self.args.hub_revision)
                 # Logged, because warnings of several threads get in each other's way.
                 _log.warning("A checkpoint was not pushed. %s", trouble or error)
+
+
+def own_folder(trainer: Any, folder: Path) -> Path:
+    """Where the trained adapter is in a folder: PEFT gives those that are not called "default" a folder each in it."""
+    name = trainer.layer.active
+    inside = folder / str(name)
+    return inside if name not in (None, "default") and (inside / CONFIG_NAME).is_file() else folder
 
 
 @contextmanager
@@ -152,6 +164,7 @@ def _commit(folder: Path, repo_id: str, options: dict[str, Any]) -> Any:
         if revision is not None and not revision.startswith("refs/"):
             hf_api().create_branch(repo_id, branch=revision, exist_ok=True, token=options["token"])
         if options["path_in_repo"] is None:
+            forget_places(folder)
             card_for_push(folder, repo_id, revision=revision, token=options["token"])
         return hf_api().upload_folder(repo_id=repo_id, folder_path=folder, **options)
     finally:

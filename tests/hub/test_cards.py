@@ -1,12 +1,16 @@
 """Cards through the real client: what is pushed has one, and what was edited on the Hub stays."""
 
+import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from server import TOKEN
 from test_trainer import tiny_vit, trainer_of, wrapped
+from tiny import BASE
+from transformers import AutoModelForImageClassification
 
+from shapadapter import ShapleyConfig
 from shapadapter.hub import push
 
 
@@ -104,6 +108,37 @@ def test_the_trainer_s_pushes_have_cards_and_pictures(online, tmp_path):
     assert text_of("ada/run").count("](explanations/") == 4
     trainer.model.push_to_hub("ada/elsewhere")
     assert "](explanations/" not in text_of("ada/elsewhere")
+
+
+def test_the_trainer_pushes_the_adapter_that_it_trains(online, tmp_path):
+    base = AutoModelForImageClassification.from_pretrained(BASE)
+    model = wrapped(base=base)
+    model.add_adapter("second", ShapleyConfig(r=2))
+    model.set_adapter("second")
+    out = tmp_path / "out"
+    options = {"push_to_hub": True, "hub_model_id": "ada/second", "hub_strategy": "every_save", "hub_token": TOKEN}
+    trainer = trainer_of(out, model, save_strategy="steps", save_steps=2, max_steps=2, **options)
+    trainer.train()
+    trainer._finish_current_push()
+    assert online.files("ada/second")["adapter_model.safetensors"] == weights(out / "checkpoint-2" / "second")
+    about = {"checkpoint": str(out), "folder": str(tmp_path / "images")}
+    (out / "second").mkdir()
+    (out / "second" / "evaluation.json").write_text(json.dumps({"about": about}))
+    trainer.push_to_hub()
+    pushed = online.files("ada/second")
+    assert pushed["adapter_model.safetensors"] == weights(out / "second") != weights(out)
+    assert json.loads(pushed["adapter_config.json"])["r"] == 2
+    assert text_of("ada/second").count("](explanations/") == 4
+    assert "LoRA of rank 2" in text_of("ada/second")
+    assert 'shapadapter.load("ada/second")' in text_of("ada/second")
+    assert not any("second/" in path for path in pushed)
+    assert json.loads(pushed["evaluation.json"])["about"] == {"checkpoint": "out", "folder": "images"}
+    assert json.loads((out / "second" / "evaluation.json").read_text())["about"] == about
+    assert "LoRA of rank 4" in (out / "README.md").read_text()  # the other adapter's card
+
+
+def weights(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_pushed_folder_keeps_what_was_edited_on_either_side(online, tmp_path):

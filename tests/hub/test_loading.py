@@ -222,6 +222,24 @@ def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_pa
     assert torch.equal(logits(loaded), logits(shapadapter.load(adapter.folder)[0]))
 
 
+def test_code_that_comes_with_an_adapter_never_runs(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("nobody is asked either"))
+    trace, file = tmp_path / "it-ran", adapter.folder / "preprocessor_config.json"
+    (adapter.folder / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Own: pass\n")
+    file.write_text(json.dumps({"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}))
+    for trust in (False, True):
+        with pytest.raises(ShapleyError, match="comes with code of its own, which is not run"):
+            shapadapter.load(adapter.folder, trust_remote_code=trust)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", ['{"peft_type": "SHAP', "[]"])
+def test_a_damaged_configuration_is_named(adapter, content):
+    (adapter.folder / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json of .* is damaged"):
+        shapadapter.load(adapter.folder)
+
+
 def test_an_adapter_in_a_subfolder_is_pointed_at(adapter, tmp_path):
     shutil.copytree(adapter.folder, tmp_path / "run" / "checkpoint-3")
     with pytest.raises(ShapleyError, match=r"holds no adapter.* There is one in .*checkpoint-3"):
