@@ -207,7 +207,10 @@ def _opened(image: Any, timeout: float | None) -> Any:
 def _fetched(address: str, timeout: float | None) -> bytes:
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    shown = address.split("?")[0]  # what follows may be a signature
+    # What follows a question mark may be a signature, and what stands before the host a password.
+    scheme, _, rest = address.split("?")[0].partition("//")
+    host, slash, path = rest.partition("/")
+    shown = f"{scheme}//{host.rpartition('@')[2]}{slash}{path}"
     try:
         response = httpx.get(address, timeout=timeout, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

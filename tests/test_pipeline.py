@@ -226,7 +226,7 @@ def test_what_cannot_be_fetched_or_read_is_named(pipe, web, tmp_path):
         pipe(f"{url}/none.png?signature=secret")
     assert "secret" not in str(caught.value)
     with pytest.raises(ImageError, match=r"Cannot fetch image http://127\.0\.0\.1:9/a\.png: ConnectError"):
-        pipe("http://127.0.0.1:9/a.png", timeout=5)
+        pipe("http://me:secret@127.0.0.1:9/a.png", timeout=5)
     with pytest.raises(ImageError, match="Cannot read image"):
         pipe(f"{url}/page.html")
     with pytest.raises(ImageError, match=r"none\.png"):

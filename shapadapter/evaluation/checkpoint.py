@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
 from shapadapter.attributing import METHODS as KNOWN
+from shapadapter.card import weights_digest
 from shapadapter.errors import ShapleyError
 from shapadapter.files import write_together
+from shapadapter.game import active_layer
 from shapadapter.loading import load
 
 from .evaluating import evaluate
@@ -49,8 +55,8 @@ def evaluate_checkpoint(
         ShapleyError: a folder is not what it should be, or the classes are not the model's.
         ImportError: matplotlib, which draws the curves, is missing.
     """
-    if output is not None:
-        import matplotlib  # noqa: F401 - found missing now rather than after the work
+    if output is not None and find_spec("matplotlib") is None:  # found missing now rather than after the work
+        raise ImportError('The curves are drawn by matplotlib: pip install "shapadapter[plot]"')
     check_folders(data, masks)
     for name in methods:
         if name not in KNOWN:
@@ -63,7 +69,9 @@ def evaluate_checkpoint(
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
     cache = None if output is None else output / "records"
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
-    result = replace(result, about={**result.about, "checkpoint": str(checkpoint), "folder": str(data)})
+    # By the weights a card knows whether the evaluation is of its adapter.
+    known = {"checkpoint": str(checkpoint), "folder": str(data), "weights": weights_digest(_adapter(model))}
+    result = replace(result, about={**result.about, **known})
     if output is not None:
         unfinished = output / ".curves.png"
         result.figure().savefig(unfinished, format="png")
@@ -72,6 +80,10 @@ def evaluate_checkpoint(
         result.save(output / "evaluation.json")
         write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture})
     return result
+
+
+def _adapter(model: Any) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
 
 
 def _check_output(output: Path, checkpoint: str | Path) -> None:

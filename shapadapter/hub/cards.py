@@ -49,7 +49,8 @@ def update_card(
         The card's path.
 
     Raises:
-        ShapleyError: the folder holds no adapter of ours, or the images cannot be explained.
+        ShapleyError: the folder holds no adapter of ours, the evaluation is of another one, or the images cannot be
+            explained.
         CheckpointError: the evaluation cannot be read, or the adapter cannot be loaded.
     """
     folder = Path(folder)
@@ -57,7 +58,13 @@ def update_card(
     if config.get("peft_type") != "SHAPLEY" or not (folder / _WEIGHTS).is_file():
         raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {CONFIG} and {_WEIGHTS}.")
     found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
-    record = settled(config.get("record"), weights_digest(load_file(folder / _WEIGHTS)), folder) or {}
+    digest = weights_digest(load_file(folder / _WEIGHTS))
+    other = None if found is None else found.about.get("weights")
+    if other not in (None, digest):
+        raise ShapleyError(
+            f"The evaluation is of other weights than those in {folder}. Run `shapadapter evaluate` again."
+        )
+    record = settled(config.get("record"), digest, folder) or {}
     pictures = read_pictures(folder, config)
     if found is not None:
         record["evaluation"] = compact(found.to_dict())

@@ -47,7 +47,7 @@ def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
     """What to write so that one file of a whole checkpoint gets another content, and the checkpoint stays whole.
 
     Args:
-        folder: a checkpoint, or any other folder, in which only the file is written.
+        folder: a checkpoint, a folder in one, or any other folder, in which only the file is written.
         name: of the file.
         content: the new one.
 
@@ -55,10 +55,13 @@ def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
         Contents of files, by path.
     """
     found = {folder / name: content}
-    if (folder / MANIFEST).exists() and trouble_with(folder) is None:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        about["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        found[folder / MANIFEST] = json.dumps(about, indent=2).encode()
+    # An adapter that is not called "default" is in a folder of the checkpoint.
+    whole = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
+    if whole is not None and trouble_with(whole) is None:
+        about = json.loads((whole / MANIFEST).read_text(encoding="utf-8"))
+        inside = (folder / name).relative_to(whole).as_posix()
+        about["files"][inside] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        found[whole / MANIFEST] = json.dumps(about, indent=2).encode()
     return found
 
 

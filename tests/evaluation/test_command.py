@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small import NAMES, bare, pictures, processor, wrapped
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from shapadapter.cli import app
 from shapadapter.evaluation import checkpoint as command
 from shapadapter.evaluation import evaluate_checkpoint
 from shapadapter.evaluation.localisation import SALIENCY
+from shapadapter.hub import update_card
 
 pytest.importorskip("matplotlib")
 
@@ -142,3 +144,15 @@ def test_an_interruption_has_its_own_code(folders, monkeypatch):
     found = run(folders / "adapter", "--data", folders / "data")
     assert found.exit_code == 130
     assert "Interrupted" in found.output
+
+
+def test_an_evaluation_goes_into_the_card_of_its_own_adapter_alone(folders, tmp_path):
+    result = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    copy = shutil.copytree(folders / "adapter", tmp_path / "copy")
+    assert "| Accuracy ↑ |" in update_card(copy, evaluation=result).read_text()
+    tensors = load_file(copy / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
+    before = (copy / "README.md").read_bytes()
+    with pytest.raises(ShapleyError, match="The evaluation is of other weights"):
+        update_card(copy, evaluation=result)
+    assert (copy / "README.md").read_bytes() == before
