@@ -16,6 +16,7 @@ from test_trainer import images, tiny_vit, trainer_of, wrapped
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from shapadapter import ShapleyError, evaluate
+from shapadapter.adapter import cards
 from shapadapter.card import read_config, untouched, weights_digest
 from shapadapter.hub import update_card
 from shapadapter.training.checkpoints import trouble_with
@@ -248,6 +249,14 @@ def test_adapters_of_other_kinds_have_peft_s_card(tmp_path):
     # What was such a form becomes a card.
     wrapped().save_pretrained(tmp_path)
     assert "More Information Needed" not in card_of(tmp_path)
+
+
+def test_a_release_without_a_private_name_costs_no_more_than_a_card():
+    class Own:
+        pass
+
+    cards._wrap(Own, "_upload_modified_files", print)
+    assert not hasattr(Own, "_upload_modified_files")
 
 
 def test_weights_are_known_by_their_numbers():

@@ -67,8 +67,9 @@ def install() -> None:
 
 
 def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
-    theirs = getattr(owner, name)
-    if hasattr(theirs, "_of_shapadapter"):
+    theirs = getattr(owner, name, None)
+    # Two of these names are not public: a release without them shall cost a card at a push, not the whole package.
+    if theirs is None or hasattr(theirs, "_of_shapadapter"):
         return
 
     @wraps(theirs)
