@@ -56,7 +56,7 @@ def open_image(image: Any) -> Any:
         ) from error
     except (*DECODING_ERRORS, ValueError) as error:  # Pillow raises the latter for texts that unpack to too much
         kind = UnreadableImageError if is_damage(error) else ImageError
-        raise kind(f"Cannot read image {_name(image)}: {error}") from error
+        raise kind(f"Cannot read image {_name(image)}: {_short(str(error))}") from error
     if content is None:
         raise UnreadableImageError("There is no image.")
     raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
@@ -86,7 +86,12 @@ def _content(image: Any) -> Any:
 def _name(image: Any) -> str:
     if isinstance(image, bytes):
         return f"of {len(image)} bytes"
-    return repr(image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image)
+    return _short(repr(image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image))
+
+
+def _short(text: str) -> str:
+    """A text cut off where it is no path, but a whole image in letters."""
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def undecoded(dataset: Any) -> Any:

@@ -6,7 +6,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from shapadapter.errors import UnreadableImageError
+from shapadapter.errors import ImageError, UnreadableImageError
 from shapadapter.images import open_image
 
 
@@ -40,3 +40,9 @@ def test_texts_and_profiles_that_unpack_to_too_much(kind):
     bomb = chunk(kind, b"a\0\0" + zlib.compress(b"x" * (1 << 26)))
     with pytest.raises(UnreadableImageError, match="Decompressed data too large"):
         open_image(png(4, 4, bomb))
+
+
+def test_an_image_in_letters_is_not_quoted_at_length():
+    with pytest.raises(ImageError, match="data:image/png") as caught:
+        open_image("data:image/png;base64," + "A" * 5_000)
+    assert len(str(caught.value)) < 1000
