@@ -95,9 +95,9 @@ def as_shap(explanation: Explanation, label: str | int | None) -> Any:
 
 
 def _players(explanation: Explanation) -> list[str]:
-    """Names of the N players, in raster order."""
+    """Names of the N players, in raster order, counted as on the pages."""
     rows, cols = explanation.attributions.shape[1:3]
-    return [f"row {row}, column {col}" for row in range(rows) for col in range(cols)]
+    return [f"row {row}, column {col}" for row in range(1, rows + 1) for col in range(1, cols + 1)]
 
 
 def _brightness(explanation: Explanation) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import ShapleyLayer
-from .backbone import Tiling, evaluating, normalised
+from .backbone import Tiling, configured_size, evaluating, normalised
 from .classes import find_class
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation
@@ -149,9 +149,28 @@ def predictions(
         tiling = layer.tiling(**inputs, **options)
         seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
         given = {**inputs_on(inputs, model), "return_dict": True, **options}
-        output = model(**given)
+        output = _forward(model, given)
         kept = columns(output.logits, chosen, top_k)
         yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model))
+
+
+def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
+    """One pass.
+
+    Raises:
+        ImageError: the model refuses images of this size.
+    """
+    try:
+        return model(**given)
+    except ShapleyError:
+        raise
+    except ValueError as error:
+        size = tuple(given["pixel_values"].shape[2:])
+        if configured_size(base_of(model)) in (None, size):
+            raise
+        raise ImageError(
+            f"The model takes no images of {' x '.join(map(str, size))} pixels: {error} Use an image processor that resizes."
+        ) from error
 
 
 def _classes(

@@ -235,6 +235,15 @@ def test_the_example_takes_any_split_and_explains_what_can_be_read(tmp_path, str
     assert [image.width for image in example.readable(splits["test"])] == [10] * 5
 
 
+def test_a_small_folder_without_splits_keeps_one_of_each_class_for_testing(tmp_path):
+    for index, row in enumerate(images(9)):
+        home = tmp_path / ("red", "green", "blue")[row["label"]]
+        home.mkdir(exist_ok=True)
+        row["image"].save(home / f"{index}.png")
+    splits = example.load_images(example.ScriptArguments("unused", image_folder=str(tmp_path)), seed=0)
+    assert (len(splits["train"]), sorted(splits["test"]["label"])) == (6, [0, 1, 2])
+
+
 def test_the_example_streams(tmp_path):
     for index, row in enumerate(images(12)):
         home = tmp_path / "photos" / ("train" if index < 9 else "test") / ("red", "green", "blue")[row["label"]]

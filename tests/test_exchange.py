@@ -80,7 +80,7 @@ class TestShap:
 
         found = explanation.to_shap("seven")
         assert found.values.shape == found.data.shape == (2, 6)
-        assert found.feature_names[4] == "row 1, column 1"
+        assert found.feature_names[4] == "row 2, column 2"
         assert np.allclose(found.base_values + found.values.sum(1), explanation.logits[:, 3], atol=1e-5)
         tile = explanation.images[0, 3:6, 3:6].float().mean() / 255
         assert found.data[0, 4] == pytest.approx(float(tile), abs=1e-6)

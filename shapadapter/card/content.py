@@ -163,7 +163,7 @@ def _others(found: Mapping[str, object]) -> str:
         "evaluations": "evaluations",
     }
     lines = []
-    for name, values in methods.items():
+    for name, values in sorted(methods.items(), key=lambda item: (item[0] != "shapadapter", item[0])):
         means = [number(mean[0]) if isinstance(mean := values.get(key), list) and mean else None for key in shown]
         lines.append([code(name, 40), *("" if mean is None else f"{mean:,.3g}" for mean in means)])
     return _folded("Beside other methods", table(lines, ["", *shown.values()]))
@@ -181,7 +181,7 @@ def _training(facts: Facts) -> str:
     took = "" if minutes is None else f" in {f'{minutes:,.0f} minutes' if minutes >= 2 else f'{60 * minutes:.0f} s'}"
     where = "" if text(found.get("hardware")) is None else f" on {code(found['hardware'])}"
     later = " The weights were changed by other means after it." if facts.record.get("changed") else ""
-    settings = [[code(name), code(value)] for name, value in mapping(found.get("settings")).items()]
+    settings = [[code(name), code(value)] for name, value in sorted(mapping(found.get("settings")).items())]
     said = f"Task loss and Shapley loss in one stage: {', '.join(length) or 'length unknown'}{took}{where}.{later}"
     folded = [_folded("Settings", table(settings, ["setting", "value"]))] if settings else []
     return "\n\n".join(["## Training", said, *folded])

@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
+from .facts import Facts
 from .record import read_config
-from .writing import CARD, PICTURES, read_card, untouched, write_card
+from .writing import CARD, PICTURES, read_card, untouched, updated, write_card
 
 
 def card_for_push(
@@ -41,29 +42,40 @@ def card_for_push(
     there, pictures = on_hub(repo_id, revision, token)
     here = read_card(folder / CARD) if start is None else start
     branch = None if revision is None or revision.startswith("refs/") else revision
+    if here is not None and there is not None and not _alike(here, there, Facts(config, repo_id, branch, pictures)):
+        _warn_of_edits(here, there, repo_id)
     write_card(
         folder,
         config,
         name=repo_id,
         revision=branch,
         tags=tags,
-        start=_chosen(here, there, repo_id) or "",
+        start=_chosen(here, there) or "",
         remote=pictures,
     )
 
 
-def _chosen(here: str | None, there: str | None, repo_id: str) -> str | None:
-    if there is None or here == there:
+def _chosen(here: str | None, there: str | None) -> str | None:
+    if there is None or (here is not None and not untouched(here)):
         return here
-    if here is None or untouched(here):
-        return there
-    if not untouched(there):
+    return there
+
+
+def _alike(here: str, there: str, facts: Facts) -> bool:
+    """Whether two cards differ in nothing that a person wrote."""
+    try:
+        return updated(here, facts) == updated(there, facts)
+    except ValueError:
+        return here == there
+
+
+def _warn_of_edits(here: str, there: str, repo_id: str) -> None:
+    if not untouched(here) and not untouched(there):
         warnings.warn(
             f"The card of {repo_id} and the one that is pushed were both edited: the pushed one takes its place. The other "
             "is in the repository's history.",
             stacklevel=4,
         )
-    return here
 
 
 def on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str | None, list[str]]:

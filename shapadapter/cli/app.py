@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Annotated
 
 import typer
+
+from shapadapter import __version__
 
 from . import card, demo, evaluate, explain, export, inspect, push, report, space, train
 
@@ -16,8 +19,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shapadapter {__version__}")
+        raise typer.Exit
+
+
 @app.callback(epilog="Exit codes: 0 good, 1 error, 2 wrong usage, 130 interrupted.")
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Fine-tuned vision models that predict and explain themselves in one forward pass."""
 
 

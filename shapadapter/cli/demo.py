@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,9 @@ def command(
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
     hint = "What is in the output folder is whole; run the command again to start over."
     with reporting(json, hint) as say:
+        for name in ("datasets", "matplotlib", "mlxtend"):
+            if find_spec(name) is None:
+                raise ImportError(f'The demo needs {name}: pip install "shapadapter[demo]"')
         from shapadapter.demo import run
 
         rows = run(output, seed, quick)

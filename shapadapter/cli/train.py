@@ -12,7 +12,7 @@ import typer
 from .common import GENERAL, Json
 from .config import MORE, read_config, unknown
 from .launching import launch
-from .reporting import reporting
+from .reporting import reporting, warn
 
 EXAMPLE = "shapadapter train --model facebook/dinov2-small --data photos --output out"
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -65,6 +65,8 @@ def command(
         script = _script()
         given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
         where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
+        if where == "--dataset_name":
+            warn(f"{data} is no folder here: it is looked for on the Hub.")
         arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
         check(arguments, given, script)
         if launch_config is not None and not launch_config.is_file():
@@ -119,7 +121,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
         if name in OWN:
             raise typer.BadParameter(f"{word} is {OWN[name]} here.")
         if name not in known or not word.startswith("--"):
-            raise typer.BadParameter(unknown(name, known | {"launch", "json"}, "There is"))
+            raise typer.BadParameter(unknown(name.replace("_", "-"), known | {"launch", "json"}, "There is"))
 
     def refuse(message: str) -> None:
         raise typer.BadParameter(message)

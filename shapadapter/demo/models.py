@@ -50,7 +50,7 @@ class Prepared(Dataset[dict[str, Any]]):
 def pretrain(scenes: DigitScenes, folder: Path, scale: Scale, seed: int) -> float:
     """Train a small ViT on the digits with a plain `Trainer` and save it; returns its test accuracy."""
     train, test = scenes.split()
-    processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_resize=False)
+    processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     config = ViTConfig(
         hidden_size=64,
         num_hidden_layers=4,

@@ -9,7 +9,7 @@ from PIL import Image
 from .digits import NAMES, DigitScenes
 from .folders import whole_folder
 
-SAVED = 40
+SAVED = 100
 
 
 def save_pictures(scenes: DigitScenes, output: Path) -> None:

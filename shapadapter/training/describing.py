@@ -40,7 +40,8 @@ _SETTINGS = (
     "label_smoothing_factor",
     "seed",
 )
-_ADAPTER = ("r", "lora_alpha", "lora_dropout", "tune", "prediction", "removal", "shapley_token", "head_width")
+_ADAPTER = ("tune", "prediction", "removal", "shapley_token", "head_width")
+_LORA = ("r", "lora_alpha", "lora_dropout")
 _MANY = 10
 
 
@@ -54,7 +55,8 @@ def settings(args: Any, config: Any, batch_size: int) -> dict[str, Any]:
     """
     found = {name: _plain(getattr(args, name)) for name in _SETTINGS}
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    own = {name: _plain(getattr(config, name)) for name in _ADAPTER}
+    names = (*_ADAPTER, *_LORA) if config.tune == "lora" else _ADAPTER
+    own = {name: _plain(getattr(config, name)) for name in names}
     targets = config.target_modules
     modules = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
     lora = {"target_modules": modules} if config.tune == "lora" else {}

@@ -76,7 +76,9 @@ def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatas
         splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
     if held_out is not None:
         return splits
-    return splits["train"].train_test_split(test_size=0.2, stratify_by_column="label", seed=seed)
+    # A fifth, but no less than one of each class.
+    size = max(round(0.2 * len(splits["train"])), splits["train"].features["label"].num_classes)
+    return splits["train"].train_test_split(test_size=size, stratify_by_column="label", seed=seed)
 
 
 def readable(rows: Dataset | IterableDataset) -> Iterator[PIL.Image.Image]:

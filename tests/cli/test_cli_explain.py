@@ -156,6 +156,19 @@ def test_images_of_one_batch_may_differ_in_size(tmp_path):
     assert "3 of 3" in found.stderr
 
 
+def test_a_size_that_the_model_refuses_is_named_and_the_others_are_explained(tmp_path):
+    adapter = save(families.wrap("vit"), ViTImageProcessorPil(do_resize=False), tmp_path)
+    for place, size in enumerate([(32, 32), (300, 120), (32, 32)]):
+        pictures(1)[0].resize(size).save(tmp_path / f"{place}.png")
+    images = [tmp_path / f"{place}.png" for place in range(3)]
+    found = run("explain", adapter, *images, "--output", tmp_path / "why", "--format", "html,json", code=1)
+    document = json.loads((tmp_path / "why" / "explanations.json").read_text())
+    assert [Path(image["path"]).name for image in document["images"]] == ["0.png", "2.png"]
+    assert [Path(error["path"]).name for error in document["errors"]] == ["1.png"]
+    assert "takes no images of 120 x 300 pixels" in found.stderr
+    assert "2 of 3" in found.stderr
+
+
 def test_texts_of_a_matching_model(tmp_path):
     adapter = save(matching.wrapped(), matching.processor("clip"), tmp_path)
     said = ["--texts", "a photo of a one", "--texts", "a photo of a two"]

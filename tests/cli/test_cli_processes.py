@@ -43,12 +43,14 @@ def start(*words, **variables):
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["explain", "--help"], ["train", "--help"], ["inspect"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["explain", "--help"], ["train", "--help"], ["inspect"], ["nonsense"]]
+)
 def test_help_and_wrong_usage_do_not_wait_for_torch(tmp_path, words):
     script = tmp_path / "shapadapter"
     script.write_text(SCRIPT)
     done = start(script, *words, MODULES=str(tmp_path / "modules"))
-    assert done.returncode == (0 if "--help" in words else 2), done.stderr
+    assert done.returncode == (0 if {"--help", "--version"} & set(words) else 2), done.stderr
     assert HEAVY & set((tmp_path / "modules").read_text().split()) == set()
 
 

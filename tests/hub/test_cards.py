@@ -1,6 +1,7 @@
 """Cards through the real client: what is pushed has one, and what was edited on the Hub stays."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,7 @@ def test_a_pushed_folder_keeps_what_was_edited_on_either_side(online, tmp_path):
     with pytest.warns(UserWarning, match="were both edited"):
         push(tmp_path, "ada/folder")
     assert "Edited here." in text_of("ada/folder")
+    (tmp_path / "generation.json").write_text("{}")
+    with warnings.catch_warnings():  # what was pushed before is no edit of somebody else's
+        warnings.simplefilter("error", UserWarning)
+        push(tmp_path, "ada/folder", revision="again")
