@@ -1,0 +1,124 @@
+"""A sheet for pictures and maps, measured in inches so that nothing overlaps at any image size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .maps import Bytes, signed_colors
+from .wording import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .described import DescribedFigure
+
+# Lengths in inches, text sizes in points.
+PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
+TITLE, LINE, BAR = 0.42, 0.12, 0.62
+BAR_WIDTH, BAR_HEIGHT = 1.3, 0.1
+LARGE, SMALL = 9.0, 7.5
+POINT = 1 / 72
+
+# Matplotlib's own font has no glyphs of these scripts; the first installed one of each is asked for them.
+_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Noto Sans Devanagari")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A figure that is drawn on in inches from its lower left corner."""
+
+    figure: DescribedFigure
+    across: float
+    down: float
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes without ticks in a box."""
+        box = (left / self.across, bottom / self.down, width / self.across, height / self.down)
+        return self.figure.add_axes(box, xticks=[], yticks=[])
+
+    def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
+        """Words at a place, centred unless the style says otherwise."""
+        style = {"ha": "center", "va": "center", "color": "black", "family": families(), **style}
+        # Class names are not mathematics, whatever dollar signs they hold.
+        self.figure.text(x / self.across, y / self.down, text, size=size, parse_math=False, **style)
+
+
+def new_figure(**options: Any) -> DescribedFigure:
+    """A white figure that belongs to no window.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from .described import DescribedFigure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
+    return DescribedFigure(dpi=150, facecolor="white", **options)
+
+
+def new_canvas(across: float, down: float) -> Canvas:
+    """An empty sheet, in inches."""
+    return Canvas(new_figure(figsize=(across, down)), across, down)
+
+
+def draw_panel(
+    canvas: Canvas, left: float, top: float, size: tuple[float, float], pixels: Bytes, title: str, font: float = LARGE
+) -> Axes:
+    """Draw pixels (H, W, 3) in a box, width and height in inches, below an upper left corner, and a title above it."""
+    axes = canvas.axes(left, top - size[1], *size)
+    axes.imshow(pixels, aspect="auto", interpolation="nearest")
+    axes.spines[:].set(color="0.7", linewidth=0.5)
+    canvas.text(left + size[0] / 2, top + 0.06, title, font, va="bottom")
+    return axes
+
+
+def draw_bar(
+    canvas: Canvas,
+    middle: float,
+    top: float,
+    limit: float,
+    notes: Sequence[str],
+    ends: tuple[str, str] = ("against", "for"),
+) -> None:
+    """Draw a colour scale that is symmetric about zero, centred on `middle`, and lines of notes below it."""
+    left, bottom = middle - BAR_WIDTH / 2, top - BAR_HEIGHT - 0.08
+    axes = canvas.axes(left, bottom, BAR_WIDTH, BAR_HEIGHT)
+    ramp = np.linspace(-1, 1, 255)[None]  # (1, 255)
+    axes.imshow(signed_colors(ramp, 1.0), aspect="auto")
+    axes.spines[:].set(color="0.7", linewidth=0.5)
+    for share, end in ((0.0, -limit), (0.5, 0.0), (1.0, limit)):
+        text = number(end, sign=True) if end else "0"
+        canvas.text(left + share * BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
+    canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, ends[0], SMALL, ha="right")
+    canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, ends[1], SMALL, ha="left")
+    canvas.text(middle, bottom - 0.19, "\n".join(notes), SMALL, va="top")
+
+
+def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE) -> str:
+    """Shorten a name until it and the rest of its line are no wider than `width` inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    measure, font = TextToPath(), FontProperties(size=size, family=families())
+    kept = name[:200]
+    while kept and measure.get_text_width_height_descent(_line(name, kept, rest), font, False)[0] > width / POINT:
+        kept = kept[:-1]
+    return _line(name, kept, rest)
+
+
+def _line(name: str, kept: str, rest: str) -> str:
+    return (kept if kept == name else kept.rstrip() + "…") + rest
+
+
+@cache
+def families() -> list[str]:
+    """Matplotlib's font, then those installed for scripts that it lacks."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
