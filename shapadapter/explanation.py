@@ -261,11 +261,11 @@ class Explanation:
 
         return draw_explanation(self, index, labels=labels, smooth=smooth, max_classes=max_classes)
 
-    def save_html(self, path: str | Path, *, title: str = "Explanation") -> Path:
-        """Write one self-contained page; see `shapadapter.visual.write_page`. Returns its path."""
+    def save_html(self, path: str | Path, *, title: str = "Explanation", **options: Any) -> Path:
+        """Write one self-contained page; `names`, `true_labels`, ... as in `shapadapter.visual.write_page`. Its path."""
         from shapadapter.visual import write_page
 
-        return write_page(self, path, title=title)
+        return write_page(self, path, title=title, **options)
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """All tensors as numpy arrays, copied, by their names here: `numpy.savez("why.npz", **explanation.to_numpy())`."""
