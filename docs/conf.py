@@ -12,12 +12,30 @@ if _match is None:
     raise RuntimeError("shapadapter/__init__.py does not state __version__.")
 release = version = _match.group(1)
 
-extensions = ["myst_parser", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "amsmath"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
+suppress_warnings = ["toc.not_included"]
+# Docstrings name types and exceptions in plain words, which are no links.
+nitpick_ignore_regex = [("py:.*", ".*")]
+default_role = "code"
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = False
 
 html_theme = "furo"
-html_title = f"shapadapter {release}"
+html_title = "shapadapter"
+html_short_title = "shapadapter"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"navigation_with_keys": True, "sidebar_hide_name": False}
 html_copy_source = False
+html_show_sphinx = False
+# Light and dark follow the reader's system, and a switch on each page; both keep code readable.
+pygments_style = "friendly"
+pygments_dark_style = "native"
