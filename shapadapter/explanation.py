@@ -253,13 +253,14 @@ class Explanation:
         heat = interpolate(values[None], size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
         return heat[0, 0].numpy()  # (H, W)
 
-    def figure(
-        self, index: int = 0, *, labels: Sequence[str | int] | None = None, smooth: bool = False, max_classes: int = 3
-    ) -> "Figure":
-        """Draw one image and its maps with matplotlib; see `shapadapter.visual.draw_explanation`."""
+    def figure(self, index: int = 0, **options: Any) -> "Figure":
+        """Draw one image and its maps with matplotlib.
+
+        `labels`, `smooth`, `max_classes`, `numbers`, `contour` and `errors` as in `shapadapter.visual.draw_explanation`.
+        """
         from shapadapter.visual import draw_explanation
 
-        return draw_explanation(self, index, labels=labels, smooth=smooth, max_classes=max_classes)
+        return draw_explanation(self, index, **options)
 
     def save_html(self, path: str | Path, *, title: str = "Explanation", **options: Any) -> Path:
         """Write one self-contained page; `names`, `true_labels`, ... as in `shapadapter.visual.write_page`. Its path."""

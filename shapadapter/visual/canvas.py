@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .maps import Bytes, signed_colors
+from .marks import mark_signs
 from .wording import number
 
 if TYPE_CHECKING:
@@ -54,11 +56,22 @@ def new_figure(**options: Any) -> DescribedFigure:
     Raises:
         ImportError: If matplotlib is missing.
     """
+    check_matplotlib()
+    from .described import DescribedFigure
+
+    return DescribedFigure(dpi=150, facecolor="white", **options)
+
+
+def check_matplotlib() -> None:
+    """Say what to type if matplotlib is missing.
+
+    Raises:
+        ImportError: If it is.
+    """
     try:
-        from .described import DescribedFigure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
-    return DescribedFigure(dpi=150, facecolor="white", **options)
 
 
 def new_canvas(across: float, down: float) -> Canvas:
@@ -83,19 +96,31 @@ def draw_bar(
     top: float,
     limit: float,
     notes: Sequence[str],
-    ends: tuple[str, str] = ("against", "for"),
+    *,
+    numbers: tuple[str, str, str] | None = None,
 ) -> None:
-    """Draw a colour scale that is symmetric about zero, centred on `middle`, and lines of notes below it."""
+    """Draw a colour scale that is symmetric about zero, centred on `middle`, and lines of notes below it.
+
+    Args:
+        canvas: To draw on.
+        middle: Where its middle is, in inches.
+        top: Where it begins.
+        limit: The number with the full colour.
+        notes: What the numbers are.
+        numbers: What to write below instead of the limits and zero.
+    """
     left, bottom = middle - BAR_WIDTH / 2, top - BAR_HEIGHT - 0.08
     axes = canvas.axes(left, bottom, BAR_WIDTH, BAR_HEIGHT)
     ramp = np.linspace(-1, 1, 255)[None]  # (1, 255)
     axes.imshow(signed_colors(ramp, 1.0), aspect="auto")
     axes.spines[:].set(color="0.7", linewidth=0.5)
-    for share, end in ((0.0, -limit), (0.5, 0.0), (1.0, limit)):
-        text = number(end, sign=True) if end else "0"
+    mark_signs(axes, np.array([[-1.0, 0, 0, 0, 0, 0]]), 1.0)
+    zero = "0"
+    written = numbers or (number(-limit) if limit else zero, zero, number(limit, sign=True) if limit else zero)
+    for share, text in zip((0.0, 0.5, 1.0), written, strict=True):
         canvas.text(left + share * BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
-    canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, ends[0], SMALL, ha="right")
-    canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, ends[1], SMALL, ha="left")
+    canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, "against", SMALL, ha="right")
+    canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, "for", SMALL, ha="left")
     canvas.text(middle, bottom - 0.19, "\n".join(notes), SMALL, va="top")
 
 
@@ -112,7 +137,10 @@ def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE)
 
 
 def _line(name: str, kept: str, rest: str) -> str:
-    return (kept if kept == name else kept.rstrip() + "…") + rest
+    shown = kept if kept == name else kept.rstrip() + "…"
+    # A name written from right to left keeps its direction to itself, or the numbers behind it change sides.
+    turns = any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in shown)
+    return (f"\N{FIRST STRONG ISOLATE}{shown}\N{POP DIRECTIONAL ISOLATE}" if turns and rest else shown) + rest
 
 
 @cache

@@ -39,6 +39,28 @@ def draw_class_means(means: MeanMaps, *, labels: Sequence[str | int] | None = No
         ClassNotFoundError: If the model has no such class.
         ValueError: If a class has no image, or there is no class to draw.
     """
+    places = _chosen(means, labels, max_classes)
+    limit = symmetric_limit(means.means[places].numpy())
+    spread = float(means.deviations[places].nan_to_num(nan=0.0).max())  # nan of one image, which has no spread
+    across = 1 if len(places) <= 3 else 2
+    height, width = means.pictures.shape[1:3]
+    panel = (_PANEL, _PANEL * height / width)
+    block, step, bars = 3 * _PANEL + 2 * _BETWEEN, _TITLE + panel[1] + 0.1, BAR + 0.14
+    lines = -(-len(places) // across)
+    canvas = new_canvas(2 * MARGIN + across * (block + GAP) - GAP, 2 * MARGIN + lines * step + bars)
+    for index, place in enumerate(places):
+        row, col = divmod(index, across)
+        left, top = MARGIN + col * (block + GAP), canvas.down - MARGIN - _TITLE - row * step
+        _draw_class(canvas, means, place, (left, top), panel, (limit, spread))
+    notes = [UNIT if means.sums_to_logits else NO_UNIT, "hatched: less than 2 standard errors from 0"]
+    draw_bar(canvas, canvas.across / 2 - 1.05, MARGIN + bars, limit, notes)
+    _draw_spread_bar(canvas, canvas.across / 2 + 1.4, MARGIN + bars, spread)
+    canvas.figure.alt_text = _in_words(means, places)
+    return canvas.figure
+
+
+def _chosen(means: MeanMaps, labels: Sequence[str | int] | None, max_classes: int) -> list[int]:
+    """Which of the C maps to draw."""
     if labels is None:
         order = means.counts.argsort(descending=True, stable=True).tolist()
         places = sorted(order[: max(max_classes, 0)])
@@ -46,40 +68,19 @@ def draw_class_means(means: MeanMaps, *, labels: Sequence[str | int] | None = No
         places = [means.place(label) for label in labels]
     if not places:
         raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
-    limit = symmetric_limit(means.means[places].numpy())
-    known = means.deviations[places].nan_to_num(nan=0.0)  # of one image, which has no spread
-    spread = float(known.max())
-    across = 1 if len(places) <= 3 else 2
-    lines = -(-len(places) // across)
-    height, width = means.pictures.shape[1:3]
-    panel = (_PANEL, _PANEL * height / width)
-    block = 3 * _PANEL + 2 * _BETWEEN
-    down = 2 * MARGIN + lines * (_TITLE + panel[1] + 0.1) + BAR + 0.14
-    canvas = new_canvas(2 * MARGIN + across * block + (across - 1) * GAP, down)
-    for index, place in enumerate(places):
-        row, col = divmod(index, across)
-        left = MARGIN + col * (block + GAP)
-        _draw_class(
-            canvas, means, place, left, down - MARGIN - _TITLE - row * (_TITLE + panel[1] + 0.1), panel, limit, spread
-        )
-    top, middle = MARGIN + BAR + 0.14, canvas.across / 2
-    notes = [UNIT if means.sums_to_logits else NO_UNIT, "hatched: less than 2 standard errors from 0"]
-    draw_bar(canvas, middle - 1.05, top, limit, notes)
-    _draw_spread_bar(canvas, middle + 1.4, top, spread)
-    canvas.figure.alt_text = _in_words(means, places)
-    return canvas.figure
+    return places
 
 
 def _draw_class(
     canvas: Canvas,
     means: MeanMaps,
     place: int,
-    left: float,
-    top: float,
+    corner: tuple[float, float],
     panel: tuple[float, float],
-    limit: float,
-    spread: float,
+    limits: tuple[float, float],
 ) -> None:
+    """Draw one class below its upper left corner; the limits are those of the means and of the deviations."""
+    (left, top), (limit, spread) = corner, limits
     picture = means.pictures[place].numpy()
     values, deviations = means.means[place].numpy(), means.deviations[place].nan_to_num(nan=0.0).numpy()
     count, step = int(means.counts[place]), _PANEL + _BETWEEN

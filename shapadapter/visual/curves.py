@@ -10,6 +10,7 @@ import numpy as np
 
 from shapadapter.metrics import Interval
 
+from .canvas import new_figure
 from .maps import RED
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _PANELS = {
     "road_morf": ("ROAD: most relevant imputed", "share of players imputed"),
     "road_lerf": ("ROAD: least relevant imputed", "share of players imputed"),
 }
-_FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
+FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
 _FEW = 8  # images, whose interval is not worth a band
 _NOTHING = {"random": "0.45", "centre": "0.7"}
 # Okabe and Ito's colours for readers who see few, without those near the red.
@@ -41,13 +42,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: there is no curve to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
     kinds = [kind for kind in _PANELS if any(kind in lines for lines in curves.values())]
-    figure = Figure(figsize=(4.2 * len(kinds), 3.9), dpi=150, layout="constrained")
+    if not kinds:
+        raise ValueError(f"Expected curves of at least one of {', '.join(_PANELS)}, but found none.")
+    figure = new_figure(figsize=(4.2 * len(kinds), 3.9), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for method, (colour, dashes) in _styles(list(curves)).items():
             if kind in curves[method]:
@@ -60,12 +60,26 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
         axes.spines[["top", "right"]].set_visible(False)
     drawn = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.alt_text = _in_words(curves, kinds)
     return figure
+
+
+def _in_words(curves: Mapping[str, Mapping[str, Sequence[Interval]]], kinds: Sequence[str]) -> str:
+    """The mean height of each curve."""
+    parts = []
+    for kind in kinds:
+        heights = [
+            f"{method} {sum(point.mean for point in lines[kind]) / len(lines[kind]):.2f}"
+            for method, lines in curves.items()
+            if kind in lines
+        ]
+        parts.append(f"{_PANELS[kind][0]}, mean height of the curve: {', '.join(heights)}.")
+    return " ".join(parts)
 
 
 def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and dashes of each method, the same in every panel; where colours run out, they come again dotted."""
-    known = {"shapadapter": (_FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
+    known = {"shapadapter": (FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
     others = cycle(product(("-", ":", "-."), _OTHERS))
     return {name: known.get(name) or next(others)[::-1] for name in methods}
 

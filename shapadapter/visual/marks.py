@@ -59,7 +59,8 @@ def outline(axes: Axes, chosen: Flags) -> None:
     below = np.argwhere(framed[1:, 1:-1] != framed[:-1, 1:-1])  # above a row
     lines = [_line((c, r), (c, r + 1), height, width) for r, c in beside]
     lines += [_line((c, r), (c + 1, r), height, width) for r, c in below]
-    for colour, line in (("white", 2.6), ("black", 1.2)):
+    thin = float(np.clip(0.1 * _points(axes, chosen), 0.5, 1.2))
+    for colour, line in (("white", 2.2 * thin), ("black", thin)):
         _draw_lines(axes, lines, colour, line)
 
 
@@ -115,7 +116,8 @@ def write_numbers(axes: Axes, values: Floats, limit: float) -> None:
     size = min(_LARGEST, _points(axes, values) / _WIDTH_OF_NUMBER)
     digits = 2 if limit * scale < 10 else 1
     for (row, col), value in np.ndenumerate(values):
-        text = f"{value * scale:+.{digits}f}".replace("-", MINUS)
+        short = round(float(value) * scale, digits)
+        text = f"{short:+.{digits}f}".replace("-", MINUS) if short else "0"
         place = ((col + 0.5) * width - 0.5, (row + 0.5) * height - 0.5)
         axes.text(*place, text, size=size, ha="center", va="center", color="black")
 
@@ -147,4 +149,5 @@ def _line(start: tuple[float, float], end: tuple[float, float], height: float, w
 def _draw_lines(axes: Axes, lines: list[Segment], colour: str, width: float) -> None:
     from matplotlib.collections import LineCollection
 
-    axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting"), autolim=False)
+    drawn = LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", clip_on=False)
+    axes.add_collection(drawn, autolim=False)
