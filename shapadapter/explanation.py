@@ -1,6 +1,5 @@
 """What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
