@@ -41,11 +41,11 @@ function listClasses(image) {
     label.append(radio, make("span", one.label));
     const head = make("th", "", { scope: "row" });
     head.append(label);
-    if (one.true) label.append(make("small", "\u2713 true"));
+    if (one.true) head.append(make("small", "\u2713 true class"));
     row.append(head, make("td", one.probability.replace(/^(p=|= )/, "")));
     if (data.sums) row.append(make("td", plain(one.logit)));
     const value = make("td", "", { class: "value" });
-    value.append(make("span", "\u2013"), make("i"));
+    value.append(make("span", "\u2013"), make("small"), make("i"));
     row.append(value);
     return row;
   }));
@@ -90,8 +90,8 @@ function showMap(whole) {
   document.querySelector(".bar").setAttribute("aria-label",
     `Colour scale from ${low.textContent}, blue, over 0, transparent, to ${high.textContent}, red`);
   cells.forEach((cell, player) => {
-    const error = view.errors ? view.errors[player] : null;
-    cell.setAttribute("aria-label", `${placeOf(player, view)}: ${exact(view.values[player], error)}`);
+    const spread = view.errors ? ` ${within(view.errors[player])}` : "";
+    cell.setAttribute("aria-label", `${placeOf(player, view)}: ${exact(view.values[player])}${spread}`);
   });
   slide();
   read(state.held);
@@ -127,13 +127,14 @@ function read(player) {
   const where = player === null ? "" : placeOf(player, view);
   byId("place").textContent = player === null
     ? `Point at a patch for its values${image.classes[0].errors ? " \u00b1 standard error" : ""}, or move with the arrow keys.`
-    : `${where[0].toUpperCase()}${where.slice(1)}${state.other < 0 ? "" : `: ${view.label} ${exact(view.values[player], null)}`}`;
+    : `${where[0].toUpperCase()}${where.slice(1)}${state.other < 0 ? "" : `: ${view.label} ${exact(view.values[player])}`}`;
   [...byId("rows").children].forEach((row, place) => {
-    const { values, errors } = image.classes[place], [text, bar] = row.lastChild.children;
+    const { values, errors } = image.classes[place], [text, spread, bar] = row.lastChild.children;
     row.classList.toggle("chosen", place === state.place);
     const spot = player === null ? null : [Math.floor(player / view.cols), player % view.cols];
     const value = spot ? values[spot[0]][spot[1]] : 0;
-    text.textContent = spot ? exact(value, errors ? errors[spot[0]][spot[1]] : null) : "\u2013";
+    text.textContent = spot ? exact(value) : "\u2013";
+    spread.textContent = spot && errors ? within(errors[spot[0]][spot[1]]) : "";
     bar.className = value > 0 ? "for" : "against";
     bar.style.width = `${image.limit ? 50 * Math.min(Math.abs(value) / image.limit, 1) : 0}%`;
   });

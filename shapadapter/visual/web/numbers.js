@@ -14,12 +14,11 @@ function plain(value) {
 /** The same with its sign. */
 const signed = value => (value < 0 ? "" : "+") + plain(value);
 
-/** The value of a patch, to four digits, with its standard error if that is known. */
-function exact(value, error) {
-  const digits = (size, count) => size.toPrecision(count).replace("-", MINUS);
-  const sign = value < 0 ? MINUS : "+";
-  return sign + digits(Math.abs(value), 4) + (error === null ? "" : ` \u00b1 ${digits(error, 2)}`);
-}
+/** The value of a patch, to three digits. */
+const exact = value => (value < 0 ? MINUS : "+") + Math.abs(value).toPrecision(3).replace("-", MINUS);
+
+/** Its standard error. */
+const within = error => `\u00b1 ${error.toPrecision(2).replace("-", MINUS)}`;
 
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const sum = values => values.reduce((total, value) => total + value, 0);

@@ -1,11 +1,11 @@
 // Light and dark, and what happens when something is touched.
 
-const THEMES = ["", "light", "dark"], SAID = { "": "as the system", light: "light", dark: "dark" };
+const THEMES = ["", "light", "dark"], SAID = { "": "system", light: "light", dark: "dark" };
 
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
-  byId("theme").textContent = `Colours: ${SAID[theme]}`;
+  byId("theme").textContent = `Theme: ${SAID[theme]}`;
 }
 
 const at = event => cells.indexOf(event.target.closest("[role=gridcell]"));
@@ -43,6 +43,7 @@ function listen() {
   list.addEventListener("keydown", walkCards);
   byId("before").addEventListener("click", () => step(-1));
   byId("after").addEventListener("click", () => step(1));
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => { part.open = true; }));
   byId("theme").addEventListener("click", () => {
     setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? "") + 1) % THEMES.length]);
   });
