@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shapadapter.errors import ClassNotFoundError
 from shapadapter.explanation import Explanation
