@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 project = "shapadapter"
-author = "The shapadapter authors"
+author = project_copyright = "The shapadapter authors"
 # Read, not imported: importing the package would load torch for a line of text.
 _source = (Path(__file__).parents[1] / "shapadapter" / "__init__.py").read_text(encoding="utf-8")
 _match = re.search(r'^__version__ = "([^"]+)"', _source, flags=re.MULTILINE)
@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 add_module_names = False
 
 html_theme = "furo"

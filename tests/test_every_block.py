@@ -22,6 +22,7 @@ PYTHON = {
     "docs/evaluate.md": "evaluation/test_evaluate_page.py",
     "docs/faq.md": "test_pages_that_run.py",
     "docs/get-started.md": "test_pages_that_run.py",
+    "docs/index.md": "test_pages_that_run.py",
     "docs/match-texts.md": "test_match_texts_page.py",
     "docs/model-card.md": "test_model_card_page.py",
     "docs/read-attributions.md": "test_pages_that_run.py",

@@ -41,11 +41,11 @@ def place(tmp_path_factory):
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path, adapter.id2label = str(home / "pretrained"), names
     model.save_pretrained(home / "adapter")
-    for number, picture in enumerate(pictures(8, side=64)):
+    for number, picture in enumerate(pictures(12, side=64)):
         for kind in ("demo-output/test", "photos"):
             folder = root / kind / CLASSES[number % 4]
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{ {0: 18, 4: 8}.get(number, number) }.png")
+            picture.save(folder / f"{ {0: 18, 4: 8, 8: 38}.get(number, number) }.png")
     return root
 
 
@@ -73,6 +73,12 @@ def test_readme(monkeypatch):
     assert names["refined"].standard_errors.shape == (2, ROWS, ROWS, 3)
     assert names["explanation"].sums_to_logits
     assert len(pushed) == 1
+    assert Path("why.png").is_file()
+
+
+def test_first_page():
+    names = pages.run("docs/index.md", {})
+    assert names["explanation"].attributions.shape == (1, ROWS, ROWS, 3)
     assert Path("why.png").is_file()
 
 
