@@ -111,10 +111,15 @@ def test_read_attributions():
     assert names["certain"].dtype == torch.bool
 
 
+def test_page():
+    pages.run("docs/page.md", {})
+    assert '"true": "eight"' in Path("why.html").read_text()
+    assert "Images from 0" in Path("why-0.html").read_text()
+
+
 def test_questions():
     names = pages.run("docs/faq.md", {})
-    gap = names["total"] - names["explanation"].logits.gather(1, names["explanation"].classes)
-    assert gap.abs().max() < 1e-5
+    assert (names["total"] - names["explanation"].logits).abs().max() < 1e-5
     assert (names["again"].attributions - names["once"].attributions).abs().max() < 1e-5
     assert names["few"].attributions.shape[-1] == 3
     assert names["pictures"][0].shape == (8 * ROWS, 8 * ROWS, 3)
