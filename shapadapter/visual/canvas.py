@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -130,10 +131,15 @@ def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE)
     from matplotlib.textpath import TextToPath
 
     measure, font = TextToPath(), FontProperties(size=size, family=families())
-    kept = name[:200]
-    while kept and measure.get_text_width_height_descent(_line(name, kept, rest), font, False)[0] > width / POINT:
-        kept = kept[:-1]
-    return _line(name, kept, rest)
+
+    def fits(count: int) -> bool:
+        line = _line(name, name[:count], rest)
+        return bool(measure.get_text_width_height_descent(line, font, False)[0] <= width / POINT)
+
+    longest = min(len(name), 200)
+    # Measuring is slow, so the longest that fits is found by halving.
+    kept = longest if fits(longest) else bisect_left(range(longest), True, key=lambda count: not fits(count)) - 1
+    return _line(name, name[: max(kept, 0)], rest)
 
 
 def _line(name: str, kept: str, rest: str) -> str:
