@@ -181,6 +181,11 @@ def test_the_threshold_keeps_the_strongest_patches(opened, explanation):
     assert numbers(text)[-1] == pytest.approx(best[strong].sum().item(), abs=6e-3)
     assert numbers(text)[3] == pytest.approx(100 * (best[strong].abs().sum() / best.abs().sum()).item(), abs=0.51)
     assert page.locator("#contour .line").get_attribute("d")
+    page.get_by_label("Mark + and").check()
+    signs = [
+        page.locator("[role=gridcell]").nth(n).get_attribute("data-sign") for n in strong.flatten().nonzero().flatten()
+    ]
+    assert signs == ["+" if value > 0 else "\u2212" for value in best[strong]]
     slider.focus()
     page.keyboard.press("End")
     assert "All patches" in page.locator("#strongest-text").inner_text()

@@ -91,6 +91,7 @@ def _standing(best: Prediction, right: int | None, explanation: Explanation) -> 
     known = np.isfinite(best.probability)
     return {
         "predicted": one_line(best.label),
+        "stands": likelihood(best.probability, best.logit),
         "confidence": float(f"{best.probability:.4g}") if known else None,
         "right": None if right is None else best.index == right,
         "true": None if right is None else one_line(explanation.labels[right]),

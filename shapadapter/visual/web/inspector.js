@@ -25,10 +25,9 @@ function showImage(number) {
   showMap(true);
 }
 
-function verdict({ predicted, confidence, right, true: label }) {
-  const sure = confidence === null ? "" : ` (p=${confidence.toFixed(2)})`;
+function verdict({ predicted, stands, right, true: label }) {
   const line = byId("verdict");
-  line.textContent = `Predicted ${predicted}${sure}. `;
+  line.textContent = `Predicted ${predicted} (${stands}). `;
   if (right !== null) line.append(make("span", right ? "\u2713 right" : `\u2717 wrong: it is ${label}`, { class: right ? "right" : "wrong" }));
 }
 
@@ -42,7 +41,7 @@ function listClasses(image) {
     const head = make("th", "", { scope: "row" });
     head.append(label);
     if (one.true) head.append(make("small", "\u2713 true class"));
-    row.append(head, make("td", one.probability.replace(/^(p=|= )/, "")));
+    row.append(head, make("td", one.probability.split("=")[1]));
     if (data.sums) row.append(make("td", plain(one.logit)));
     const value = make("td", "", { class: "value" });
     value.append(make("span", "\u2013"), make("small"), make("i"));
@@ -64,6 +63,7 @@ function choose(place) {
 function buildCells(rows, cols) {
   const map = byId("map");
   map.replaceChildren();
+  map.style.fontSize = `${70 / cols}cqw`;
   map.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${cols}, 1fr)`;
   cells = Array.from({ length: rows }, () => {
     const line = map.appendChild(make("div", "", { role: "row" }));
@@ -91,7 +91,9 @@ function showMap(whole) {
     `Colour scale from ${low.textContent}, blue, over 0, transparent, to ${high.textContent}, red`);
   cells.forEach((cell, player) => {
     const spread = view.errors ? ` ${within(view.errors[player])}` : "";
-    cell.setAttribute("aria-label", `${placeOf(player, view)}: ${exact(view.values[player])}${spread}`);
+    const value = view.values[player];
+    cell.dataset.sign = Math.abs(value) < 0.2 * view.limit || value === 0 ? "" : value > 0 ? "+" : MINUS;
+    cell.setAttribute("aria-label", `${placeOf(player, view)}: ${exact(value)}${spread}`);
   });
   slide();
   read(state.held);
@@ -102,7 +104,9 @@ function slide() {
   const players = cells.length, size = ranked(view.values, Math.abs);
   const count = Math.max(1, Math.round(players * state.strongest / 100));
   const strong = new Set(size.slice(0, count)), present = new Set(order.slice(0, state.added));
-  paint(byId("colours"), view, new Set([...strong].filter(player => present.has(player))));
+  const both = new Set([...strong].filter(player => present.has(player)));
+  paint(byId("colours"), view, both);
+  cells.forEach((cell, player) => cell.classList.toggle("off", !both.has(player)));
   cover(byId("veil"), view, present);
   const contour = byId("contour"), path = count < players ? outline(strong, view.rows, view.cols) : "";
   contour.setAttribute("viewBox", `0 0 ${view.cols} ${view.rows}`);
@@ -113,10 +117,10 @@ function slide() {
   byId("strongest-text").textContent = count === players ? "All patches are shown."
     : `${state.strongest} %, ${count} of ${players} patches, outlined: they hold ${share} % of the size of all attributions, `
       + `and sum to ${signed(sum([...strong].map(player => view.values[player])))}.`;
-  byId("strongest").setAttribute("aria-valuetext", `${state.strongest} %`);
+  byId("strongest").setAttribute("aria-valuetext", `${state.strongest} %, ${count} patches holding ${share} %`);
   byId("added").value = state.added;
   byId("added-text").textContent = buildText(sums, order, view, state.added);
-  byId("added").setAttribute("aria-valuetext", `${state.added} patches, ${plain(sums[state.added])}`);
+  byId("added").setAttribute("aria-valuetext", `${state.added} of ${players} patches: ${plain(sums[state.added])}`);
   drawCurve(sums, order.filter(player => view.values[player] > 0).length, state.added);
 }
 

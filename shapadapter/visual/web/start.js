@@ -22,6 +22,7 @@ function listen() {
       slide();
     });
   }
+  byId("signs").addEventListener("change", event => map.classList.toggle("signs", event.target.checked));
   byId("other").addEventListener("change", event => {
     state.other = Number(event.target.value);
     showMap(true);
