@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
 project = "shapadapter"
 author = project_copyright = "The shapadapter authors"
 # Read, not imported: importing the package would load torch for a line of text.
@@ -12,7 +15,7 @@ if _match is None:
     raise RuntimeError("shapadapter/__init__.py does not state __version__.")
 release = version = _match.group(1)
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -40,3 +43,21 @@ html_show_sphinx = False
 # Light and dark follow the reader's system, and a switch on each page; both keep code readable.
 pygments_style = "friendly"
 pygments_dark_style = "native"
+# Formulas are MathML, which browsers draw themselves: no page asks another server for a script.
+html_math_renderer = "mathml"
+
+
+def _inline(translator, node):
+    translator.body.append(latex2mathml.tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(translator, node):
+    formula = latex2mathml.tex2mathml(node.astext()).replace("<math ", '<math display="block" ', 1)
+    translator.body.append(f'<div class="formula">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app):
+    """Let Sphinx know the renderer of formulas."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
