@@ -25,6 +25,7 @@ PYTHON = {
     "docs/index.md": "test_pages_that_run.py",
     "docs/match-texts.md": "test_match_texts_page.py",
     "docs/model-card.md": "test_model_card_page.py",
+    "docs/page.md": "test_pages_that_run.py",
     "docs/read-attributions.md": "test_pages_that_run.py",
     "docs/reference.md": "test_pages_that_run.py",
     "docs/share.md": "hub/test_share_page.py",

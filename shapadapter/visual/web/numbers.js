@@ -8,7 +8,7 @@ const MINUS = "\u2212", EMPTY = "v(\u2205)";
 /** A number for people: two decimals where they say something, else two digits and an exponent. */
 function plain(value) {
   const size = Math.abs(value), short = size === 0 || (size >= 0.01 && size < 1e5);
-  return (value < 0 ? MINUS : "") + (short ? size.toFixed(2) : size.toExponential(1).replace("-", MINUS));
+  return (value < 0 ? MINUS : "") + (short ? size.toFixed(2) : size.toExponential(1).replace(/e([-+])(\d)$/, "e$10$2").replace("-", MINUS));
 }
 
 /** The same with its sign. */
