@@ -74,7 +74,7 @@ def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
         axes.set_ylim(min(0.0, *values), 1.02)
     elif name == "coalition_fit":
         # 1 is perfect; the first steps may be far below 0, and must not flatten all others.
-        axes.set_ylim(max(min(0.0, *values), -1.0), 1.02)
+        axes.set_ylim(max(min(0.0, *values), -1.0) - 0.03, 1.02)
     elif min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
 

@@ -61,7 +61,8 @@ def outline(axes: Axes, chosen: Flags) -> None:
     lines += [_line((c, r), (c + 1, r), height, width) for r, c in below]
     thin = float(np.clip(0.1 * _points(axes, chosen), 0.5, 1.2))
     for colour, line in (("white", 2.2 * thin), ("black", thin)):
-        _draw_lines(axes, lines, colour, line)
+        # The border of the map may be part of the outline.
+        _draw_lines(axes, lines, colour, line, clip=False)
 
 
 def strongest(values: Floats, share: float) -> Flags:
@@ -146,8 +147,8 @@ def _line(start: tuple[float, float], end: tuple[float, float], height: float, w
     return ((a * width - 0.5, b * height - 0.5), (c * width - 0.5, d * height - 0.5))
 
 
-def _draw_lines(axes: Axes, lines: list[Segment], colour: str, width: float) -> None:
+def _draw_lines(axes: Axes, lines: list[Segment], colour: str, width: float, *, clip: bool = True) -> None:
     from matplotlib.collections import LineCollection
 
-    drawn = LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", clip_on=False)
+    drawn = LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", clip_on=clip)
     axes.add_collection(drawn, autolim=False)
