@@ -5,6 +5,7 @@ says which.
 """
 
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -16,7 +17,8 @@ from datasets import Dataset, config
 from peft import PeftModel
 from PIL import Image
 
-from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter import Evaluation, ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter.metrics import Interval
 
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
@@ -143,6 +145,32 @@ def test_add_a_figure():
     (line,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) > 2)
     assert abs(line.get_ydata()[-1] - float(explanation.logits.max())) < 1e-4
     assert Path("order.png").is_file()
+
+
+def test_figures(capsys):
+    several = tuple(Interval(1 - step / 16, 0.9 - step / 16, 1, 8) for step in range(17))
+    curves = {name: {"insertion": several, "deletion": several} for name in ("shapadapter", "random")}
+    Path("evaluation").mkdir()
+    Evaluation({"curves_read": "probability"}, {}, {}, {}, {}, curves).save("evaluation/evaluation.json")
+    here = {
+        "files[32]": "files[3]",
+        "(32)": "(3)",
+        "(32,": "(3,",
+        ", 32": ", 3",
+        "=32": "=3",
+        "images[32]": "images[3]",
+        ".top(2)[32]": ".top(2)[3]",
+        "range(0, 36, 3)": "range(0, 12, 3)",
+        "refine=512": "refine=16",
+        "2048": "16",
+        "num_train_epochs=15": "max_steps=3, use_cpu=True, disable_tqdm=True",
+    }
+    names = pages.run("docs/figures.md", {}, here)
+    assert names["means"].counts.sum() == 12
+    assert names["pixels"].shape == (8 * ROWS, 8 * ROWS, 3)
+    assert len(capsys.readouterr().out) > 20
+    drawn = set(re.findall(r"figures/(\w+)\.png", (pages.DOCS / "figures.md").read_text(encoding="utf-8")))
+    assert all(Path(f"{name}.png").is_file() for name in drawn)
 
 
 def test_removal_operators():
