@@ -13,6 +13,9 @@ function drawThumbs() {
     paint(canvas, chosenMap(image, 0, -1));
     frame.append(copy, canvas);
     thumbs[number].parentElement.after(frame);
+    for (const part of [frame, thumbs[number].parentElement]) {
+      part.style.width = `${3.7 * Math.min(image.width / image.height, 1)}rem`;
+    }
     cards[number].querySelector(".gap").textContent = data.sums ? `gap ${plain(image.gap)}` : "";
     if (Math.max(image.width, image.height) < 128) cards[number].classList.add("small");
   });

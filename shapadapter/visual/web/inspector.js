@@ -16,6 +16,7 @@ function showImage(number) {
   const small = Math.max(image.width, image.height) < 128;
   document.querySelectorAll("#inspector .frame").forEach(frame => {
     frame.style.aspectRatio = `${image.width} / ${image.height}`;
+    frame.style.maxWidth = `${75 * image.width / image.height}vh`;  // a tall one fits the window
     frame.classList.toggle("small", small);
   });
   byId("what").textContent = image.confidence === null ? "Value" : "p";
