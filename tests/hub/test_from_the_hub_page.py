@@ -57,7 +57,7 @@ def test_every_block_runs(online, tmp_path, monkeypatch, code):
     for folder in ("out", "base", "photos"):
         Path(folder).rename(tmp_path.parent / f"{tmp_path.name}-{folder}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    others = {"commit": author["commit"]}
+    others: dict = {}
     for block in code[begin:-1]:
         exec(compile(block, str(PAGE), "exec"), others)
     assert list((tmp_path / "elsewhere").glob(f"models--{OWNER}--digits*"))
@@ -73,6 +73,6 @@ def test_every_block_runs(online, tmp_path, monkeypatch, code):
     # The author again, some day later.
     for folder in ("out", "base"):
         (tmp_path.parent / f"{tmp_path.name}-{folder}").rename(folder)
-    exec(compile(code[-1], str(PAGE), "exec"), {**author, "shapadapter": others["shapadapter"]})
+    exec(compile(code[-1], str(PAGE), "exec"), {})
     assert online.titles(f"{OWNER}/digits", "longer")[0] == "Trained for longer"
     assert online.commit(f"{OWNER}/digits") == author["commit"]
