@@ -165,6 +165,8 @@ def test_classes_are_switched_and_contrasted(opened, explanation):
     assert numbers(page.locator("#place").inner_text())[-1] == pytest.approx(difference.flatten()[9].item(), rel=6e-3)
     ends = [explanation.logits[1, classes[place]].item() for place in (best, second)]
     assert numbers(page.locator("#check").inner_text())[-1] == pytest.approx(ends[0] - ends[1], abs=6e-3)
+    assert numbers(page.locator("#end-text").text_content())[-1] == pytest.approx(ends[0] - ends[1], abs=6e-3)
+    assert page.locator("#build-title").inner_text() == "How the difference of the logits builds up"
     assert names[0] + " \u2212 " + names[1] in page.locator("#shown").inner_text()
 
 

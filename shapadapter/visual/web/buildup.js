@@ -2,8 +2,8 @@
 
 const CURVE = { left: 8, right: 312, top: 16, bottom: 114 };  // inside the drawing; the slider's thumb has a radius of 8
 
-/** Draw the curve through `sums`, with its part up to `added` strong: red where it rises, blue where it falls. */
-function drawCurve(sums, peak, added) {
+/** Draw the curve through `sums`, with its part up to `added` strong: red where it rises, blue where it falls; it ends at the `goal`. */
+function drawCurve(sums, peak, added, goal) {
   const { left, right, top, bottom } = CURVE;
   const low = Math.min(...sums), spread = Math.max(...sums) - low || 1;
   const x = place => left + (right - left) * place / Math.max(sums.length - 1, 1);
@@ -16,7 +16,7 @@ function drawCurve(sums, peak, added) {
   byId("dot").setAttribute("cx", x(added).toFixed(1));
   byId("dot").setAttribute("cy", y(sums[added]).toFixed(1));
   mark("null", `${EMPTY} ${plain(sums[0])}`, left, y(sums[0]), "start");
-  mark("end", `logit ${plain(sums[sums.length - 1])}`, right, y(sums[sums.length - 1]), "end");
+  mark("end", `${goal} ${plain(sums[sums.length - 1])}`, right, y(sums[sums.length - 1]), "end");
 }
 
 /** A level across the curve with what it means. */
@@ -33,7 +33,7 @@ function mark(name, text, x, y, anchor) {
 function buildText(sums, order, view, added) {
   const players = view.values.length;
   const last = added ? ` The last one: ${placeOf(order[added - 1], view)}, ${signed(view.values[order[added - 1]])}.` : "";
-  const end = added === players ? ", the logit" : "";
+  const end = added === players ? `, the ${view.goal}` : "";
   return `${added} of ${players} patches: ${EMPTY} ${plain(sums[0])} `
     + `${sums[added] < sums[0] ? MINUS : "+"} ${plain(Math.abs(sums[added] - sums[0]))} = ${plain(sums[added])}${end}.${added === players ? "" : last}`;
 }

@@ -122,7 +122,8 @@ function slide() {
   byId("added").value = state.added;
   byId("added-text").textContent = buildText(sums, order, view, state.added);
   byId("added").setAttribute("aria-valuetext", `${state.added} of ${players} patches: ${plain(sums[state.added])}`);
-  drawCurve(sums, order.filter(player => view.values[player] > 0).length, state.added);
+  drawCurve(sums, order.filter(player => view.values[player] > 0).length, state.added, view.goal);
+  byId("build-title").textContent = `How the ${view.goal} builds up`;
 }
 
 /** Say what a patch gives each class; null says how to find out. */

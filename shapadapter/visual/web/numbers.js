@@ -29,7 +29,7 @@ function chosenMap(image, place, other) {
   const values = one.values.flat(), errors = one.errors ? one.errors.flat() : null;
   const alone = {
     rows, cols, values, errors, limit: image.limit, null: one.null, logit: one.logit, check: one.check,
-    label: one.label, total: one.total,
+    label: one.label, total: one.total, goal: "logit",
   };
   if (other < 0) return alone;
   const against = image.classes[other], minus = against.values.flat();
@@ -42,6 +42,7 @@ function chosenMap(image, place, other) {
     limit: Math.max(...difference.map(Math.abs)),
     null: start,
     logit: end,
+    goal: "difference of the logits",
     label: `${one.label} ${MINUS} ${against.label}`,
     total: `\u03a3\u03c6=${signed(total)}`,
     check: data.sums ? `${EMPTY} ${plain(start)} + \u03a3\u03c6 ${signed(total)} = ${plain(start + total)}\n`
