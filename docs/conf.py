@@ -20,7 +20,6 @@ myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
-suppress_warnings = ["toc.not_included"]
 # Docstrings name types and exceptions in plain words, which are no links.
 nitpick_ignore_regex = [("py:.*", ".*")]
 default_role = "code"

@@ -33,7 +33,6 @@ PYTHON = {
     "docs/space.md": "test_space_page.py",
     "docs/train-at-scale.md": "test_pages_that_run.py",
     "docs/tutorials/audit-a-cheater.md": "test_audit_page.py",
-    "docs/tutorials/audit-a-cheater.md": "test_audit_page.py",
     "docs/tutorials/clip-texts.md": "test_tutorials.py",
     "docs/tutorials/cnn.md": "test_tutorials.py",
     "docs/tutorials/existing-classifier.md": "test_tutorials.py",
