@@ -34,11 +34,11 @@ class Augmented(Dataset):
         seed: of the augmentations.
 
     Examples:
-        ```python
-        views = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor(),
-                            v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-        ShapleyTrainer(model, args, train_dataset=Augmented(dataset, views, seed=args.seed), ...)
-        ```
+        With the transforms of torchvision::
+
+            views = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor(),
+                                v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+            ShapleyTrainer(model, args, train_dataset=Augmented(dataset, views, seed=args.seed), ...)
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int = 0) -> None:

@@ -1,6 +1,5 @@
 """What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
@@ -253,19 +252,20 @@ class Explanation:
         heat = interpolate(values[None], size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
         return heat[0, 0].numpy()  # (H, W)
 
-    def figure(
-        self, index: int = 0, *, labels: Sequence[str | int] | None = None, smooth: bool = False, max_classes: int = 3
-    ) -> "Figure":
-        """Draw one image and its maps with matplotlib; see `shapadapter.visual.draw_explanation`."""
+    def figure(self, index: int = 0, **options: Any) -> "Figure":
+        """Draw one image and its maps with matplotlib.
+
+        `labels`, `smooth`, `max_classes`, `numbers`, `contour` and `errors` as in `shapadapter.visual.draw_explanation`.
+        """
         from shapadapter.visual import draw_explanation
 
-        return draw_explanation(self, index, labels=labels, smooth=smooth, max_classes=max_classes)
+        return draw_explanation(self, index, **options)
 
-    def save_html(self, path: str | Path, *, title: str = "Explanation") -> Path:
-        """Write one self-contained page; see `shapadapter.visual.write_page`. Returns its path."""
+    def save_html(self, path: str | Path, *, title: str = "Explanation", **options: Any) -> Path:
+        """Write one self-contained page; `names`, `true_labels`, ... as in `shapadapter.visual.write_page`. Its path."""
         from shapadapter.visual import write_page
 
-        return write_page(self, path, title=title)
+        return write_page(self, path, title=title, **options)
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """All tensors as numpy arrays, copied, by their names here: `numpy.savez("why.npz", **explanation.to_numpy())`."""

@@ -1,16 +1,12 @@
-import base64
 import builtins
 import io
-import json
 import re
 import warnings
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shapadapter.errors import ClassNotFoundError
 from shapadapter.explanation import Explanation
@@ -21,7 +17,6 @@ from shapadapter.visual import (
     overlay,
     signed_colors,
     symmetric_limit,
-    write_page,
 )
 from shapadapter.visual.wording import MINUS, columns, number
 
@@ -287,129 +282,3 @@ def test_missing_matplotlib_says_what_to_type(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r'pip install "shapadapter\[plot\]"'):
         draw_explanation(make())
-
-
-# pages
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags with attributes, the text of scripts, the text outside."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.scripts, self.words = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.cdata_elem == "script":
-            self.scripts[-1] += data
-        else:
-            self.words.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
-def read(path):
-    text = path.read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def test_page_holds_the_attributions_and_the_picture(tmp_path):
-    explanation = make()
-    _, page = read(explanation.save_html(tmp_path / "why.html", title="Why"))
-    images = json.loads(page.scripts[0])
-    assert len(images) == 2
-    for index, image in enumerate(images):
-        assert [c["label"] for c in image["classes"]] == [c.label for c in columns(explanation, index, max_classes=9)]
-        for found in image["classes"]:
-            exact = explanation.for_label(found["label"])[index].numpy()
-            np.testing.assert_allclose(found["values"], exact, rtol=5e-5)
-            assert "Σφ" in found["check"]
-        assert image["limit"] == pytest.approx(explanation.attributions[index].abs().max().item())
-        source = page.all("img")[2 * index]["src"]
-        picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
-        assert np.array_equal(np.asarray(picture), explanation.images[index].numpy())
-        assert number(image["limit"], sign=True) in page.words
-
-
-def test_page_states_errors_beside_the_values(tmp_path):
-    errors = torch.rand(2, 4, 4, 3)
-    errors[1] = torch.nan
-    explanation = replace(make(), standard_errors=errors)
-    _, page = read(explanation.save_html(tmp_path / "why.html"))
-    refined, unknown = json.loads(page.scripts[0])
-    for found in refined["classes"]:
-        column = explanation.classes[0].tolist().index(explanation.class_index(found["label"]))
-        np.testing.assert_allclose(found["errors"], errors[0, :, :, column], rtol=0.06)
-    assert {found["errors"] for found in unknown["classes"]} == {None}
-    assert "stated(row, col)" in page.scripts[1]
-    plain = read(make().save_html(tmp_path / "plain.html"))[1]
-    assert {found["errors"] for image in json.loads(plain.scripts[0]) for found in image["classes"]} == {None}
-
-
-def test_page_of_maps_that_do_not_sum(tmp_path):
-    text, page = read(unitless().save_html(tmp_path / "why.html"))
-    assert "relevance, does not sum to the logit" in text
-    assert "they sum to the logit" not in text
-    assert "Method: attention_rollout." in text
-    assert {found["check"] for image in json.loads(page.scripts[0]) for found in image["classes"]} == {""}
-    text, page = read(refined().save_html(tmp_path / "refined.html"))
-    assert "they sum to the logit" in text
-    for image, spent in zip(json.loads(page.scripts[0]), (64, 128), strict=True):
-        assert all(c["check"].endswith(f"relative error 0.35 after {spent} evaluations") for c in image["classes"])
-
-
-def test_page_needs_nothing_else(tmp_path):
-    text, page = read(write_page(make(), tmp_path / "why.html"))
-    assert "http:" not in text
-    assert "https:" not in text
-    assert not page.all("link")
-    for _, attrs in page.tags:
-        assert attrs.get("src", "data:").startswith("data:")
-        assert "href" not in attrs
-    assert "@import" not in text
-    assert "default-src 'none'" in text
-
-
-def test_page_can_be_read_and_operated_without_a_mouse(tmp_path):
-    _, page = read(write_page(make(), tmp_path / "why.html"))
-    assert all("alt" in attrs for attrs in page.all("img"))
-    assert "predicted" in page.all("img")[0]["alt"]
-    assert all(attrs["type"] == "button" and "aria-pressed" in attrs for attrs in page.all("button"))
-    assert len(page.all("button")) == 2 * 3
-
-
-def test_hostile_names_stay_names(tmp_path):
-    title, table = "</title><script>alert(2)</script>", [("<b>", "</script><script>alert(3)</script>")]
-    plain = read(write_page(make(), tmp_path / "plain.html", table=[("a", "b")]))[1]
-    _, page = read(write_page(make(labels=HOSTILE), tmp_path / "why.html", title=title, table=table))
-    # No name became a tag, an attribute or a line of the script.
-    assert [(tag, list(attrs)) for tag, attrs in page.tags] == [(tag, list(attrs)) for tag, attrs in plain.tags]
-    assert page.scripts[1:] == plain.scripts[1:]
-    assert not any(mark in page.scripts[0] for mark in "<>&\u2028")
-    assert {c["label"] for c in json.loads(page.scripts[0])[0]["classes"]} == {HOSTILE[1], HOSTILE[0], "a b c"}
-    assert title in page.words
-    assert "</script><script>alert(3)</script>" in page.words
-
-
-def test_page_offers_the_best_classes_only(tmp_path):
-    _, page = read(write_page(make(), tmp_path / "why.html", max_classes=1))
-    assert [len(image["classes"]) for image in json.loads(page.scripts[0])] == [1, 1]
-
-
-def test_page_replaces_the_old_one_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "why.html"
-    path.write_text("old")
-    broken = replace(make(), attributions=torch.full((2, 4, 4, 3), float("nan")))
-    with pytest.raises(ValueError, match="NaN"):
-        write_page(broken, path)
-    assert path.read_text() == "old"
-    assert write_page(make(), str(path)) == path
-    assert path.read_text().rstrip().endswith("</html>")
-    assert [p.name for p in tmp_path.iterdir()] == ["why.html"]

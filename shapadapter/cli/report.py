@@ -27,8 +27,12 @@ from .reporting import quiet, reporting
 
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
+    from shapadapter.explanation import Explanation
+    from shapadapter.visual.page import Measures
 
 EXAMPLE = "shapadapter report out --data photos --output report"
+CLASSES = 5
+"""Of each image, the likeliest ones, on the page."""
 
 
 def command(
@@ -36,7 +40,7 @@ def command(
     data: Data,
     masks: Masks = None,
     images: Measured = 32,
-    shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1)] = 12,
+    shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1, max=500)] = 12,
     methods: Methods = "",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -70,10 +74,9 @@ def command(
 def _page(
     loaded: tuple[Any, Any], checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int
 ) -> Path:
-    """Explain some of the images, and show them below the measures."""
+    """Explain some of the images, and show them below the measures, the wrong predictions first."""
     from shapadapter.evaluation.checkpoint import labelled_images
     from shapadapter.evaluation.data import choose
-    from shapadapter.explaining import explain
     from shapadapter.visual import write_page
 
     model, processor = loaded
@@ -81,16 +84,44 @@ def _page(
     rows = labelled_images(data, [str(labels[index]) for index in range(len(labels))], None)
     chosen = [rows[index] for index in choose(len(rows), shown, seed)]
     # One by one, for they may differ in size.
-    explanations = [explain(model, row["image"], processor, top_k=3) for row in chosen]
-    names = [printable(Path(row["image"]).relative_to(data)) for row in chosen]
-    title = f"{checkpoint} on {printable(data)}"
-    return write_page(explanations, file, title=title, table=_measures(result), names=names)
+    explained = [(row, _explained(model, processor, row)) for row in chosen]
+    explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
+    return write_page(
+        [explanation for _, explanation in explained],
+        file,
+        title=f"{checkpoint} on {printable(data)}",
+        table=_rows(result),
+        names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
+        true_labels=[row["label"] for row, _ in explained],
+        measures=_measures(result),
+    )
 
 
-def _measures(result: Evaluation) -> list[tuple[str, str]]:
-    """The measures as rows for the page: those of the model card."""
+def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
+    """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
+    from shapadapter.explaining import explain
+
+    found = explain(model, row["image"], processor, top_k=CLASSES)
+    shown = found.classes[0].tolist()
+    if row["label"] in shown:
+        return found
+    return explain(model, row["image"], processor, targets=[*shown, row["label"]])
+
+
+def _rows(result: Evaluation) -> list[tuple[str, str]]:
+    """The measures that stand on top: those of the model card."""
     from shapadapter.card import Facts, compact
     from shapadapter.card.results import rows
 
     facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
     return [(row.label, row.shown) for row in rows(facts)]
+
+
+def _measures(result: Evaluation) -> Measures:
+    """All the others, with the curves."""
+    from shapadapter.evaluation.blocks import blocks
+    from shapadapter.evaluation.notes import summary
+    from shapadapter.visual.page import Measures
+
+    notes = (summary(result.about), *result.notes)
+    return Measures(blocks(result), result.curves, result.about["curves_read"], notes)

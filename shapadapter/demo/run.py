@@ -60,7 +60,7 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
         print("     A smoke run: these numbers mean little.")
     print(as_text(rows))
     print("6/6  Pictures")
-    _draw(explanation[:SHOWN], rows, output)
+    _draw(explanation[:SHOWN], scenes.labels[scenes.split()[1]][:SHOWN].tolist(), rows, output)
     save_pictures(scenes, output)
     print(
         f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}"
@@ -125,9 +125,9 @@ def _measure(
     return rows
 
 
-def _draw(explanation: Explanation, rows: list[tuple[str, str]], output: Path) -> None:
+def _draw(explanation: Explanation, digits: list[int], rows: list[tuple[str, str]], output: Path) -> None:
     figure = gallery(explanation)
     unfinished = output / ".attributions.png"
     figure.savefig(unfinished, format="png")
     unfinished.replace(output / "attributions.png")
-    write_page(explanation, output / "report.html", title="shapadapter demo", table=rows)
+    write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=digits)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, product
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shapadapter.metrics import Interval
 
+from .canvas import new_figure
 from .maps import RED
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ _PANELS = {
     "road_morf": ("ROAD: most relevant imputed", "share of players imputed"),
     "road_lerf": ("ROAD: least relevant imputed", "share of players imputed"),
 }
-_FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
+FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
 _FEW = 8  # images, whose interval is not worth a band
 _NOTHING = {"random": "0.45", "centre": "0.7"}
 # Okabe and Ito's colours for readers who see few, without those near the red.
 _OTHERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442", "#000000")
+_DASHES = ("-.", ":", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)))
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value: str = "probability") -> Figure:
@@ -41,14 +43,15 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: there is no curve to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
     kinds = [kind for kind in _PANELS if any(kind in lines for lines in curves.values())]
-    figure = Figure(figsize=(4.2 * len(kinds), 3.9), dpi=150, layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    if not kinds:
+        raise ValueError(f"Expected curves of at least one of {', '.join(_PANELS)}, but found none.")
+    across = 2 if len(kinds) == 4 else len(kinds)
+    down = -(-len(kinds) // across)
+    figure = new_figure(figsize=(4.2 * across, 0.4 + 3.4 * down), layout="constrained")
+    for axes, kind in zip(figure.subplots(down, across, squeeze=False).flat, kinds, strict=True):
         for method, (colour, dashes) in _styles(list(curves)).items():
             if kind in curves[method]:
                 _draw_line(axes, method, curves[method][kind], colour, dashes, imputed=kind.startswith("road"))
@@ -60,22 +63,37 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
         axes.spines[["top", "right"]].set_visible(False)
     drawn = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.alt_text = _in_words(curves, kinds)
     return figure
 
 
-def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and dashes of each method, the same in every panel; where colours run out, they come again dotted."""
-    known = {"shapadapter": (_FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
-    others = cycle(product(("-", ":", "-."), _OTHERS))
-    return {name: known.get(name) or next(others)[::-1] for name in methods}
+def _in_words(curves: Mapping[str, Mapping[str, Sequence[Interval]]], kinds: Sequence[str]) -> str:
+    """The mean height of each curve."""
+    parts = []
+    for kind in kinds:
+        heights = [
+            f"{method} {sum(point.mean for point in lines[kind]) / len(lines[kind]):.2f}"
+            for method, lines in curves.items()
+            if kind in lines
+        ]
+        parts.append(f"{_PANELS[kind][0]}, mean height of the curve: {', '.join(heights)}.")
+    return " ".join(parts)
 
 
-def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, dashes: str, imputed: bool) -> None:
+def _styles(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Colour and dashes of each method, the same in every panel; dashes differ, too, for prints in grey."""
+    known = {"shapadapter": (FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
+    # Of 7 colours and 4 dashes, each with its neighbour, 28 methods differ.
+    others = zip(cycle(_OTHERS), cycle(_DASHES), strict=False)
+    return {name: known.get(name) or next(others) for name in methods}
+
+
+def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, dashes: Any, imputed: bool) -> None:
     """One mean curve, with its band where that is of images enough."""
     count = len(points)
     place = np.arange(1, count + 1) / (count + 1) if imputed else np.linspace(0, 1, count)  # (points,)
     mean, low, high = (np.array([getattr(point, end) for point in points]) for end in ("mean", "low", "high"))
-    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.4, label=method)
+    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.6, label=method)
     enough = all(point.count >= _FEW for point in points)
     if enough and np.isfinite(low).all() and np.isfinite(high).all():
         axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,23 +1,64 @@
 """An explanation as one HTML file that needs nothing else: no network, no server, no library."""
 
 import base64
-import io
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
-from torch import Tensor
+from markupsafe import Markup
 
 from shapadapter.explanation import Explanation
 from shapadapter.files import write_together
-from shapadapter.visual.maps import BLUE, PICTURE_CONTRAST, RED, symmetric_limit
-from shapadapter.visual.wording import columns, likelihood, number, one_line, unit
+from shapadapter.metrics import Interval
+from shapadapter.visual.charts import charts
+from shapadapter.visual.entries import entry
+from shapadapter.visual.maps import BLUE, RED
+from shapadapter.visual.wording import one_line, unit
 
-TEMPLATE = "page.html.j2"
+SCRIPTS = ("numbers.js", "map.js", "buildup.js", "inspector.js", "gallery.js", "start.js")
+MOST_IMAGES = 500
+"""A page with more would be slow to open and to search."""
+
+
+class Table(Protocol):
+    """A table of an evaluation, such as `shapadapter.evaluation.table.Block`."""
+
+    @property
+    def title(self) -> str:
+        """What it is about."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Heads of the columns after the first."""
+
+    @property
+    def rows(self) -> Sequence[tuple[str, Sequence[str]]]:
+        """A name, and a cell for each column."""
+
+    @property
+    def note(self) -> str:
+        """How to read it."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What an evaluation found, to stand above the images.
+
+    Attributes:
+        tables: Of its measures, shown on request.
+        curves: `Evaluation.curves`, of which insertion and deletion are drawn.
+        curves_read: What these curves follow, such as "probability".
+        notes: Sentences: what was measured, and what to be careful with.
+    """
+
+    tables: Sequence[Table] = ()
+    curves: Mapping[str, Mapping[str, Sequence[Interval]]] = field(default_factory=dict)
+    curves_read: str = "probability"
+    notes: Sequence[str] = ()
 
 
 def write_page(
@@ -28,12 +69,14 @@ def write_page(
     table: Sequence[tuple[str, str]] | None = None,
     names: Sequence[str] | None = None,
     max_classes: int = 10,
+    true_labels: Sequence[str | int | None] | None = None,
+    measures: Measures | None = None,
 ) -> Path:
     """Write an explanation, or several by one method, as a self-contained HTML page.
 
-    Each image comes with a button per class, the map of the chosen class over the picture, the value of any patch on
-    hover, tap or arrow key, with its standard error if it has one, one colour scale per image and the sum check. Class
-    names may hold anything.
+    One image at a time is shown large: the value of any patch for every class on hover, tap or arrow key, with its
+    standard error if it has one; the map of a class or of the difference between two; a threshold; how the attributions
+    add up to the logit. The others stand in a gallery that can be sorted, filtered and searched. Names may hold anything.
 
     Args:
         explanation: Any explanation; several may be of images of different sizes.
@@ -41,73 +84,74 @@ def write_page(
         title: The heading.
         table: Rows of (name, value) shown above the images.
         names: Of the images, one for each, such as their files'.
-        max_classes: How many of the shown classes each image offers, those with the largest logits.
+        max_classes: How many of the shown classes each image offers, those with the largest logits; the true class comes
+            on top, if it was explained.
+        true_labels: The class name or index that is right for each image, None where it is not known. The page then
+            begins with the wrong predictions.
+        measures: What an evaluation found, shown above the images.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If an attribution is not finite, `max_classes` is less than one, or there is no image, or not a name
-            for each.
+        ClassNotFoundError: If a true label is no class of the model.
+        ValueError: If an attribution is not finite, `max_classes` is less than one, there are more than 500 images or
+            none, or not a name or true label for each.
         OSError: If the file cannot be written.
     """
     parts = [explanation] if isinstance(explanation, Explanation) else list(explanation)
-    images = [_image(part, index, max_classes) for part in parts for index in range(len(part))]
-    if not parts or (names is not None and len(names) != len(images)):
-        raise ValueError(f"Expected some images and a name for each, got {len(images)} and {len(names or ())}.")
-    # jinja's `tojson` filter escapes <, > and & and leaves nothing but ASCII, so that no name can end the script.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("shapadapter.visual").joinpath(TEMPLATE).read_text("utf-8"))
-    page = template.render(
+    count = sum(map(len, parts))
+    _check(count, names, true_labels)
+    places = [(part, index) for part in parts for index in range(len(part))]
+    given = zip(places, names or [""] * count, true_labels or [None] * count, strict=True)
+    images = [entry(part, index, max_classes, name, true) for (part, index), name, true in given]
+    page = _render(
         title=title,
         table=table or (),
+        measures=measures,
+        charts=charts(measures.curves) if measures else (),
         images=images,
-        names=[one_line(name) for name in names or ()],
-        unit=unit(parts[0]),
-        sums=all(part.sums_to_logits for part in parts),
-        method=one_line(parts[0].method),
-        red=",".join(map(str, RED)),
-        blue=",".join(map(str, BLUE)),
-        contrast=PICTURE_CONTRAST,
+        known=any(image.data["right"] is not None for image in images),
+        data={
+            "images": [image.data for image in images],
+            "red": RED,
+            "blue": BLUE,
+            "sums": bool(parts) and all(part.sums_to_logits for part in parts),
+        },
+        unit=unit(parts[0]) if parts else "",
+        method=one_line(parts[0].method) if parts else "",
     )
     write_together({Path(path): page.encode()})
     return Path(path)
 
 
-def _image(explanation: Explanation, index: int, max_classes: int) -> dict[str, Any]:
-    """What the template needs for one image; `data` is what the script reads."""
-    shown = columns(explanation, index, max_classes=max_classes)
-    limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))  # (k, rows, cols) -> one number
-    best = explanation[index].top(1)[0][0]
-    pixels = explanation.images[index].numpy()  # (H, W, 3)
-    classes = [
-        {
-            "label": column.label,
-            "probability": column.probability,
-            "total": column.total,
-            "check": column.check,
-            "values": _rounded(column.values, 5),
-            "errors": None if column.errors is None else _rounded(column.errors, 2),
-        }
-        for column in shown
-    ]
-    return {
-        "source": _data_uri(pixels),
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
-        "predicted": f"{one_line(best.label)} ({likelihood(best.probability, best.logit)})",
-        "limits": (number(-limit), number(limit, sign=True)) if limit else ("0", "0"),
-        "data": {"limit": limit, "classes": classes},
-    }
+def _check(count: int, names: Sequence[str] | None, true_labels: Sequence[str | int | None] | None) -> None:
+    """Refuse what makes no page."""
+    for what, given in (("name", names), ("true label", true_labels)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"Expected some images and a {what} for each, got {count} and {len(given)}.")
+    if count == 0:
+        raise ValueError("Expected some images, got none.")
+    if count > MOST_IMAGES:
+        raise ValueError(
+            f"A page holds at most {MOST_IMAGES} images, got {count}: write several, such as of explanation[:{MOST_IMAGES}]."
+        )
 
 
-def _rounded(values: Tensor, digits: int) -> list[list[float]]:
-    """Values (rows, cols) as json takes them."""
-    return [[float(f"{value:.{digits}g}") for value in row] for row in values.tolist()]
+def _render(**values: object) -> str:
+    """Fill the template; style and script are let through by their hashes, and nothing else is."""
+    style, script = _read("page.css"), "\n".join(map(_read, SCRIPTS))
+    # jinja's `tojson` filter escapes <, > and & and leaves nothing but ASCII, so that no name can end the script.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_read("page.html.j2")).render(
+        style=Markup(style), script=Markup(script), hashes=(_hash(style), _hash(script)), **values
+    )
 
 
-def _data_uri(pixels: np.ndarray) -> str:
-    """Pixels (H, W, 3) uint8 as a lossless picture inside a link."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _read(name: str) -> str:
+    return resources.files("shapadapter.visual").joinpath("web", name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names a text."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,6 +1,7 @@
 """The words and numbers under a map, the same in figures and pages."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from shapadapter.explanation import Explanation
 MINUS = "\N{MINUS SIGN}"
 UNIT = "contribution to the logit"
 NO_UNIT = "relevance, does not sum to the logit"
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Left unclosed in a class name they would turn the words and numbers after it.
+_TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,39 @@ def columns(
     return [_column(one, one.class_index(label), sums) for label in labels]
 
 
+def difference(explanation: Explanation, index: int, first: Column, second: Column, names: Sequence[str]) -> Column:
+    """One class minus another, of one image, as a column of its own.
+
+    Args:
+        explanation: Any explanation.
+        index: Which image.
+        first: The class to speak for.
+        second: The class to speak against.
+        names: What to call the two.
+
+    Returns:
+        The column; its probability is empty and its index that of the first class.
+    """
+    one, values = explanation[index], first.values - second.values  # (rows, cols)
+    total = float(values.double().sum())
+    sum_check = ""
+    if explanation.sums_to_logits:
+        null, logit = (
+            float(part[0, first.index]) - float(part[0, second.index]) for part in (one.null_values, one.logits)
+        )
+        sum_check = "\n".join(_check_lines("Δv(∅)", null, total, "logits differ by", logit))
+    written = f"Σφ={number(total, sign=True)}"
+    return Column(
+        index=first.index,
+        label=f"{names[0]} {MINUS} {names[1]}",
+        probability="",
+        total=written if explanation.sums_to_logits else "",
+        sum=written,
+        check=sum_check,
+        values=values,
+    )
+
+
 def unit(explanation: Explanation) -> str:
     """What the numbers of a map are."""
     return UNIT if explanation.sums_to_logits else NO_UNIT
@@ -96,11 +134,14 @@ def _column(one: Explanation, class_id: int, sums: bool) -> Column:
 
 
 def _sum_check(one: Explanation, class_id: int, total: float) -> list[str]:
-    null, logit = float(one.null_values[0, class_id]), float(one.logits[0, class_id])
+    return _check_lines("v(∅)", float(one.null_values[0, class_id]), total, "logit", float(one.logits[0, class_id]))
+
+
+def _check_lines(start: str, null: float, total: float, end: str, logit: float) -> list[str]:
     gap = f"{abs(null + total - logit):.0e}".replace("-", MINUS)
     return [
-        f"v(∅) {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}",
-        f"(logit {number(logit)}, gap {gap})",
+        f"{start} {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}",
+        f"({end} {number(logit)}, gap {gap})",
     ]
 
 
@@ -129,8 +170,14 @@ def likelihood(probability: float, score: float) -> str:
 
 
 def one_line(label: str) -> str:
-    """A class name without line breaks and doubled blanks."""
-    return " ".join(label.split())
+    """A class name without line breaks, doubled blanks, control characters and marks that turn the direction of text."""
+    plain = "".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in label if sign not in _TURNS)
+    return " ".join(plain.split())
+
+
+def superscript(power: int) -> str:
+    """A whole number as an exponent."""
+    return str(power).translate(_RAISED)
 
 
 def number(value: float, *, sign: bool = False) -> str:

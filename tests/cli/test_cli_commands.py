@@ -55,8 +55,15 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     found = json.loads(run(*arguments, "--shown", 3, "--json").stdout)
     assert found["metrics"]["error"] > 0
     page = Path(found["page"]).read_text()
-    assert page.count('<section class="card"') == 3
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["images"]
+    right = [image["right"] for image in shown]
+    assert right == sorted(right)  # wrong predictions first
+    assert len(right) == 3
+    assert all(image["true"] == image["name"].split("/")[0] for image in shown)
+    assert all(any(one["true"] for one in image["classes"]) for image in shown)
     assert "Relative L2 error to the true Shapley values" in page
+    assert "Insertion, most relevant first" in page
+    assert "Compared:" in page
     assert json.loads((tmp_path / "evaluation.json").read_text())["about"]["folder"] == "photos"
     assert run("card", "out", "--evaluation", tmp_path / "evaluation.json", "--images", "photos/ant").exit_code == 0
     card = Path("out/README.md").read_text()

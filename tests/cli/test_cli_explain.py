@@ -52,8 +52,8 @@ def test_pictures_a_page_and_numbers(tmp_path):
             assert drawn.format == "PNG"
             assert drawn.width > 400
     page = (tmp_path / "explanations.html").read_text()
-    assert page.count('<section class="card"') == 8
-    assert "photos/ant/4.png: " in page
+    assert page.count("<li><button ") == 8
+    assert ". photos/ant/4.png</b>" in page
 
 
 def test_classes_refinement_and_json_alone(tmp_path):
@@ -152,7 +152,7 @@ def test_images_of_one_batch_may_differ_in_size(tmp_path):
     found = run("explain", adapter, *images, "--output", tmp_path / "why", "--format", "html,json")
     document = json.loads((tmp_path / "why" / "explanations.json").read_text())
     assert [image["players"] for image in document["images"]] == [[4, 4], [4, 6], [4, 4]]
-    assert (tmp_path / "why" / "explanations.html").read_text().count('<section class="card"') == 3
+    assert (tmp_path / "why" / "explanations.html").read_text().count("<li><button ") == 3
     assert "3 of 3" in found.stderr
 
 
@@ -183,7 +183,7 @@ def test_pages_of_many_images(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "PAGE_IMAGES", 3)
     run("explain", "out", "photos", "--output", tmp_path, "--format", "html")
     pages = [tmp_path / f"explanations{number}.html" for number in ("", "-2", "-3")]
-    assert [page.read_text().count('<section class="card"') for page in pages] == [3, 3, 2]
+    assert [page.read_text().count("<li><button ") for page in pages] == [3, 3, 2]
 
 
 def test_no_more_than_a_batch_is_in_memory(tmp_path, monkeypatch):

@@ -1,0 +1,158 @@
+"""A sheet for pictures and maps, measured in inches so that nothing overlaps at any image size."""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .maps import Bytes, signed_colors
+from .marks import mark_signs
+from .wording import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .described import DescribedFigure
+
+# Lengths in inches, text sizes in points.
+PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
+TITLE, LINE, BAR = 0.42, 0.12, 0.62
+BAR_WIDTH, BAR_HEIGHT = 1.3, 0.1
+LARGE, SMALL = 9.0, 7.5
+POINT = 1 / 72
+
+# Matplotlib's own font has no glyphs of these scripts; the first installed one of each is asked for them.
+_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Noto Sans Devanagari")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A figure that is drawn on in inches from its lower left corner."""
+
+    figure: DescribedFigure
+    across: float
+    down: float
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes without ticks in a box."""
+        box = (left / self.across, bottom / self.down, width / self.across, height / self.down)
+        return self.figure.add_axes(box, xticks=[], yticks=[])
+
+    def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
+        """Words at a place, centred unless the style says otherwise."""
+        style = {"ha": "center", "va": "center", "color": "black", "family": families(), **style}
+        # Class names are not mathematics, whatever dollar signs they hold.
+        self.figure.text(x / self.across, y / self.down, text, size=size, parse_math=False, **style)
+
+
+def new_figure(**options: Any) -> DescribedFigure:
+    """A white figure that belongs to no window.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    check_matplotlib()
+    from .described import DescribedFigure
+
+    return DescribedFigure(dpi=150, facecolor="white", **options)
+
+
+def check_matplotlib() -> None:
+    """Say what to type if matplotlib is missing.
+
+    Raises:
+        ImportError: If it is.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
+
+
+def new_canvas(across: float, down: float) -> Canvas:
+    """An empty sheet, in inches."""
+    return Canvas(new_figure(figsize=(across, down)), across, down)
+
+
+def draw_panel(
+    canvas: Canvas, left: float, top: float, size: tuple[float, float], pixels: Bytes, title: str, font: float = LARGE
+) -> Axes:
+    """Draw pixels (H, W, 3) in a box, width and height in inches, below an upper left corner, and a title above it."""
+    axes = canvas.axes(left, top - size[1], *size)
+    axes.imshow(pixels, aspect="auto", interpolation="nearest")
+    axes.spines[:].set(color="0.7", linewidth=0.5)
+    canvas.text(left + size[0] / 2, top + 0.06, title, font, va="bottom")
+    return axes
+
+
+def draw_bar(
+    canvas: Canvas,
+    middle: float,
+    top: float,
+    limit: float,
+    notes: Sequence[str],
+    *,
+    numbers: tuple[str, str, str] | None = None,
+) -> None:
+    """Draw a colour scale that is symmetric about zero, centred on `middle`, and lines of notes below it.
+
+    Args:
+        canvas: To draw on.
+        middle: Where its middle is, in inches.
+        top: Where it begins.
+        limit: The number with the full colour.
+        notes: What the numbers are.
+        numbers: What to write below instead of the limits and zero.
+    """
+    left, bottom = middle - BAR_WIDTH / 2, top - BAR_HEIGHT - 0.08
+    axes = canvas.axes(left, bottom, BAR_WIDTH, BAR_HEIGHT)
+    ramp = np.linspace(-1, 1, 255)[None]  # (1, 255)
+    axes.imshow(signed_colors(ramp, 1.0), aspect="auto")
+    axes.spines[:].set(color="0.7", linewidth=0.5)
+    mark_signs(axes, np.array([[-1.0, 0, 0, 0, 0, 0]]), 1.0)
+    zero = "0"
+    written = numbers or (number(-limit) if limit else zero, zero, number(limit, sign=True) if limit else zero)
+    for share, text in zip((0.0, 0.5, 1.0), written, strict=True):
+        canvas.text(left + share * BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
+    canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, "against", SMALL, ha="right")
+    canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, "for", SMALL, ha="left")
+    canvas.text(middle, bottom - 0.19, "\n".join(notes), SMALL, va="top")
+
+
+def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE) -> str:
+    """Shorten a name until it and the rest of its line are no wider than `width` inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    measure, font = TextToPath(), FontProperties(size=size, family=families())
+
+    def fits(count: int) -> bool:
+        line = _line(name, name[:count], rest)
+        return bool(measure.get_text_width_height_descent(line, font, False)[0] <= width / POINT)
+
+    longest = min(len(name), 200)
+    # Measuring is slow, so the longest that fits is found by halving.
+    kept = longest if fits(longest) else bisect_left(range(longest), True, key=lambda count: not fits(count)) - 1
+    return _line(name, name[: max(kept, 0)], rest)
+
+
+def _line(name: str, kept: str, rest: str) -> str:
+    shown = kept if kept == name else kept.rstrip() + "…"
+    # A name written from right to left keeps its direction to itself, or the numbers behind it change sides.
+    turns = any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in shown)
+    return (f"\N{FIRST STRONG ISOLATE}{shown}\N{POP DIRECTIONAL ISOLATE}" if turns and rest else shown) + rest
+
+
+@cache
+def families() -> list[str]:
+    """Matplotlib's font, then those installed for scripts that it lacks."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]

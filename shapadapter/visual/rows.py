@@ -1,0 +1,172 @@
+"""One image in a row: the picture first, then a map per class, the sum check under each, the scale below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from shapadapter.explanation import Explanation
+
+from .canvas import BAR, GAP, LINE, MARGIN, PANEL, SMALL, TITLE, Canvas, draw_bar, draw_panel, fit, new_canvas
+from .maps import Bytes, Floats, overlay, symmetric_limit
+from .marks import exponent, hatch, mark_signs, outline, panel_for_numbers, strongest, write_numbers
+from .wording import Column, one_line, superscript, unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .described import DescribedFigure
+
+_SURE = 1.96  # standard errors: what the interval of 95 % reaches to each side
+_ACROSS = 5  # maps
+_WIDEST = 4.8  # inches, of a panel with numbers
+
+
+@dataclass(frozen=True)
+class Look:
+    """How maps are drawn; see `draw_explanation`."""
+
+    smooth: bool = False
+    numbers: bool = False
+    contour: float | None = None
+    errors: Literal["opacity", "hatch"] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image, ready to be drawn: k maps, which share a scale."""
+
+    picture: Bytes  # (H, W, 3)
+    pixels: list[Bytes]  # of each map, (H, W, 3)
+    shown: list[Column]
+    limit: float
+    predicted: str
+    notes: list[str]
+    look: Look
+
+    @property
+    def check(self) -> float:
+        """How high the lines under the maps are, in inches."""
+        return LINE * (1 + max(len(column.check.splitlines()) for column in self.shown))
+
+    @property
+    def bar(self) -> float:
+        """How high the scale and its notes are, in inches."""
+        return BAR + LINE * (len(self.notes) - 1)
+
+
+def make_row(
+    explanation: Explanation, index: int, shown: list[Column], look: Look, *, limit: float | None = None
+) -> Row:
+    """Colour the maps of one image, on the scale of the largest number unless another limit is given.
+
+    Raises:
+        ValueError: If errors are asked for and not known.
+    """
+    one = explanation[index]
+    picture = one.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
+    values = np.stack([column.values.numpy() for column in shown])  # (k, rows, cols)
+    largest = symmetric_limit(values) if limit is None else limit
+    return Row(
+        picture=picture,
+        pixels=[overlay(picture, _heat(one, column, look), largest) for column in shown],
+        shown=shown,
+        limit=largest,
+        predicted=one_line(one.top(1)[0][0].label),
+        notes=_notes(explanation, look, largest),
+        look=look,
+    )
+
+
+def draw_rows(rows: Sequence[Row]) -> DescribedFigure:
+    """Place rows below each other; more than five maps of an image take several lines."""
+    most = max(len(row.pixels) for row in rows)
+    lines = -(-most // _ACROSS)
+    across = -(-most // lines)
+    width, height = panel_of(rows[0])
+    line = TITLE + height + max(row.check for row in rows)
+    step = lines * line + max(row.bar for row in rows)
+    down = 2 * MARGIN + len(rows) * step
+    canvas = new_canvas(2 * MARGIN + width + across * (GAP + width), down)
+    for place, row in enumerate(rows):
+        _draw_row(canvas, down - MARGIN - TITLE - place * step, (width, height), row, across, line)
+    return canvas.figure
+
+
+def panel_of(row: Row) -> tuple[float, float]:
+    """Width and height of each panel in inches."""
+    aspect = row.picture.shape[0] / row.picture.shape[1]
+    grid = (row.shown[0].values.shape[0], row.shown[0].values.shape[1])
+    width = panel_for_numbers(grid, aspect, PANEL, _WIDEST) if row.look.numbers else PANEL
+    return width, width * aspect
+
+
+def mark(axes: Axes, column: Column, row: Row) -> None:
+    """Draw on a map what the look asks for."""
+    values = column.values.numpy()
+    if row.look.errors == "hatch":
+        assert column.errors is not None, "make_row has looked"
+        hatch(axes, np.abs(values) < _SURE * column.errors.numpy())
+    if row.look.contour is not None:
+        outline(axes, strongest(values, row.look.contour))
+    if row.look.numbers:
+        write_numbers(axes, values, row.limit)
+    else:
+        mark_signs(axes, _kept(column, row.look), row.limit)
+
+
+def _draw_row(canvas: Canvas, top: float, panel: tuple[float, float], row: Row, across: int, line: float) -> None:
+    """Draw one image whose panels begin at `top`, `across` maps beside each other on lines that are `line` high."""
+    width, height = panel
+    draw_panel(canvas, MARGIN, top, panel, row.picture, f"predicted\n{fit(row.predicted, width=width)}")
+    first = MARGIN + width + GAP
+    for place, (pixels, column) in enumerate(zip(row.pixels, row.shown, strict=True)):
+        left, upper = first + place % across * (width + GAP), top - place // across * line
+        probability = f"  {column.probability}" if column.probability else ""
+        title = f"{fit(column.label, probability, width=width)}\n{fit(column.total, width=width)}"
+        mark(draw_panel(canvas, left, upper, panel, pixels, title), column, row)
+        canvas.text(left + width / 2, upper - height - 0.06, column.check, SMALL, va="top")
+    beside, lines = min(across, len(row.pixels)), -(-len(row.pixels) // across)
+    middle = first + (beside * (width + GAP) - GAP) / 2
+    draw_bar(canvas, middle, top - height - row.check - (lines - 1) * line, row.limit, row.notes)
+
+
+def _heat(one: Explanation, column: Column, look: Look) -> Floats:
+    """The map of one class, enlarged: (H, W)."""
+    if look.errors is not None and column.errors is None:
+        raise ValueError(
+            f"Standard errors of class {column.label!r} are not known: explain again with refine=256, or leave out "
+            f"errors={look.errors!r}."
+        )
+    kept = torch.from_numpy(_kept(column, look)).float()  # (rows, cols)
+    alone = replace(
+        one, attributions=kept[None, :, :, None], classes=torch.tensor([[column.index]]), standard_errors=None
+    )
+    return alone.heatmap(smooth=look.smooth)
+
+
+def _kept(column: Column, look: Look) -> Floats:
+    """What is coloured of each number: (rows, cols); with "opacity" the end of its interval that is nearer to zero."""
+    values = column.values.numpy()
+    if look.errors != "opacity":
+        return values
+    assert column.errors is not None, "make_row has looked"
+    return np.sign(values) * np.maximum(0, np.abs(values) - _SURE * column.errors.numpy())
+
+
+def _notes(explanation: Explanation, look: Look, limit: float) -> list[str]:
+    power = exponent(limit)
+    found = [unit(explanation) + (", smoothed" if look.smooth else "")]
+    if look.numbers and power:
+        found.append(f"numbers \N{MULTIPLICATION SIGN} 10{superscript(power)}")
+    if look.contour is not None:
+        found.append(f"outlined: strongest {100 * look.contour:g} % of patches")
+    if look.errors == "hatch":
+        found.append("hatched: 95 % interval holds zero")
+    if look.errors == "opacity":
+        found.append("coloured: what the 95 % interval leaves sure")
+    return found
