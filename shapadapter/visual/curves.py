@@ -57,6 +57,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
                 _draw_line(axes, method, curves[method][kind], colour, dashes, imputed=kind.startswith("road"))
         title, below = _PANELS[kind]
         axes.set(title=title, xlabel=below, xlim=(0, 1))
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))  # curves are compared by the area below them
         axes.set_ylabel(
             "share still predicted alike" if kind.startswith("road") else f"{value} of the explained class"
         )

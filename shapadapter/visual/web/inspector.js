@@ -1,5 +1,6 @@
 // The image that is shown large: its classes, its map, and the two sliders.
 
+const UNIT = byId("unit").textContent;
 const state = { image: 0, place: 0, other: -1, strongest: 100, added: 0, held: null };
 let view, sums, order, cells = [];
 
@@ -84,6 +85,7 @@ function showMap(whole) {
   [...byId("other").options].forEach(option => { option.disabled = Number(option.value) === state.place; });
   byId("shown").textContent = `${view.label}${view.total ? `, ${view.total}` : ""}`;
   byId("check").textContent = view.check;
+  byId("unit").textContent = state.other < 0 ? UNIT : `${UNIT}, of the one class minus that of the other`;
   byId("map").setAttribute("aria-label", `What each patch says for ${view.label}${view.total ? `, ${view.total}` : ""}`);
   const [low, , high] = document.querySelector(".ticks").children;
   low.textContent = view.limit ? plain(-view.limit) : "0";
