@@ -76,7 +76,13 @@ def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
         # 1 is perfect; the first steps may be far below 0, and must not flatten all others.
         axes.set_ylim(max(min(0.0, *values), -1.0) - 0.03, 1.02)
     elif min(values) > 0 and max(values) > 10 * min(values):
+        # Here, not above: matplotlib is an extra.
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _in_words(name: str, way: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]]) -> str:
