@@ -53,10 +53,10 @@ def test_what_the_demo_leaves_can_be_evaluated(tmp_path):
     from shapadapter.demo.pictures import save_pictures
     from shapadapter.evaluation.checkpoint import labelled_images
 
-    scenes = build_digits(0, 250)
+    scenes = build_digits(0, 500)
     save_pictures(scenes, tmp_path)
     rows = labelled_images(tmp_path / "test", list(NAMES), tmp_path / "masks")
-    assert sorted(row["label"] for row in rows) == sorted(4 * list(range(10)))
+    assert sorted(row["label"] for row in rows) == sorted(10 * list(range(10)))
     first = scenes.split()[1][0]
     (row,) = [row for row in rows if row["image"].endswith("/0.png")]
     assert row["label"] == scenes.labels[first]

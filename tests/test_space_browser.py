@@ -20,6 +20,7 @@ from spaces import NAMES, expected_map, noise, write_checkpoint
 
 from shapadapter import explain, load
 from shapadapter.hub.space import write_space
+from shapadapter.visual.wording import one_line
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -140,7 +141,7 @@ def test_a_visitor(visit, tmp_path):
     page.wait_for_selector(".classes button")
     assert page.locator(".classes .share").all_inner_texts() == [f"{100 * one.probability:.1f} %" for one in best]
     shown = page.locator(".classes .name").all_inner_texts()
-    assert [" ".join(text.split()) for text in shown] == [" ".join(one.label.split()) for one in best]
+    assert [" ".join(text.split()) for text in shown] == [one_line(one.label) for one in best]
     drawn(visit, expected_map(explanation, best[0].index, limit))
     assert picture_of(visit, "original").shape == (512, 512, 3)
 

