@@ -74,6 +74,7 @@ def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
 
     @wraps(theirs)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped method, with what it wraps as its first argument."""
         return ours(self, theirs, *args, **kwargs)
 
     method._of_shapadapter = True  # type: ignore[attr-defined]

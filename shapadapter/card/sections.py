@@ -39,6 +39,7 @@ def merged(text: str, sections: Mapping[str, str]) -> str:
     """
 
     def renewed(match: re.Match[str]) -> str:
+        """A section as it is to be: new if nobody has touched it."""
         name, sign, old = match.groups()
         return _marked(name, sections[name]) if name in sections and digest(old) == sign else match[0]
 

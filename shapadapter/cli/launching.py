@@ -47,6 +47,7 @@ def _ends_as_interruptions() -> Iterator[None]:
     """Take what a cluster or a closed terminal sends for a Ctrl-C; what is ignored (`nohup`) stays so."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        """Answer a signal as Python answers Ctrl-C."""
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

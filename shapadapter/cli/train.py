@@ -124,6 +124,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
             raise typer.BadParameter(unknown(name.replace("_", "-"), known | {"launch", "json"}, "There is"))
 
     def refuse(message: str) -> None:
+        """Say as typer does what argparse has to object."""
         raise typer.BadParameter(message)
 
     script.error = refuse

@@ -116,6 +116,7 @@ def _runner(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
+        """The outputs for images (B, C, H, W), by name."""
         found: list[Any] = session.run(names, {"pixel_values": np.ascontiguousarray(pixels.numpy())})
         return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 

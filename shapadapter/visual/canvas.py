@@ -133,6 +133,7 @@ def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE)
     measure, font = TextToPath(), FontProperties(size=size, family=families())
 
     def fits(count: int) -> bool:
+        """Whether so many letters of the name leave room for the rest."""
         line = _line(name, name[:count], rest)
         return bool(measure.get_text_width_height_descent(line, font, False)[0] <= width / POINT)
 

@@ -122,6 +122,7 @@ class _Running:
         self.mean = self.squares = self.picture = torch.zeros(())
 
     def add(self, values: Tensor, picture: Tensor) -> None:
+        """Count one more map (rows, cols) and its picture (H, W, 3); Welford's running mean and squared distances."""
         self.count += 1
         step = values - self.mean  # (rows, cols)
         self.mean = self.mean + step / self.count
