@@ -118,6 +118,8 @@ def main(task: str, folder: str) -> None:
         found = fsdp(folder) if task == "fsdp" else zero(folder, int(task.removeprefix("zero")))
     if PartialState().is_main_process:
         torch.save(found, f"{folder}/found.pt")
+    # Gloo's threads would meet a closing interpreter.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_data
+from accelerate.state import PartialState
 test_data.on_two_processes({folder!r})
+PartialState().destroy_process_group()  # else gloo's threads may meet a closing interpreter
 """
 
 

@@ -49,6 +49,7 @@ torch.save(drawn, {folder!r} + f"/drawn-{{trainer.args.process_index}}.pt")
 if trainer.is_world_process_zero():
     from test_trainer import trained
     torch.save(trained(trainer.model), {folder!r} + "/weights.pt")
+trainer.accelerator.end_training()  # else gloo's threads may meet a closing interpreter
 """
 
 

@@ -151,6 +151,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset_name)
+    trainer.accelerator.end_training()  # torch may abort a process that ends with its group open
 
 
 def parser() -> Any:
