@@ -228,3 +228,18 @@ def test_measures_stand_above_the_images(tmp_path):
     # From 0 to 1 along straight lines, in a frame from -0.1 to 1.1.
     assert lines[0] == "M0.0 146.7L150.0 80.0L300.0 13.3"
     assert "Evaluation" not in read(write_page(make(), tmp_path / "plain.html"))[1].words
+
+
+def test_measured_curves_differ_without_their_colours(tmp_path):
+    points = tuple(Interval(x, x - 0.1, x + 0.1, 9) for x in (0.0, 0.5, 1.0))
+    names = ["shapadapter", "a", "b", "c", "d", "random", "centre"]
+    curves = {name: {"insertion": points, "deletion": points} for name in names}
+    del curves["a"]["insertion"]
+    _, page = read(write_page(make(), tmp_path / "why.html", measures=Measures(curves=curves)))
+    drawn = [(attrs["stroke"], attrs["stroke-dasharray"]) for attrs in page.all("path") if "stroke-dasharray" in attrs]
+    insertion, listed, deletion, listed_too = drawn[:6], drawn[6:12], drawn[12:19], drawn[19:]
+    assert insertion[::-1] == listed
+    assert deletion[::-1] == listed_too
+    assert [*listed[:1], listed_too[1], *listed[1:]] == listed_too  # a method looks the same in both
+    assert len({colour for colour, _ in listed_too}) == len({dashes for _, dashes in listed_too}) == len(names)
+    assert listed_too[0] == ("#ff0d57", "none")

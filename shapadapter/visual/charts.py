@@ -2,32 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 from shapadapter.metrics import Interval
-from shapadapter.visual.maps import RED
+from shapadapter.visual.styles import styles
 
 WIDTH, HEIGHT = 300, 160
 _PANELS = {
     "insertion": ("Insertion, most relevant first", "share of patches present"),
     "deletion": ("Deletion, most relevant first", "share of patches removed"),
 }
-_OWN = "#{:02x}{:02x}{:02x}".format(*RED)
-# Okabe and Ito's colours for readers who see few, without those near the red.
-_OTHERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7")
-_NOTHING = {"random": "#8a8f98", "centre": "#b4b8bf"}
 _FEW = 8  # images, whose interval is not worth a band
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: the method, the area below it as text, the path of the curve and that of its band, colour and dashes."""
+    """One curve: the method, the area below it as text, the path of the curve and that of its band, and how it is drawn."""
 
     method: str
     area: str
     path: str
     band: str
     colour: str
+    width: float
     dashes: str
 
 
@@ -61,18 +57,18 @@ def _chart(kind: str, curves: Mapping[str, Mapping[str, Sequence[Interval]]]) ->
     ends = [end for points in found.values() for point in points for end in _ends(point)]
     low, high = min(*ends, 0.0), max(ends)
     spread = (high - low) or 1.0
-    others = cycle(_OTHERS)
-    lines = []
+    looks = styles(list(curves))
+    lines: list[Line] = []
     for method, points in found.items():
         lows, means, highs = (
             [1 - (value - low) / spread for value in side] for side in zip(*map(_ends, points), strict=True)
         )
         enough = all(point.count >= _FEW for point in points)
-        colour = _OWN if method == "shapadapter" else _NOTHING.get(method) or next(others)
-        dashes = "4 3" if method in _NOTHING else "none"
+        width = 1.6 if lines else 2.4  # the first one is the one that the page is about
+        dashes = " ".join(f"{width * length:.1f}" for length in looks[method].dashes) or "none"
         area = (sum(point.mean for point in points) - (points[0].mean + points[-1].mean) / 2) / (len(points) - 1)
         band = _path(lows) + _path(highs, back=True) + "Z" if enough else ""
-        lines.append(Line(method, f"{area:.2f}", _path(means), band, colour, dashes))
+        lines.append(Line(method, f"{area:.2f}", _path(means), band, looks[method].colour, width, dashes))
     return Chart(*_PANELS[kind], lines=lines, low=f"{low:.2g}", high=f"{high:.2g}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from shapadapter.metrics import Interval
 
 from .canvas import new_figure
-from .maps import RED
+from .styles import Style, styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,12 +21,7 @@ _PANELS = {
     "road_morf": ("ROAD: most relevant imputed", "share of players imputed"),
     "road_lerf": ("ROAD: least relevant imputed", "share of players imputed"),
 }
-FIRST = "#{:02x}{:02x}{:02x}".format(*RED)
 _FEW = 8  # images, whose interval is not worth a band
-_NOTHING = {"random": "0.45", "centre": "0.7"}
-# Okabe and Ito's colours for readers who see few, without those near the red.
-_OTHERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442", "#000000")
-_DASHES = ("-.", ":", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)))
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value: str = "probability") -> Figure:
@@ -52,9 +46,9 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Interval]]], *, value
     down = -(-len(kinds) // across)
     figure = new_figure(figsize=(4.2 * across, 0.4 + 3.4 * down), layout="constrained")
     for axes, kind in zip(figure.subplots(down, across, squeeze=False).flat, kinds, strict=True):
-        for method, (colour, dashes) in _styles(list(curves)).items():
+        for method, style in styles(list(curves)).items():
             if kind in curves[method]:
-                _draw_line(axes, method, curves[method][kind], colour, dashes, imputed=kind.startswith("road"))
+                _draw_line(axes, method, curves[method][kind], style, imputed=kind.startswith("road"))
         title, below = _PANELS[kind]
         axes.set(title=title, xlabel=below, xlim=(0, 1))
         axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))  # curves are compared by the area below them
@@ -81,20 +75,13 @@ def _in_words(curves: Mapping[str, Mapping[str, Sequence[Interval]]], kinds: Seq
     return " ".join(parts)
 
 
-def _styles(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """Colour and dashes of each method, the same in every panel; dashes differ, too, for prints in grey."""
-    known = {"shapadapter": (FIRST, "-"), **{name: (grey, "--") for name, grey in _NOTHING.items()}}
-    # Of 7 colours and 4 dashes, each with its neighbour, 28 methods differ.
-    others = zip(cycle(_OTHERS), cycle(_DASHES), strict=False)
-    return {name: known.get(name) or next(others) for name in methods}
-
-
-def _draw_line(axes: Any, method: str, points: Sequence[Interval], colour: str, dashes: Any, imputed: bool) -> None:
+def _draw_line(axes: Any, method: str, points: Sequence[Interval], style: Style, imputed: bool) -> None:
     """One mean curve, with its band where that is of images enough."""
     count = len(points)
     place = np.arange(1, count + 1) / (count + 1) if imputed else np.linspace(0, 1, count)  # (points,)
     mean, low, high = (np.array([getattr(point, end) for point in points]) for end in ("mean", "low", "high"))
-    axes.plot(place, mean, color=colour, linestyle=dashes, linewidth=1.6, label=method)
+    dashes = (0, style.dashes) if style.dashes else "-"
+    axes.plot(place, mean, color=style.colour, linestyle=dashes, linewidth=1.6, label=method)
     enough = all(point.count >= _FEW for point in points)
     if enough and np.isfinite(low).all() and np.isfinite(high).all():
-        axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(place, low, high, color=style.colour, alpha=0.15, linewidth=0)

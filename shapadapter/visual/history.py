@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .canvas import new_figure
-from .curves import FIRST
+from .styles import FIRST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

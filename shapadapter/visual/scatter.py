@@ -11,8 +11,8 @@ import torch
 from shapadapter.metrics import pearson, relative_l2
 
 from .canvas import new_figure
-from .curves import FIRST
 from .maps import Floats
+from .styles import FIRST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
