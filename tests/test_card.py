@@ -106,6 +106,7 @@ def test_a_card_says_what_is_known_and_writing_it_again_changes_nothing():
         "`AI-Lab/beans`: 1,034 training images, 133 held-out images.",
         "KernelSHAP with 2,048 evaluations, its own error 0.05",
         'shapadapter.load("ada/leaves")',
+        "Red speaks for the class below the map, blue with a dash against it",
         "![Attribution maps](explanations/explanation-1.png)",
         "arXiv:2512.14354",
     ):

@@ -13,6 +13,7 @@ from shapadapter.explanation import Explanation
 from shapadapter.visual import (
     draw_comparison,
     draw_explanation,
+    draw_strip,
     gallery,
     overlay,
     signed_colors,
@@ -93,6 +94,29 @@ def test_overlay_refuses_what_does_not_fit():
         overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2)), 1.0)
     with pytest.raises(ValueError, match="float"):
         overlay(np.zeros((2, 2, 3)), np.zeros((2, 2)), 1.0)
+
+
+# strips
+
+
+def test_signs_of_a_strip_can_be_read_in_grey():
+    """The cards on the Hub show it; one map of 2 x 2 patches beside its picture, on a side of 184 pixels."""
+    values = torch.tensor([[2.0, -2.0], [0.1, -0.1]])[None, :, :, None]
+    one = replace(make()[:1], attributions=values, classes=torch.tensor([[3]]))
+    one = replace(one, images=torch.full((1, 32, 32, 3), 128, dtype=torch.uint8))
+    grey = np.asarray(draw_strip(one).convert("L"), float)[8:192, 200:384]
+    (plus, minus), (weak, weaker) = ([half[:, :92], half[:, 92:]] for half in (grey[:92], grey[92:]))
+    assert abs(np.median(plus) - np.median(minus)) < 40  # the colours alone hardly tell
+    assert np.ptp(plus) == np.ptp(weak) == np.ptp(weaker) == 0
+    rows, cols = np.nonzero(minus < np.median(minus) - 40)
+    assert (rows.mean(), cols.mean()) == pytest.approx((45.5, 45.5), abs=1)
+    assert np.ptp(cols) > 4 * np.ptp(rows) > 0
+
+
+def test_a_strip_of_the_smallest_patches_can_be_drawn():
+    fine = make(rows=100)[:1]
+    assert draw_strip(fine, height=30).size[1] > 30
+    assert draw_strip(replace(fine, attributions=torch.zeros(1, 100, 100, 3))).size[1] > 30
 
 
 # wording
@@ -282,3 +306,4 @@ def test_missing_matplotlib_says_what_to_type(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r'pip install "shapadapter\[plot\]"'):
         draw_explanation(make())
+    assert draw_strip(make()).size[0] > 700  # needs none

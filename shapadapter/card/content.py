@@ -102,7 +102,8 @@ def _pictures(facts: Facts) -> str:
     return "\n\n".join(
         [
             "## What it sees",
-            f"Sample images. Red speaks for {what}, blue against it, no colour is 0; maps of one image share their scale.",
+            f"Sample images. Red speaks for {what}, blue with a dash against it, no colour is 0; maps of one image share "
+            "their scale.",
             *pictures,
         ]
     )

@@ -19,10 +19,13 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 
 WORTH_A_SIGN = 0.15
 """The share of the limit from which a patch is coloured enough for its sign to matter."""
+DARK_BLUE = "#0b2e57"
+"""Of the dash on a patch that speaks against."""
+DASH = (0.32, 0.68)
+"""Where in the patch it begins and ends."""
 # Points. A number of this size is as small as print can be read; its cell has to hold six characters.
 _SMALLEST, _LARGEST = 4.5, 7.5
 _WIDTH_OF_NUMBER = 3.7  # of its size
-_DARK_BLUE = "#0b2e57"
 
 
 def mark_signs(axes: Axes, values: Floats, limit: float) -> None:
@@ -34,9 +37,17 @@ def mark_signs(axes: Axes, values: Floats, limit: float) -> None:
         limit: The number with the full colour.
     """
     height, width = _patch(axes, values)
-    chosen = np.argwhere(values < -WORTH_A_SIGN * limit) if limit > 0 else np.empty((0, 2))
-    lines = [_line((c + 0.32, r + 0.5), (c + 0.68, r + 0.5), height, width) for r, c in chosen]
-    _draw_lines(axes, lines, _DARK_BLUE, float(np.clip(0.05 * _points(axes, values), 0.4, 1.2)))
+    start, end = DASH
+    lines = [
+        _line((c + start, r + 0.5), (c + end, r + 0.5), height, width)
+        for r, c in np.argwhere(speaks_against(values, limit))
+    ]
+    _draw_lines(axes, lines, DARK_BLUE, float(np.clip(0.05 * _points(axes, values), 0.4, 1.2)))
+
+
+def speaks_against(values: Floats, limit: float) -> Flags:
+    """The patches that bear a dash: (rows, cols) bool of values (rows, cols), with `limit` the number of full colour."""
+    return values < -WORTH_A_SIGN * limit
 
 
 def hatch(axes: Axes, chosen: Flags) -> None:

@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shapadapter.explanation import Explanation
 
-from .maps import overlay, symmetric_limit
+from .maps import Floats, overlay, symmetric_limit
+from .marks import DARK_BLUE, DASH, speaks_against
 from .wording import Column, columns, number, one_line
 
 HEIGHT = 184
@@ -23,6 +24,8 @@ def draw_strip(
     explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "", height: int = HEIGHT
 ) -> Image.Image:
     """Draw one image, and beside it the maps of its likeliest shown classes, which share their colours.
+
+    Patches that speak against a class bear a dash, so that a print in grey can be read.
 
     Args:
         explanation: any explanation.
@@ -64,8 +67,22 @@ def describe(explanation: Explanation, index: int = 0, *, max_classes: int = 3, 
 
 
 def _map(picture: Image.Image, column: Column, limit: float) -> Image.Image:
-    heat = Image.fromarray(column.values.numpy()).resize(picture.size, Image.Resampling.NEAREST)
-    return Image.fromarray(overlay(np.asarray(picture), np.asarray(heat), limit))
+    values = column.values.numpy()
+    heat = Image.fromarray(values).resize(picture.size, Image.Resampling.NEAREST)
+    drawn = Image.fromarray(overlay(np.asarray(picture), np.asarray(heat), limit))
+    _mark(drawn, values, limit)
+    return drawn
+
+
+def _mark(drawn: Image.Image, values: Floats, limit: float) -> None:
+    """Put the dash of the figures on each patch that speaks against: values (rows, cols)."""
+    height, width = drawn.height / values.shape[0], drawn.width / values.shape[1]
+    thick = max(1, round(0.08 * min(height, width)))
+    pen = ImageDraw.Draw(drawn)
+    for row, col in np.argwhere(speaks_against(values, limit)):
+        left, right = (round((col + end) * width) for end in DASH)
+        top = round((row + 0.5) * height - thick / 2)
+        pen.rectangle((left, top, max(left, right - 1), top + thick - 1), fill=DARK_BLUE)
 
 
 def _texts(column: Column) -> tuple[str, str]:
