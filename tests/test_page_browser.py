@@ -255,9 +255,45 @@ def test_light_dark_phone_and_print(opened):
     assert sum(numbers(light)) > sum(numbers(dark)) + 300
     page.locator("#theme").click()
     assert page.evaluate(paper) == dark
+    for theme in ("dark", "system"):
+        assert page.locator("#theme").inner_text() == f"Theme: {theme}"
+        page.emulate_media(media="print")
+        assert page.evaluate(paper) == "rgb(255, 255, 255)"
+        assert not page.locator("#strongest").is_visible()
+        page.emulate_media(media="screen")
+        page.locator("#theme").click()
+
+
+def marked(page):
+    """The signs that are seen on the map, and how many dashes on the small maps of the gallery."""
+    signs = page.locator("[role=gridcell]").evaluate_all(
+        """cells => cells.map(cell => getComputedStyle(cell, "::after"))
+            .map(mark => mark.display === "none" || mark.content === "none" ? "" : mark.content.replaceAll('"', ""))"""
+    )
+    dashes = page.locator(".thumb path").evaluate_all("paths => paths.map(path => path.getAttribute('d'))")
+    seen = page.locator(".thumb svg").evaluate_all("all => all.map(one => getComputedStyle(one).display !== 'none')")
+    return signs, [path.count("M") if shown else 0 for path, shown in zip(dashes, seen, strict=True)]
+
+
+def test_signs_are_marked_where_colours_may_not_tell(opened, explanation):
+    page = opened()
+    page.locator("#order").select_option("given")
+    best = [explanation.attributions[i, :, :, columns_of(explanation, i)[0]].flatten() for i in range(4)]
+    worth = [0.15 * explanation.attributions[i].abs().max() for i in range(4)]
+    signs = ["" if abs(value) < worth[0] else "+" if value > 0 else "\u2212" for value in best[0]]
+    asked = signs, [int((values < -least).sum()) for values, least in zip(best, worth, strict=True)]
+    assert {"", "+", "\u2212"} == set(signs)
+    assert marked(page) == ([""] * 16, [0] * 4)
     page.emulate_media(media="print")
-    assert page.evaluate(paper) == "rgb(255, 255, 255)"
-    assert not page.locator("#strongest").is_visible()
+    assert marked(page) == asked
+    page.emulate_media(media="screen", contrast="more")
+    page.locator("main.signs").wait_for()  # browsers tell of the wish with the next frame
+    assert marked(page) == asked
+    page.get_by_label("Mark + and").uncheck()
+    assert marked(page) == ([""] * 16, [0] * 4)
+    page = opened(contrast="more")
+    assert page.get_by_label("Mark + and").is_checked()
+    assert any(marked(page)[0])
 
 
 def test_hostile_names_are_shown_and_never_run(opened):
@@ -269,7 +305,7 @@ def test_hostile_names_are_shown_and_never_run(opened):
     assert "</script><script>alert(2)</script>" in page.locator("#heading").inner_text()
     page.locator("#other").select_option(index=2)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert page.locator("script, img, svg").count() == 2 + 2 * 4 + 2 + 2
+    assert page.locator("script, img, svg").count() == 2 + 3 * 4 + 2 + 2
     # Even what would get in could not run.
     blocked = page.evaluate(
         "new Promise(done => { document.addEventListener('securitypolicyviolation', e => done(e.violatedDirective));"

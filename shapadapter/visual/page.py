@@ -17,6 +17,7 @@ from shapadapter.metrics import Interval
 from shapadapter.visual.charts import charts
 from shapadapter.visual.entries import entry
 from shapadapter.visual.maps import BLUE, RED
+from shapadapter.visual.marks import WORTH_A_SIGN
 from shapadapter.visual.wording import one_line, unit
 
 SCRIPTS = ("numbers.js", "map.js", "buildup.js", "inspector.js", "gallery.js", "start.js")
@@ -116,6 +117,7 @@ def write_page(
             "images": [image.data for image in images],
             "red": RED,
             "blue": BLUE,
+            "worth": WORTH_A_SIGN,
             "sums": bool(parts) and all(part.sums_to_logits for part in parts),
         },
         unit=unit(parts[0]) if parts else "",

@@ -10,8 +10,9 @@ function drawThumbs() {
     const frame = make("span", "", { class: "thumb faint" });
     const copy = make("img", "", { alt: "" }), canvas = make("canvas", "", { "aria-hidden": "true" });
     copy.src = thumbs[number].src;
-    paint(canvas, chosenMap(image, 0, -1));
-    frame.append(copy, canvas);
+    const map = chosenMap(image, 0, -1);
+    paint(canvas, map);
+    frame.append(copy, canvas, dashes(map));
     thumbs[number].parentElement.after(frame);
     for (const part of [frame, thumbs[number].parentElement]) {
       part.style.width = `${3.7 * Math.min(image.width / image.height, 1)}rem`;

@@ -95,7 +95,7 @@ function showMap(whole) {
   cells.forEach((cell, player) => {
     const spread = view.errors ? ` ${within(view.errors[player])}` : "";
     const value = view.values[player];
-    cell.dataset.sign = Math.abs(value) < 0.2 * view.limit || value === 0 ? "" : value > 0 ? "+" : MINUS;
+    cell.dataset.sign = Math.abs(value) < data.worth * view.limit || value === 0 ? "" : value > 0 ? "+" : MINUS;
     cell.setAttribute("aria-label", `${placeOf(player, view)}: ${exact(value)}${spread}`);
   });
   slide();

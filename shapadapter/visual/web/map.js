@@ -37,6 +37,19 @@ function outline(inside, rows, cols) {
   return path;
 }
 
+/** A dash on each player that clearly speaks against, as in figures: where there is no colour, red and blue are alike. */
+function dashes({ rows, cols, values, limit }) {
+  const drawn = values.map((value, player) => value < -data.worth * limit
+    ? `M${(player % cols + 0.32).toFixed(2)} ${Math.floor(player / cols) + 0.5}h.36` : "").join("");
+  const [svg, path] = ["svg", "path"].map(tag => document.createElementNS(byId("contour").namespaceURI, tag));
+  svg.setAttribute("viewBox", `0 0 ${cols} ${rows}`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  path.setAttribute("d", drawn);
+  svg.append(path);
+  return svg;
+}
+
 /** A new element with text in it; text never becomes markup. */
 function make(tag, text = "", attributes = {}) {
   const element = document.createElement(tag);

@@ -1,11 +1,18 @@
 // Light and dark, and what happens when something is touched.
 
 const THEMES = ["", "light", "dark"], SAID = { "": "system", light: "light", dark: "dark" };
+const contrast = matchMedia("(prefers-contrast: more)");
 
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
   byId("theme").textContent = `Theme: ${SAID[theme]}`;
+}
+
+/** Mark the signs for those who cannot tell red from blue; a print does so by itself. */
+function setSigns(shown) {
+  byId("signs").checked = shown;
+  document.querySelector("main").classList.toggle("signs", shown);
 }
 
 const at = event => cells.indexOf(event.target.closest("[role=gridcell]"));
@@ -22,7 +29,7 @@ function listen() {
       slide();
     });
   }
-  byId("signs").addEventListener("change", event => map.classList.toggle("signs", event.target.checked));
+  byId("signs").addEventListener("change", event => setSigns(event.target.checked));
   byId("other").addEventListener("change", event => {
     state.other = Number(event.target.value);
     showMap(true);
@@ -50,10 +57,13 @@ function listen() {
   });
 }
 
+for (const hue of ["red", "blue"]) document.documentElement.style.setProperty(`--${hue}`, `rgb(${data[hue]})`);
 drawThumbs();
 fillClasses();
 arrange();
 listen();
 setTheme("");
+setSigns(contrast.matches);
+contrast.addEventListener("change", () => setSigns(contrast.matches));
 byId("theme").hidden = false;
 openImage(visible()[0]);
