@@ -260,7 +260,10 @@ def test_light_dark_phone_and_print(opened):
         page.emulate_media(media="print")
         assert page.evaluate(paper) == "rgb(255, 255, 255)"
         assert not page.locator("#strongest").is_visible()
+        assert not page.get_by_text("Point at a patch").is_visible()
+        assert not page.get_by_role("columnheader", name="This patch").is_visible()
         page.emulate_media(media="screen")
+        assert page.get_by_text("Point at a patch").is_visible()
         page.locator("#theme").click()
 
 

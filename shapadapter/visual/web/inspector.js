@@ -133,6 +133,7 @@ function read(player) {
   const image = current();
   cells.forEach((cell, other) => cell.classList.toggle("read", other === player));
   const where = player === null ? "" : placeOf(player, view);
+  byId("place").parentElement.classList.toggle("unread", player === null);
   byId("place").textContent = player === null
     ? `Point at a patch for its values${image.classes[0].errors ? " \u00b1 standard error" : ""}, or move with the arrow keys.`
     : `${where[0].toUpperCase()}${where.slice(1)}${state.other < 0 ? "" : `: ${view.label} ${exact(view.values[player])}`}`;
