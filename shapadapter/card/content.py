@@ -48,7 +48,7 @@ def _summary(facts: Facts) -> str:
     lines = [
         f"# {words(facts.title)}",
         f"A vision model that {what} and explains itself in one forward pass: {promise}. They add up: {adds}. They are "
-        "trained to be the Shapley values of the model's own prediction.",
+        "trained towards the Shapley values of the model's own prediction.",
         table(_features(facts), ["", ""]),
     ]
     return "\n\n".join([*lines, *_classes(facts)])
