@@ -29,7 +29,7 @@ from .errors import ImageError, ShapleyError, UnsupportedModelError
 from .explaining import base_of
 from .game import active_layer
 from .images import prepare_images
-from .loading import load
+from .loading import comes_with_code, load
 from .remote import HUB_ERRORS, hub_trouble, is_path
 
 SHOWN_CLASSES = 10
@@ -157,11 +157,16 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name, **options)
         matching = set(config.architectures or ()) & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
         classifier = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not matching
-        maker: Any = AutoModelForImageClassification if classifier else AutoModel
+        own = AutoModelForImageClassification.__name__ in (
+            getattr(config, "auto_map", None) or {}
+        )  # by code of its own
+        maker: Any = AutoModelForImageClassification if classifier or own else AutoModel
         model = maker.from_pretrained(name, use_safetensors=True, **options)
     except ImportError as error:
         raise UnsupportedModelError(str(error)) from error
     except (*HUB_ERRORS, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ShapleyError(comes_with_code(name)) from error
         trouble = None if Path(name).is_dir() else hub_trouble(error, name, options["revision"])
         raise ShapleyError(f"{name} cannot be loaded. {trouble or str(error).splitlines()[0]}") from error
     try:

@@ -153,7 +153,10 @@ def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tupl
     if not recorded:
         raise ShapleyError(f"The adapter {name} does not name its base model. Say where it is: base=...")
     if folder == Path(name):
-        return find_base(folder, str(recorded)), config.revision
+        try:
+            return find_base(folder, str(recorded)), config.revision
+        except ShapleyError as error:
+            raise ShapleyError(f"{error} Or say where it is: base=...") from error
     if is_path(str(recorded)):
         raise ShapleyError(
             f"The adapter {name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
@@ -211,11 +214,16 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
             "then load(..., base='base')."
         )
     if "trust_remote_code" in str(error):
-        return (
-            f"The base model {root} comes with code of its own, which would run here. Read it, and if you trust it, "
-            "load(..., trust_remote_code=True)."
-        )
+        return comes_with_code(root)
     return f"The base model {root} of the adapter {name} cannot be loaded: {str(error).splitlines()[0]}"
+
+
+def comes_with_code(base: str) -> str:
+    """What to say where transformers refuses to run the code of a base model."""
+    return (
+        f"The base model {base} comes with code of its own, which would run here. Read it, and if you trust it, "
+        "load(..., trust_remote_code=True)."
+    )
 
 
 def _processor(model: Any, place: str, options: dict[str, Any]) -> Any:
@@ -252,7 +260,7 @@ def find_base(folder: Path, name: str) -> str:
     if is_path(name):
         raise ShapleyError(
             f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
-            f"{folder.parent / path.name}, or say where it is: base=..."
+            f"{folder.parent / path.name}."
         )
     return name
 

@@ -36,6 +36,14 @@ Dtype = Annotated[
         "--dtype", help="float32, bfloat16 or float16; by default as the base was saved.", rich_help_panel=LOADING
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the base model. Read it before.",
+        rich_help_panel=LOADING,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print json and nothing else on the standard output.", rich_help_panel=GENERAL)
 ]

@@ -21,6 +21,7 @@ from .common import (
     Methods,
     Revision,
     Seed,
+    TrustRemoteCode,
 )
 from .reporting import quiet, reporting
 
@@ -28,6 +29,7 @@ EXAMPLE = "shapadapter evaluate out --data photos --output evaluation"
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
     masks: Masks = None,
@@ -42,16 +44,22 @@ def command(
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
     """Measure a fine-tuned model and its explanations, side by side with other methods."""
-    with reporting(json, "Run the command again to go on, if it had an --output.") as say:
+    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say:
         from shapadapter.evaluation import evaluate_checkpoint
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
         settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
-        place: dict[str, Any] = {"base": base, "revision": revision, "device": device}
+        place: dict[str, Any] = {
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
         result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
         say(result.to_dict(), result.table())

@@ -21,6 +21,7 @@ from .common import (
     Methods,
     Revision,
     Seed,
+    TrustRemoteCode,
 )
 from .naming import printable
 from .reporting import quiet, reporting
@@ -36,6 +37,7 @@ CLASSES = 5
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
     masks: Masks = None,
@@ -50,6 +52,7 @@ def command(
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -57,14 +60,19 @@ def command(
 
     A second run with the same --output takes what has been measured from there.
     """
-    with reporting(json, "Run the command again to go on.") as say:
+    with reporting(context, json, "Run the command again to go on.") as say:
         from shapadapter.evaluation import evaluate_checkpoint
         from shapadapter.loading import load
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
         settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
-        place: dict[str, Any] = {"base": base, "revision": revision, "device": device}
+        place: dict[str, Any] = {
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
         result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
         loaded = load(checkpoint, **place)
         page = _page(loaded, checkpoint, data, result, output / "report.html", shown, seed)

@@ -35,6 +35,7 @@ def evaluate_checkpoint(
     base: str | None = None,
     revision: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Evaluation:
     """Load an adapter and images, evaluate, and write the results.
@@ -49,6 +50,7 @@ def evaluate_checkpoint(
         base: the base model, if it is not where the adapter says.
         revision: branch, tag or commit of the adapter on the Hub.
         device: where to run; a GPU by default, if there is one.
+        trust_remote_code: whether a base with code of its own may run it here.
         **settings: further arguments of `evaluate`.
 
     Raises:
@@ -63,7 +65,9 @@ def evaluate_checkpoint(
             raise ShapleyError(unknown(name))
     if output is not None:
         _check_output(output, checkpoint)
-    model, processor = load(checkpoint, base=base, revision=revision, device=device)
+    model, processor = load(
+        checkpoint, base=base, revision=revision, device=device, trust_remote_code=trust_remote_code
+    )
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
