@@ -64,3 +64,12 @@ def test_a_base_before_it_is_wrapped(trace):
     assert not trace.exists()
     found = json.loads(run("inspect", base, "--json", TYPED).stdout)
     assert (found["family"], found["model_class"], found["supported"]) == ("own", "OwnModel", True)
+
+
+@pytest.mark.parametrize("trace", ["a folder"], indirect=True)
+def test_no_code_is_pushed(trace, online):
+    said = run("push", "out", "ada/on-code", "--base-repo", "ada/its-base", code=1).stderr
+    assert "comes with code of its own (own.py), which is not pushed" in said
+    assert "hf upload" in said
+    assert not trace.exists()
+    assert not {("model", "ada/on-code"), ("model", "ada/its-base")} & set(online.repos)
