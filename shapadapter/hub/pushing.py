@@ -15,7 +15,8 @@ from peft.utils import CONFIG_NAME
 
 from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
-from shapadapter.loading import find_base, load, read_config
+from shapadapter.loading import find_base, load
+from shapadapter.locating import AdapterFiles
 from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, forget_places, hub_trouble
 
 
@@ -58,7 +59,7 @@ def push(
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
-    config = read_config(folder, str(folder))
+    config = AdapterFiles(str(folder), folder).config()
     base = _local_base(folder, config, base_repo_id)
     api = HfApi(token=token, library_name="shapadapter")
     with _staged(folder, ADAPTER_FILES) as staged:

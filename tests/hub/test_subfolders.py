@@ -1,0 +1,139 @@
+"""Adapters of other names than "default": PEFT saves and pushes each in a folder of its name, and `load` finds it there."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from PIL import Image
+from server import OWNER, TOKEN
+from tiny import BASE
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import shapadapter
+from shapadapter import ShapleyConfig, ShapleyError
+from shapadapter.hub import push, update_card
+
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def base():
+    return AutoModelForImageClassification.from_pretrained(BASE)
+
+
+def output(model):
+    with torch.no_grad():
+        found = model.eval()(pixel_values=PIXELS)
+    return found.logits, found.attributions
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(output(one), output(other), strict=True))
+
+
+@pytest.fixture
+def repo(online, tmp_path):
+    """A name that no other test uses: the server is one for all."""
+    return f"{OWNER}/{tmp_path.name[:40].strip('_')}"
+
+
+@pytest.fixture
+def named(online):
+    """A model with the adapters `best` and `last`, whose numbers differ; `best` is the active one."""
+    torch.manual_seed(1)
+    model = get_peft_model(base(), ShapleyConfig(r=2), adapter_name="best")
+    model.add_adapter("last", ShapleyConfig(r=2))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".best" in name or ".last" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def alone(named):
+    """A model with the adapter `best` alone."""
+    named.delete_adapter("last")
+    return named
+
+
+def test_saved_is_loaded_bit_for_bit_from_a_folder_and_from_the_hub(online, named, tmp_path, repo):
+    named.save_pretrained(tmp_path / "out")
+    named.push_to_hub(repo, private=True)
+    found = {}
+    for name in ("best", "last"):
+        named.set_adapter(name)
+        for loaded, _ in (
+            shapadapter.load(tmp_path / "out", subfolder=name),
+            shapadapter.load(tmp_path / "out" / name),
+            shapadapter.load(repo, subfolder=name, token=TOKEN),
+        ):
+            assert same(loaded, named)
+        assert same(PeftModel.from_pretrained(base(), repo, subfolder=name), named)
+        found[name], _ = output(named)
+    assert not torch.equal(found["best"], found["last"])
+
+
+def test_no_more_is_fetched_than_needed(online, named, tmp_path, repo):
+    named.push_to_hub(repo)
+    AutoImageProcessor.from_pretrained(BASE, size={"height": 64, "width": 64}).push_to_hub(repo)
+    shutil.rmtree(tmp_path / "home" / "hub")  # what pushing looked up
+    _, processor = shapadapter.load(repo, subfolder="best")
+    assert processor.size["height"] == 64  # that of the repository, and not the base's
+    (snapshot,) = (tmp_path / "home" / "hub").glob(f"models--{OWNER}--{repo.split('/')[1]}/snapshots/*")
+    fetched = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+    assert fetched == ["best/adapter_config.json", "best/adapter_model.safetensors", "preprocessor_config.json"]
+
+
+def test_the_processor_beside_the_adapter_comes_first(online, alone, tmp_path):
+    alone.save_pretrained(tmp_path)
+    for place, side in ((tmp_path, 64), (tmp_path / "best", 96)):
+        AutoImageProcessor.from_pretrained(BASE, size={"height": side, "width": side}).save_pretrained(place)
+        assert shapadapter.load(tmp_path, subfolder="best")[1].size["height"] == side
+
+
+def test_where_there_is_none_at_the_top_the_subfolders_are_named(online, alone, tmp_path, repo):
+    alone.push_to_hub(repo, private=True)
+    alone.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "best").rename(tmp_path / "out" / "other")
+    alone.save_pretrained(tmp_path / "out")
+    for load in (lambda: shapadapter.load(repo, token=TOKEN), lambda: shapadapter.load(repo, subfolder="bset")):
+        with pytest.raises(ShapleyError, match="holds no adapter") as caught:
+            load()
+        assert f" There is one in {repo}/best. Say which: load(..., subfolder='best')." in str(caught.value)
+    for load in (lambda: shapadapter.load(tmp_path / "out"), lambda: push(tmp_path / "out", repo)):
+        with pytest.raises(ShapleyError, match="holds no adapter") as caught:
+            load()
+        assert str(caught.value).endswith(f" There are some in {tmp_path}/out/best, {tmp_path}/out/other.")
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["", ".", "..", "../out", "best/../../x", "/etc", "\\etc", "best\\..\\..", "c:best"]
+)
+def test_a_subfolder_is_inside(online, alone, tmp_path, subfolder):
+    alone.save_pretrained(tmp_path)
+    for place in (tmp_path, f"{OWNER}/never-asked"):
+        with pytest.raises(ShapleyError, match="is no folder inside another one"):
+            shapadapter.load(place, subfolder=subfolder)
+    assert not any("never-asked" in path for _, path, _ in online.requests)
+
+
+def test_signs_of_patterns_are_letters(online, alone, repo):
+    alone.push_to_hub(repo)
+    files = online.files(repo)
+    more = {path.replace("best/", f"{place}/"): data for path, data in files.items() for place in ("b[1]", "b1")}
+    online.add(f"{OWNER}/signs", more)
+    assert same(shapadapter.load(f"{OWNER}/signs", subfolder="b[1]")[0], alone)
+    with pytest.raises(ShapleyError, match="holds no adapter"):
+        shapadapter.load(f"{OWNER}/signs", subfolder="b*")
+
+
+def test_a_pickle_in_a_subfolder_is_one(online, alone, tmp_path):
+    alone.save_pretrained(tmp_path, safe_serialization=False)
+    online.add(f"{OWNER}/pickled", tmp_path, private=True)
+    for place in (tmp_path, f"{OWNER}/pickled"):
+        with pytest.raises(ShapleyError, match=r"/best holds no adapter_model\.safetensors.* is a pickle"):
+            shapadapter.load(place, subfolder="best", token=TOKEN)
