@@ -137,3 +137,59 @@ def test_a_pickle_in_a_subfolder_is_one(online, alone, tmp_path):
     for place in (tmp_path, f"{OWNER}/pickled"):
         with pytest.raises(ShapleyError, match=r"/best holds no adapter_model\.safetensors.* is a pickle"):
             shapadapter.load(place, subfolder="best", token=TOKEN)
+
+
+def test_the_cards_of_a_push_say_how_it_is_loaded(online, named, repo):
+    named.push_to_hub(repo, revision="v2", tags=["mine"])
+    cards = {path: data.decode() for path, data in online.files(repo, "v2").items() if path.endswith("README.md")}
+    assert set(cards) == {"README.md", "best/README.md", "last/README.md"}
+    for path, card in cards.items():
+        name = path.split("/")[0] if "/" in path else "best"
+        assert f'shapadapter.load("{repo}", subfolder="{name}", revision="v2")' in card
+        assert "pipeline(" not in card
+        assert "More Information Needed" not in card
+        assert card.startswith("---\n")
+    assert "- mine" in cards["README.md"]
+    code = re.search(r"^model, processor = .*$", cards["last/README.md"], re.MULTILINE)[0]
+    said = {"shapadapter": shapadapter}
+    exec(code, said)
+    named.set_adapter("last")
+    assert same(said["model"], named)
+
+
+def test_what_was_written_into_the_cards_stays(online, alone, repo):
+    alone.push_to_hub(repo)
+    cards = {path: data for path, data in online.files(repo).items() if path.endswith("README.md")}
+    edited = {path: data + b"\nTaken with care.\n" for path, data in cards.items()}
+    online.add(repo, {**online.files(repo), **edited})
+    alone.push_to_hub(repo)
+    assert all(b"Taken with care." in online.files(repo)[path] for path in edited)
+
+
+def test_pictures_are_pushed_with_the_card_that_the_hub_shows(online, alone, tmp_path, repo):
+    alone.save_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    update_card(tmp_path / "best", images=[Image.fromarray(pixels)])
+    model = PeftModel.from_pretrained(base(), tmp_path, subfolder="best", adapter_name="best")
+    model.push_to_hub(repo)
+    files = online.files(repo)
+    (picture,) = [path for path in files if path.startswith("explanations/")]
+    assert f"]({picture})" in files["README.md"].decode()
+    assert "](explanations/" not in files["best/README.md"].decode()
+    assert sorted({path.split("/")[0] for path in files}) == ["README.md", "best", "explanations"]
+
+
+def test_a_default_adapter_has_the_card_at_the_top(online, repo):
+    model = get_peft_model(base(), ShapleyConfig(r=2))
+    model.add_adapter("best", ShapleyConfig(r=2))
+    model.push_to_hub(repo)
+    files = online.files(repo)
+    assert f'load("{repo}")' in files["README.md"].decode()
+    assert f'load("{repo}", subfolder="best")' in files["best/README.md"].decode()
+
+
+def test_a_base_that_nobody_else_has_is_warned_of(online, repo, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    here = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="a folder on this computer"):
+        get_peft_model(here, ShapleyConfig(r=2), adapter_name="best").push_to_hub(repo)
