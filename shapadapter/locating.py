@@ -44,7 +44,7 @@ class AdapterFiles:
     @property
     def name(self) -> str:
         """What the adapter is called in messages."""
-        return f"{self.source.rstrip('/')}/{self.subfolder}" if self.subfolder else self.source
+        return called(self.source, self.subfolder)
 
     @property
     def fetched(self) -> bool:
@@ -61,7 +61,7 @@ class AdapterFiles:
         file = self.folder / CONFIG_NAME
         if not file.is_file():
             raise ShapleyError(
-                f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self._elsewhere()}"
+                f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
             )
         try:
             kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
@@ -89,8 +89,8 @@ class AdapterFiles:
             "Ask for a safetensors file: model.save_pretrained(folder) writes one."
         )
 
-    def _elsewhere(self) -> str:
-        """Where there are adapters instead, and what to type for one of them."""
+    def elsewhere(self) -> str:
+        """Where below the root there are adapters, and what to type for one of them; nothing if there are none."""
         found = sorted(file.removesuffix(f"/{CONFIG_NAME}") for file in self._listed() if f"/{CONFIG_NAME}" in file)
         if not found:
             return ""
@@ -109,6 +109,11 @@ class AdapterFiles:
             return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
         except HUB_ERRORS:
             return []
+
+
+def called(source: str | Path, subfolder: str | None) -> str:
+    """What an adapter in a subfolder is called in what is said and written about it."""
+    return f"{str(source).rstrip('/')}/{subfolder}" if subfolder else str(source)
 
 
 def locate(source: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> AdapterFiles:

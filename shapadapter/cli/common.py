@@ -14,6 +14,14 @@ LOADING, OUTPUT, GENERAL = "Loading", "Output", "General"
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder",
+        help="Where in that folder or repository the adapter is; by default at the top.",
+        rich_help_panel=LOADING,
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(

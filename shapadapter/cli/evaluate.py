@@ -21,6 +21,7 @@ from .common import (
     Methods,
     Revision,
     Seed,
+    Subfolder,
     TrustRemoteCode,
 )
 from .reporting import quiet, reporting
@@ -41,6 +42,7 @@ def command(
         Path | None,
         typer.Option(help="Folder for evaluation.json, table.md and curves.png.", rich_help_panel=OUTPUT),
     ] = None,
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
@@ -56,6 +58,7 @@ def command(
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
         settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
         place: dict[str, Any] = {
+            "subfolder": subfolder,
             "base": base,
             "revision": revision,
             "device": device,

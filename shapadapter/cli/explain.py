@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Base, Checkpoint, Config, Device, Dtype, Json, Revision, TrustRemoteCode
+from .common import OUTPUT, Base, Checkpoint, Config, Device, Dtype, Json, Revision, Subfolder, TrustRemoteCode
 from .naming import find_images, printable
 from .reporting import one_line, quiet, reporting, warn
 
@@ -46,6 +46,7 @@ def command(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
@@ -62,15 +63,18 @@ def command(
     output = output or (None if json else Path("explanations"))
     with reporting(context, json, "The pictures written so far are whole.") as say, ExitStack() as stack:
         from shapadapter.loading import load
+        from shapadapter.locating import called
 
         from .writing import Written
 
         paths = find_images(images)
         quiet()
-        place: dict[str, Any] = {"base": base, "revision": revision, "trust_remote_code": trust_remote_code}
-        model, processor = load(checkpoint, device=device, dtype=dtype, **place)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        place |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, processor = load(checkpoint, **place)
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
-        written = stack.enter_context(Written(output, wanted, checkpoint, say.stream if json else None))
+        name = called(checkpoint, subfolder)
+        written = stack.enter_context(Written(output, wanted, name, say.stream if json else None))
         for path, found in _explained(model, processor, list(paths), batch_size, seed, asked):
             if isinstance(found, Exception):
                 trouble: str | None = written.refuse(path, found)

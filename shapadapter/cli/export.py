@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import Base, Checkpoint, Config, Json, Revision, TrustRemoteCode
+from .common import Base, Checkpoint, Config, Json, Revision, Subfolder, TrustRemoteCode
 from .naming import find_images
 from .reporting import quiet, reporting
 
@@ -30,6 +30,7 @@ def command(
     texts: Annotated[
         list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
     ] = None,
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -45,8 +46,8 @@ def command(
 
         quiet()
         chosen = list(find_images(images))[:MOST_IMAGES]
-        place: dict[str, Any] = {"base": base, "revision": revision, "trust_remote_code": trust_remote_code}
-        model, processor = load(checkpoint, device="cpu", **place)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        model, processor = load(checkpoint, device="cpu", trust_remote_code=trust_remote_code, **place)
         result: Any = _exporter(to)(model, output, images=chosen, processor=processor, texts=texts or None)
         say(result.to_dict(), f"Wrote {result}")
 

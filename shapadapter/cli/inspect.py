@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Base, Config, Device, Json, Revision, TrustRemoteCode
+from .common import Base, Config, Device, Json, Revision, Subfolder, TrustRemoteCode
 from .reporting import one_line, quiet, reporting
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def command(
     checkpoint: Annotated[
         str, typer.Argument(help="Adapter, or base model: a folder, or a name on the Hub.", show_default=False)
     ],
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
@@ -37,8 +38,8 @@ def command(
         from shapadapter.inspecting import inspect
 
         quiet()
-        place: dict[str, Any] = {"base": base, "revision": revision, "trust_remote_code": trust_remote_code}
-        found = inspect(checkpoint, device=device, **place)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        found = inspect(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
         say(found.to_dict(), as_text(found))
     if not found.supported:
         raise typer.Exit(1)

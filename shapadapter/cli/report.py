@@ -21,6 +21,7 @@ from .common import (
     Methods,
     Revision,
     Seed,
+    Subfolder,
     TrustRemoteCode,
 )
 from .naming import printable
@@ -49,6 +50,7 @@ def command(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
     ] = Path("report"),
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
@@ -63,11 +65,13 @@ def command(
     with reporting(context, json, "Run the command again to go on.") as say:
         from shapadapter.evaluation import evaluate_checkpoint
         from shapadapter.loading import load
+        from shapadapter.locating import called
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
         settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
         place: dict[str, Any] = {
+            "subfolder": subfolder,
             "base": base,
             "revision": revision,
             "device": device,
@@ -75,7 +79,7 @@ def command(
         }
         result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
         loaded = load(checkpoint, **place)
-        page = _page(loaded, checkpoint, data, result, output / "report.html", shown, seed)
+        page = _page(loaded, called(checkpoint, subfolder), data, result, output / "report.html", shown, seed)
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
 
 

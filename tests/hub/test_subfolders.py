@@ -1,7 +1,9 @@
 """Adapters of other names than "default": PEFT saves and pushes each in a folder of its name, and `load` finds it there."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from server import OWNER, TOKEN
+from test_cli_push import run
 from tiny import BASE
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -193,3 +196,31 @@ def test_a_base_that_nobody_else_has_is_warned_of(online, repo, tmp_path):
     here = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
     with pytest.warns(UserWarning, match="a folder on this computer"):
         get_peft_model(here, ShapleyConfig(r=2), adapter_name="best").push_to_hub(repo)
+
+
+def test_the_commands_take_a_subfolder(online, named, repo, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    named.push_to_hub(repo)
+    named.save_pretrained("out")
+    Path("photos", "red").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save("photos/red/1.png")
+    found = json.loads(run("explain", repo, "photos", "--subfolder", "last", "--json").stdout)
+    assert found["checkpoint"] == f"{repo}/last"
+    assert found["images"] == json.loads(run("explain", "out/last", "photos", "--json").stdout)["images"]
+    assert found["images"] != json.loads(run("explain", "out/best", "photos", "--json").stdout)["images"]
+    measured = ("--data", "photos", "--images", 1, "--methods", "equal", "--output", "found", "--json")
+    words = json.loads(run("evaluate", repo, "--subfolder", "best", *measured).stdout)
+    assert words["about"]["checkpoint"] == f"{repo}/best"
+    assert (
+        f"Choose another --output for {repo}/last"
+        in run("report", repo, "--subfolder", "last", *measured, code=1).stderr
+    )
+    json.loads(run("report", repo, "--subfolder", "best", *measured).stdout)
+    assert f"{repo}/best on photos" in Path("found/report.html").read_text()
+    exported = ("exported", "--to", "torch", "--images", "photos", "--json")
+    assert json.loads(run("export", repo, *exported, "--subfolder", "last").stdout)["images"] == 1
+    inspected = json.loads(run("inspect", repo, "--subfolder", "last", "--json").stdout)
+    assert (inspected["name"], inspected["adapter"]) == (f"{repo}/last", True)
+    for words in (("explain", repo, "photos"), ("inspect", repo), ("export", repo, *exported)):
+        assert f"{repo}/best, {repo}/last. Say which: --subfolder 'best'." in run(*words, code=1).stderr
