@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter import ShapleyConfig
@@ -91,7 +93,8 @@ class AdapterFiles:
 
     def elsewhere(self) -> str:
         """Where below the root there are adapters, and what to type for one of them; nothing if there are none."""
-        found = sorted(file.removesuffix(f"/{CONFIG_NAME}") for file in self._listed() if f"/{CONFIG_NAME}" in file)
+        end = f"/{CONFIG_NAME}"
+        found = sorted(file.removesuffix(end) for file in self._listed() if file.endswith(end))
         if not found:
             return ""
         there = f" There {'is one' if len(found) == 1 else 'are some'} in "
@@ -100,15 +103,13 @@ class AdapterFiles:
         return f"{there} Say which: load(..., subfolder={found[0]!r})." if self.fetched else there
 
     def _listed(self) -> list[str]:
-        """Paths from the root of adapters' files; of a repository as far as the Hub can be asked."""
-        if not self.fetched:
-            files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)
-            return [path.relative_to(self.root).as_posix() for path in files if path.is_file()]
-        try:
-            # The root is called like the commit.
-            return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
-        except HUB_ERRORS:
-            return []
+        """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
+        if self.fetched:
+            with suppress(*HUB_ERRORS, httpx.HTTPError):
+                # The root is called like the commit.
+                return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
+        files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)
+        return [path.relative_to(self.root).as_posix() for path in files if path.is_file()]
 
 
 def called(source: str | Path, subfolder: str | None) -> str:

@@ -113,6 +113,16 @@ def test_where_there_is_none_at_the_top_the_subfolders_are_named(online, alone, 
         assert str(caught.value).endswith(f" There are some in {tmp_path}/out/best, {tmp_path}/out/other.")
 
 
+@pytest.mark.parametrize("gone", [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_without_a_hub_those_are_named_that_were_fetched(online, alone, repo, monkeypatch, gone):
+    alone.push_to_hub(repo)
+    shapadapter.load(repo, subfolder="best")
+    monkeypatch.setattr(f"huggingface_hub.constants.{gone[0]}", gone[1])
+    assert same(shapadapter.load(repo, subfolder="best")[0], alone)
+    with pytest.raises(ShapleyError, match=r"holds no adapter.* There is one in .*/best"):
+        shapadapter.load(repo)
+
+
 @pytest.mark.parametrize(
     "subfolder", ["", ".", "..", "../out", "best/../../x", "/etc", "\\etc", "best\\..\\..", "c:best"]
 )
