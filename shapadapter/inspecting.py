@@ -29,7 +29,8 @@ from .errors import ImageError, ShapleyError, UnsupportedModelError
 from .explaining import base_of
 from .game import active_layer
 from .images import prepare_images
-from .loading import load
+from .loading import comes_with_code, load
+from .locating import called, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
 
 SHOWN_CLASSES = 10
@@ -101,6 +102,7 @@ class Inspection:
 def inspect(
     name: str | Path,
     *,
+    subfolder: str | None = None,
     base: str | Path | None = None,
     revision: str | None = None,
     device: str | None = None,
@@ -111,6 +113,7 @@ def inspect(
 
     Args:
         name: a folder, or a name on the Hub.
+        subfolder: where in it the adapter is, as in `load`.
         base: the adapter's base model, as in `load`.
         revision: of the repository.
         device: as in `load`.
@@ -121,9 +124,9 @@ def inspect(
         ShapleyError: there is nothing of that name, or it cannot be loaded.
     """
     options: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    if _is_adapter(str(name), revision, token):
-        model, processor = load(name, base=base, device=device, **options)
-        return _found(Inspection(str(name), True), model, processor)
+    if subfolder is not None or _is_adapter(str(name), revision, token):
+        model, processor = load(name, subfolder=subfolder, base=base, device=device, **options)
+        return _found(Inspection(called(name, subfolder), True), model, processor)
     start = Inspection(str(name), False, base=str(name), versions=_versions(None))
     try:
         bare, processor = _bare(str(name), options)
@@ -157,13 +160,21 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name, **options)
         matching = set(config.architectures or ()) & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
         classifier = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not matching
-        maker: Any = AutoModelForImageClassification if classifier else AutoModel
+        own = AutoModelForImageClassification.__name__ in (
+            getattr(config, "auto_map", None) or {}
+        )  # by code of its own
+        maker: Any = AutoModelForImageClassification if classifier or own else AutoModel
         model = maker.from_pretrained(name, use_safetensors=True, **options)
     except ImportError as error:
         raise UnsupportedModelError(str(error)) from error
     except (*HUB_ERRORS, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ShapleyError(comes_with_code(name)) from error
         trouble = None if Path(name).is_dir() else hub_trouble(error, name, options["revision"])
-        raise ShapleyError(f"{name} cannot be loaded. {trouble or str(error).splitlines()[0]}") from error
+        if trouble is None:
+            below = locate(name, None, options["revision"], options["token"]).elsewhere()
+            trouble = f"{str(error).splitlines()[0]}{below}"
+        raise ShapleyError(f"{name} cannot be loaded. {trouble}") from error
     try:
         return model, AutoImageProcessor.from_pretrained(name, **options)
     except (*HUB_ERRORS, ValueError):

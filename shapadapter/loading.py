@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
-from .adapter import ShapleyConfig
-from .adapter.registration import NAME
-from .errors import CheckpointError, ShapleyError
+from .errors import ShapleyError
 from .game import active_layer
-from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
+from .locating import AdapterFiles, locate
+from .remote import HUB_ERRORS, hub_trouble, is_path
 
 
 def load(
     checkpoint: str | Path,
     *,
+    subfolder: str | None = None,
     base: str | Path | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
@@ -37,6 +35,8 @@ def load(
 
     Args:
         checkpoint: the folder of an adapter, or its name on the Hub.
+        subfolder: where in it the adapter is, if not at the top: PEFT saves one of another name than "default" in a folder
+            of that name. The processor may be beside it, or at the top.
         base: the base model, where it is not to be found under the name the adapter was saved with: a folder, or another
             name on the Hub. Its weights must be the same.
         revision: branch, tag or commit of the adapter's repository; that of the base is written in the adapter.
@@ -55,91 +55,24 @@ def load(
             safetensors.
         CheckpointError: a file is damaged, or the base is not the one the adapter was made for.
     """
-    name, place, kind = str(checkpoint), _device(device), _dtype(dtype)
-    folder = _folder(name, revision, token)
-    config = read_config(folder, name)
-    root, recorded = _root(name, folder, config, base)
+    place, kind = _device(device), _dtype(dtype)
+    files = locate(str(checkpoint), subfolder, revision, token)
+    config = files.config()
+    root, recorded = _root(files, config, base)
     options = {
-        "revision": _pinned(name, root, recorded, token),
+        "revision": _pinned(files.name, root, recorded, token),
         "token": token,
         "trust_remote_code": trust_remote_code,
     }
-    bare = _base_model(name, root, config, {**options, "dtype": kind})
-    model = PeftModel.from_pretrained(bare, str(folder)).eval()
-    own = any((folder / file).is_file() for file in PROCESSOR_FILES[:2])
+    bare = _base_model(files.name, root, config, {**options, "dtype": kind})
+    model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
+    own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
-    processor = _processor(model, str(folder) if own else root, {"trust_remote_code": False} if own else options)
+    processor = _processor(model, str(own or root), options if own is None else {"trust_remote_code": False})
     return model.to(place), processor
 
 
-def _folder(name: str, revision: str | None, token: str | bool | None) -> Path:
-    """Where the adapter's files are, after they were fetched from the Hub if need be.
-
-    Raises:
-        ShapleyError: there is neither such a folder nor such a repository, or the revision is missing.
-    """
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ShapleyError(
-                f"revision={revision!r} is one of a repository on the Hub, but {name} is a folder here."
-            )
-        return Path(name)
-    if is_path(name):
-        raise ShapleyError(f"There is no folder {name}.")
-    wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES]
-    try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
-    except HUB_ERRORS as error:
-        trouble = hub_trouble(error, name, revision)
-        if trouble is None:
-            raise
-        raise ShapleyError(f"{name} is no folder here. {trouble}") from error
-
-
-def read_config(folder: Path, name: str) -> Any:
-    """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there.
-
-    Raises:
-        ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
-        CheckpointError: its configuration is damaged.
-    """
-    if not (folder / CONFIG_NAME).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f" There is one in {folder / inside[-1]}." if inside else ""
-        raise ShapleyError(f"{name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{hint}")
-    try:
-        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{CONFIG_NAME} of {name} is damaged: {error}") from error
-    if kind != NAME:
-        raise ShapleyError(
-            f"{name} is an adapter of type {kind}, not one of shapadapter. Load it with peft.AutoPeftModel."
-        )
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        pickle = WEIGHTS_NAME in _files(folder, name)
-        raise ShapleyError(
-            f"{name} holds no {SAFETENSORS_WEIGHTS_NAME}."
-            + (
-                f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
-                "Ask for a safetensors file: model.save_pretrained(folder) writes one."
-                if pickle
-                else " The adapter is incomplete."
-            )
-        )
-    return ShapleyConfig.from_pretrained(str(folder))
-
-
-def _files(folder: Path, name: str) -> list[str]:
-    """Names of all files of the adapter; of a repository as far as the Hub can be asked."""
-    if folder == Path(name):
-        return [path.name for path in folder.iterdir()]
-    try:
-        return HfApi().list_repo_files(name, revision=folder.name)  # the folder is called like the commit
-    except HUB_ERRORS:
-        return []
-
-
-def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tuple[str, str | None]:
+def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[str, str | None]:
     """Where the base model is, and its revision if it is the one the adapter recorded.
 
     Raises:
@@ -151,12 +84,15 @@ def _root(name: str, folder: Path, config: Any, base: str | Path | None) -> tupl
         return str(base), None
     recorded = config.base_model_name_or_path
     if not recorded:
-        raise ShapleyError(f"The adapter {name} does not name its base model. Say where it is: base=...")
-    if folder == Path(name):
-        return find_base(folder, str(recorded)), config.revision
+        raise ShapleyError(f"The adapter {files.name} does not name its base model. Say where it is: base=...")
+    if not files.fetched:
+        try:
+            return find_base(files.folder, str(recorded)), config.revision
+        except ShapleyError as error:
+            raise ShapleyError(f"{error} Or say where it is: base=...") from error
     if is_path(str(recorded)):
         raise ShapleyError(
-            f"The adapter {name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
+            f"The adapter {files.name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
             "you have that model, say where: base=... Its author can push both: push(folder, repo_id, base_repo_id=...) "
             "of shapadapter.hub."
         )
@@ -211,11 +147,16 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
             "then load(..., base='base')."
         )
     if "trust_remote_code" in str(error):
-        return (
-            f"The base model {root} comes with code of its own, which would run here. Read it, and if you trust it, "
-            "load(..., trust_remote_code=True)."
-        )
+        return comes_with_code(root)
     return f"The base model {root} of the adapter {name} cannot be loaded: {str(error).splitlines()[0]}"
+
+
+def comes_with_code(base: str) -> str:
+    """What to say where transformers refuses to run the code of a base model."""
+    return (
+        f"The base model {base} comes with code of its own, which would run here. Read it, and if you trust it, "
+        "load(..., trust_remote_code=True)."
+    )
 
 
 def _processor(model: Any, place: str, options: dict[str, Any]) -> Any:
@@ -252,7 +193,7 @@ def find_base(folder: Path, name: str) -> str:
     if is_path(name):
         raise ShapleyError(
             f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
-            f"{folder.parent / path.name}, or say where it is: base=..."
+            f"{folder.parent / path.name}."
         )
     return name
 

@@ -138,7 +138,9 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
             "`hf auth login`, or pass token=."
         )
     if code == 403:
-        return f"This token may not write to {repo_id}. Pass one that may as token=, or choose another name."
+        return (
+            f"This token may not write to {repo_id}. Log in as somebody who may, pass token=, or choose another name."
+        )
     return None if code is None else f"The Hub at {constants.ENDPOINT} answered {code} about {repo_id}."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shapadapter.card import CARD, card_for_push, is_ours, read_card, read_config, weights_digest, write_card
+from shapadapter.card import (
+    CARD,
+    PICTURES,
+    card_for_push,
+    is_ours,
+    read_card,
+    read_config,
+    weights_digest,
+    write_card,
+)
 from shapadapter.errors import ImageError
 from shapadapter.remote import warn_of_local_base
 
@@ -91,13 +101,37 @@ def _card_of_peft(model: Any, theirs: Callable[..., None], output_dir: str) -> N
 
 def _upload(model: Any, theirs: Callable[..., Any], working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     folder = Path(working_dir)
+    where: dict[str, Any] = {"revision": kwargs.get("revision"), "token": kwargs.get("token")}
     if (about := read_config(folder)).get("peft_type") == _NAME:
         warn_of_local_base(about.get("base_model_name_or_path"))
-        # What stands there is the repository's card or a form, with the tags that the caller asked for.
-        path = folder / CARD
-        tags = (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
         written = [config.written_card for config in model.peft_config.values() if isinstance(config, ShapleyConfig)]
         start = next((text for place, text in filter(None, written) if place == folder.resolve()), "")
-        revision, token = kwargs.get("revision"), kwargs.get("token")
-        card_for_push(folder, repo_id, revision=revision, token=token, tags=tags, start=start)
+        card_for_push(folder, repo_id, tags=_tags(folder), start=start, **where)
+    if isinstance(model, PeftModel):
+        _cards_below(model, folder, repo_id, where)
     return theirs(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _tags(folder: Path) -> list[str]:
+    """What stands there is the repository's card or a form, with the tags that the caller asked for."""
+    path = folder / CARD
+    return (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
+
+
+def _cards_below(model: PeftModel, folder: Path, repo_id: str, where: dict[str, Any]) -> None:
+    """The cards of adapters of other names than "default", which are saved in folders of their names.
+
+    Without a default one, the card at the top, which is what the Hub shows, is of the active one of them.
+    """
+    configs = model.peft_config
+    named = [name for name, config in configs.items() if name != "default" and isinstance(config, ShapleyConfig)]
+    for name in named:
+        pictures = folder / name / PICTURES
+        if "default" not in configs and name == model.active_adapter:
+            warn_of_local_base(read_config(folder / name).get("base_model_name_or_path"))
+            if pictures.is_dir():
+                pictures.rename(folder / PICTURES)
+            card_for_push(folder, repo_id, subfolder=name, at_top=True, tags=_tags(folder), **where)
+        elif pictures.is_dir():
+            shutil.rmtree(pictures)  # transformers uploads no folders inside of folders
+        card_for_push(folder, repo_id, subfolder=name, **where)

@@ -28,12 +28,14 @@ class Facts:
         name: by which the adapter is loaded, a folder's name or one on the Hub.
         revision: the branch on the Hub, None for the main one.
         pictures: names of the pictures that are there to be shown.
+        subfolder: of what the name means, in which the adapter is; None for the top.
     """
 
     config: Mapping[str, Any]
     name: str
     revision: str | None = None
     pictures: Sequence[str] = ()
+    subfolder: str | None = None
 
     @property
     def record(self) -> Mapping[str, Any]:

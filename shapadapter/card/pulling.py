@@ -20,6 +20,8 @@ def card_for_push(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
+    at_top: bool = False,
     tags: Sequence[str] = (),
     start: str | None = None,
 ) -> None:
@@ -29,26 +31,33 @@ def card_for_push(
     history.
 
     Args:
-        folder: with `adapter_config.json`; a card that is there is the one to be pushed.
+        folder: what becomes the top of the repository; a card that is beside the adapter is the one to be pushed.
         repo_id: where it goes.
         revision: the branch.
         token: as for `huggingface_hub`.
+        subfolder: where in it `adapter_config.json` is; None for the top.
+        at_top: write the repository's own card all the same, about the adapter in the subfolder.
         tags: to be added to the metadata.
         start: the card to be pushed, where the one in the folder is not it.
     """
-    config = read_config(folder)
+    config = read_config(folder / (subfolder or ""))
     if not config:
         return
-    there, pictures = on_hub(repo_id, revision, token)
-    here = read_card(folder / CARD) if start is None else start
+    where = None if at_top else subfolder
+    place = folder / (where or "")
+    there, pictures = on_hub(repo_id, revision, token, where)
+    # What transformers puts at the top of a push is that of the main branch, or a form.
+    here = start if start is not None else None if at_top else read_card(place / CARD)
     branch = None if revision is None or revision.startswith("refs/") else revision
-    if here is not None and there is not None and not _alike(here, there, Facts(config, repo_id, branch, pictures)):
+    facts = Facts(config, repo_id, branch, pictures, subfolder)
+    if here is not None and there is not None and not _alike(here, there, facts):
         _warn_of_edits(here, there, repo_id)
     write_card(
-        folder,
+        place,
         config,
         name=repo_id,
         revision=branch,
+        subfolder=subfolder,
         tags=tags,
         start=_chosen(here, there) or "",
         remote=pictures,
@@ -78,13 +87,16 @@ def _warn_of_edits(here: str, there: str, repo_id: str) -> None:
         )
 
 
-def on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str | None, list[str]]:
-    """The card of a repository, None without one, and the names of its pictures.
+def on_hub(
+    repo_id: str, revision: str | None = None, token: str | bool | None = None, subfolder: str | None = None
+) -> tuple[str | None, list[str]]:
+    """The card of a repository or of a subfolder of it, None without one, and the names of its pictures.
 
     Args:
         repo_id: of the repository.
         revision: a branch; of one that does not exist yet, the main one is what it will begin with.
         token: as for `huggingface_hub`.
+        subfolder: of the repository; None for the top.
     """
     api = HfApi()
     try:
@@ -93,6 +105,8 @@ def on_hub(repo_id: str, revision: str | None = None, token: str | bool | None =
         revision = None
         info = api.model_info(repo_id, token=token)
     files = [file.rfilename for file in info.siblings or []]
-    path = api.hf_hub_download(repo_id, CARD, revision=revision, token=token) if CARD in files else None
-    pictures = [file.removeprefix(f"{PICTURES}/") for file in files if file.startswith(f"{PICTURES}/")]
+    inside = f"{subfolder}/" if subfolder else ""
+    card, shown = f"{inside}{CARD}", f"{inside}{PICTURES}/"
+    path = api.hf_hub_download(repo_id, card, revision=revision, token=token) if card in files else None
+    pictures = [file.removeprefix(shown) for file in files if file.startswith(shown)]
     return (None if path is None else read_card(Path(path))), pictures

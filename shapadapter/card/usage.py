@@ -12,13 +12,14 @@ def usage(facts: Facts) -> str:
     """How to load the adapter, explain an image, and use it in a pipeline."""
     name = _literal(facts.name)
     revision = "" if facts.revision is None else f", revision={_literal(facts.revision)}"
+    place = "" if facts.subfolder is None else f", subfolder={_literal(facts.subfolder)}"
     matching = facts.task == MATCHING
     parts = [
         "## Use",
         "```bash\npip install shapadapter\n```",
-        f"```python\n{_explaining(name, revision, matching)}\n```",
+        f"```python\n{_explaining(name, place + revision, matching)}\n```",
     ]
-    if not matching:
+    if not matching and facts.subfolder is None:  # pipeline() looks at the top only
         parts += [
             "As a pipeline:",
             "```python\n"
@@ -31,11 +32,11 @@ def usage(facts: Facts) -> str:
     return "\n\n".join(parts)
 
 
-def _explaining(name: str, revision: str, matching: bool) -> str:
+def _explaining(name: str, where: str, matching: bool) -> str:
     texts = ', texts=["a cat", "a dog"]' if matching else ", top_k=3"
     return (
         "import shapadapter\n\n"
-        f"model, processor = shapadapter.load({name}{revision})\n"
+        f"model, processor = shapadapter.load({name}{where})\n"
         f'explanation = shapadapter.explain(model, "photo.jpg", processor{texts})\n\n'
         "print(explanation.top(3)[0])  # the likeliest, with logits\n"
         "print(explanation.attributions.shape)  # (images, rows, cols, shown classes)\n"

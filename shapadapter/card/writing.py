@@ -31,6 +31,7 @@ def write_card(
     pictures: Mapping[str, bytes] | None = None,
     name: str | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
     tags: Sequence[str] = (),
     start: str | None = None,
     remote: Collection[str] = (),
@@ -44,6 +45,7 @@ def write_card(
             leaves them alone.
         name: by which the adapter is loaded; by default the folder's own.
         revision: the branch on the Hub.
+        subfolder: of the repository, in which the adapter is; None for the top.
         tags: to be added to the metadata.
         start: the card to go on from; by default the one in the folder.
         remote: pictures that are not in the folder, but where it is going.
@@ -57,7 +59,7 @@ def write_card(
     if pictures is not None:
         _put_pictures(folder / PICTURES, {f: data for f, data in pictures.items() if f in listed}, listed)
     shown = [file for file in listed if (folder / PICTURES / file).is_file() or file in remote]
-    facts = Facts(config, name or folder.resolve().name, revision, shown)
+    facts = Facts(config, name or folder.resolve().name, revision, shown, subfolder)
     try:
         card = updated(here, facts, tags)
     except ValueError as error:

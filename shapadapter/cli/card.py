@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Config, Folder, Json
+from .common import Config, Folder, Json, TrustRemoteCode
 from .naming import find_images
 from .reporting import quiet, reporting
 
@@ -15,6 +15,7 @@ EXAMPLE = "shapadapter card out --evaluation evaluation/evaluation.json --images
 
 
 def command(
+    context: typer.Context,
     checkpoint: Folder,
     evaluation: Annotated[
         Path | None, typer.Option(help="evaluation.json of `shapadapter evaluate`, for the table of results.")
@@ -24,15 +25,16 @@ def command(
         typer.Option(help="An image, or a folder of them, for the pictures of the card; may be repeated."),
     ] = None,
     shown: Annotated[int, typer.Option(help="How many of the images are shown, spread evenly.", min=1)] = 4,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
     """Write the model card of an adapter, with results and pictures; what you wrote in it stays."""
-    with reporting(json) as say:
+    with reporting(context, json) as say:
         from shapadapter.hub.cards import update_card
 
         quiet()
         found = list(find_images(images)) if images else None
         chosen = found and found[:: max(1, len(found) // shown)][:shown]
-        written = update_card(checkpoint, evaluation=evaluation, images=chosen)
+        written = update_card(checkpoint, evaluation=evaluation, images=chosen, trust_remote_code=trust_remote_code)
         say({"card": str(written)}, f"Wrote {written}.")

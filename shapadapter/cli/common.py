@@ -14,6 +14,14 @@ LOADING, OUTPUT, GENERAL = "Loading", "Output", "General"
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder",
+        help="Where in that folder or repository the adapter is; by default at the top.",
+        rich_help_panel=LOADING,
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -34,6 +42,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype", help="float32, bfloat16 or float16; by default as the base was saved.", rich_help_panel=LOADING
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the base model. Read it before.",
+        rich_help_panel=LOADING,
     ),
 ]
 Json = Annotated[

@@ -15,6 +15,7 @@ EXAMPLE = "shapadapter demo --output demo-output"
 
 
 def command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, pictures and the report.")] = Path(
         "demo-output"
     ),
@@ -27,7 +28,7 @@ def command(
 ) -> None:
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
     hint = "What is in the output folder is whole; run the command again to start over."
-    with reporting(json, hint) as say:
+    with reporting(context, json, hint) as say:
         for name in ("datasets", "matplotlib", "mlxtend"):
             if find_spec(name) is None:
                 raise ImportError(f'The demo needs {name}: pip install "shapadapter[demo]"')

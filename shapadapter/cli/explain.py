@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import OUTPUT, Base, Checkpoint, Config, Device, Dtype, Json, Revision
+from .common import OUTPUT, Base, Checkpoint, Config, Device, Dtype, Json, Revision, Subfolder, TrustRemoteCode
 from .naming import find_images, printable
 from .reporting import one_line, quiet, reporting, warn
 
@@ -22,6 +22,7 @@ FORMATS = ("png", "html", "json", "npz")
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
     output: Annotated[
@@ -45,10 +46,12 @@ def command(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -58,16 +61,20 @@ def command(
     """
     wanted = _formats(formats)
     output = output or (None if json else Path("explanations"))
-    with reporting(json, "The pictures written so far are whole.") as say, ExitStack() as stack:
+    with reporting(context, json, "The pictures written so far are whole.") as say, ExitStack() as stack:
         from shapadapter.loading import load
+        from shapadapter.locating import called
 
         from .writing import Written
 
         paths = find_images(images)
         quiet()
-        model, processor = load(checkpoint, base=base, revision=revision, device=device, dtype=dtype)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        place |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, processor = load(checkpoint, **place)
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
-        written = stack.enter_context(Written(output, wanted, checkpoint, say.stream if json else None))
+        name = called(checkpoint, subfolder)
+        written = stack.enter_context(Written(output, wanted, name, say.stream if json else None))
         for path, found in _explained(model, processor, list(paths), batch_size, seed, asked):
             if isinstance(found, Exception):
                 trouble: str | None = written.refuse(path, found)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import Base, Checkpoint, Config, Json, Revision
+from .common import Base, Checkpoint, Config, Json, Revision, Subfolder, TrustRemoteCode
 from .naming import find_images
 from .reporting import quiet, reporting
 
@@ -16,6 +16,7 @@ MOST_IMAGES = 32
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder for the files.", show_default=False)],
     images: Annotated[
@@ -29,8 +30,10 @@ def command(
     texts: Annotated[
         list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
     ] = None,
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -38,12 +41,13 @@ def command(
 
     What the file computes is compared with the model on the images, and nothing is written if it differs.
     """
-    with reporting(json) as say:
+    with reporting(context, json) as say:
         from shapadapter.loading import load
 
         quiet()
         chosen = list(find_images(images))[:MOST_IMAGES]
-        model, processor = load(checkpoint, base=base, revision=revision, device="cpu")
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        model, processor = load(checkpoint, device="cpu", trust_remote_code=trust_remote_code, **place)
         result: Any = _exporter(to)(model, output, images=chosen, processor=processor, texts=texts or None)
         say(result.to_dict(), f"Wrote {result}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Base, Config, Device, Json, Revision
+from .common import Base, Config, Device, Json, Revision, Subfolder, TrustRemoteCode
 from .reporting import one_line, quiet, reporting
 
 if TYPE_CHECKING:
@@ -18,12 +18,15 @@ SHOWN = 4
 
 
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str, typer.Argument(help="Adapter, or base model: a folder, or a name on the Hub.", show_default=False)
     ],
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -31,11 +34,12 @@ def command(
 
     The exit code is 1 for a model that is not supported.
     """
-    with reporting(json) as say:
+    with reporting(context, json) as say:
         from shapadapter.inspecting import inspect
 
         quiet()
-        found = inspect(checkpoint, base=base, revision=revision, device=device)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        found = inspect(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
         say(found.to_dict(), as_text(found))
     if not found.supported:
         raise typer.Exit(1)

@@ -13,6 +13,7 @@ EXAMPLE = "shapadapter push out you/vit-beans --private"
 
 
 def command(
+    context: typer.Context,
     checkpoint: Folder,
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. you/vit-beans.", show_default=False)],
     base_repo: Annotated[
@@ -32,7 +33,7 @@ def command(
 
     The token is that of `hf auth login`, or of the variable HF_TOKEN; it is never an option, where others could read it.
     """
-    with reporting(json, "Run the command again: what was uploaded is not uploaded twice.") as say:
+    with reporting(context, json, "Run the command again: what was uploaded is not uploaded twice.") as say:
         from shapadapter.hub.pushing import push
 
         url = push(

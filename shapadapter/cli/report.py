@@ -21,6 +21,8 @@ from .common import (
     Methods,
     Revision,
     Seed,
+    Subfolder,
+    TrustRemoteCode,
 )
 from .naming import printable
 from .reporting import quiet, reporting
@@ -36,6 +38,7 @@ CLASSES = 5
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
     masks: Masks = None,
@@ -47,9 +50,11 @@ def command(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
     ] = Path("report"),
+    subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -57,17 +62,24 @@ def command(
 
     A second run with the same --output takes what has been measured from there.
     """
-    with reporting(json, "Run the command again to go on.") as say:
+    with reporting(context, json, "Run the command again to go on.") as say:
         from shapadapter.evaluation import evaluate_checkpoint
         from shapadapter.loading import load
+        from shapadapter.locating import called
 
         quiet()
         names = tuple(name.strip() for name in methods.split(",") if name.strip())
         settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
-        place: dict[str, Any] = {"base": base, "revision": revision, "device": device}
+        place: dict[str, Any] = {
+            "subfolder": subfolder,
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
         result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
         loaded = load(checkpoint, **place)
-        page = _page(loaded, checkpoint, data, result, output / "report.html", shown, seed)
+        page = _page(loaded, called(checkpoint, subfolder), data, result, output / "report.html", shown, seed)
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import typer
+
+_VALUE = r"(True|\.{3}|\[\.{3}\]|'[^']*'|\"[^\"]*\")"
+_ARGUMENT = re.compile(rf"load\(\.\.\., (\w+)={_VALUE}\)|(?<!\S)(?<!, )(\w+)={_VALUE}")
+"""What an error tells people to pass, by itself or to `load`; in the call of another function it is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,13 @@ class Say:
 
 
 @contextmanager
-def reporting(as_json: bool, hint: str = "Run the command again to start over.") -> Iterator[Say]:
+def reporting(
+    context: typer.Context, as_json: bool, hint: str = "Run the command again to start over."
+) -> Iterator[Say]:
     """Run a command: what goes wrong is said in one line, with exit code 1; an interruption has 130.
 
     Args:
+        context: of the command, which knows its options.
         as_json: whether the standard output is for json alone; what else is printed goes to the other one then.
         hint: what to do after an interruption.
     """
@@ -48,7 +56,7 @@ def reporting(as_json: bool, hint: str = "Run the command again to start over.")
     except Exception as error:
         if not isinstance(error, _expected()):
             raise
-        typer.echo(f"Error: {one_line(str(error)) or type(error).__name__}", err=True)
+        typer.echo(f"Error: {one_line(as_typed(str(error), context)) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -60,6 +68,24 @@ def _expected() -> tuple[type[Exception], ...]:
     client = sys.modules.get("huggingface_hub.utils")
     network = (client.httpx.HTTPError,) if client is not None else ()
     return (ShapleyError, ImportError, OSError, ValueError, *network)
+
+
+def as_typed(text: str, context: typer.Context) -> str:
+    """What an error tells people to type in Python, as the same is typed here: `load(..., base='x')` is `--base 'x'`.
+
+    An option has the name of the argument that it is handed over as; one that the command does not have is left alone.
+    """
+    options = {name.lstrip("-").replace("-", "_"): name for one in context.command.params for name in one.opts}
+
+    def option(found: re.Match[str]) -> str:
+        """The argument that was found as an option, if it is one."""
+        name, value = filter(None, found.groups())
+        if name not in options:
+            return found[0]
+        return options[name] if value == "True" else f"{options[name]} {value.strip('[]')}"
+
+    # A token is never an option: others could read it in the list of processes.
+    return _ARGUMENT.sub(option, text.replace("pass token=", "set HF_TOKEN"))
 
 
 def warn(text: str) -> None:

@@ -14,6 +14,7 @@ EXAMPLE = "shapadapter space out space && python space/app.py"
 
 
 def command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder for the app.", show_default=False)],
     title: Annotated[str | None, typer.Option(help="Heading of the app.")] = None,
@@ -34,7 +35,7 @@ def command(
     config: Config = None,
 ) -> None:
     """Write a Gradio app that shows why: it runs here, and as a Space of the Hugging Face Hub."""
-    with reporting(json) as say:
+    with reporting(context, json) as say:
         from shapadapter.hub.space import push_space, write_space
 
         folder = write_space(

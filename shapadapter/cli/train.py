@@ -61,7 +61,7 @@ def command(
     --explained-images. --resume-from-checkpoint last goes on where a run stopped.
     """
     hint = "Go on with the same command and --resume-from-checkpoint last."
-    with reporting(json, hint) as say:
+    with reporting(context, json, hint) as say:
         script = _script()
         given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
         where = "--image_folder" if Path(data).is_dir() else "--dataset_name"

@@ -16,6 +16,7 @@ from shapadapter.errors import ShapleyError
 from shapadapter.files import write_together
 from shapadapter.game import active_layer
 from shapadapter.loading import load
+from shapadapter.locating import called
 
 from .evaluating import evaluate
 from .methods import unknown
@@ -32,9 +33,11 @@ def evaluate_checkpoint(
     methods: tuple[str, ...],
     output: Path | None,
     *,
+    subfolder: str | None = None,
     base: str | None = None,
     revision: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Evaluation:
     """Load an adapter and images, evaluate, and write the results.
@@ -46,15 +49,18 @@ def evaluate_checkpoint(
         methods: to compare, those of `evaluate` by default.
         output: where `evaluation.json`, `table.md` and `curves.png` go, and the records with which an interrupted run goes
             on; None writes nothing.
+        subfolder: where in that folder or repository the adapter is, if not at the top.
         base: the base model, if it is not where the adapter says.
         revision: branch, tag or commit of the adapter on the Hub.
         device: where to run; a GPU by default, if there is one.
+        trust_remote_code: whether a base with code of its own may run it here.
         **settings: further arguments of `evaluate`.
 
     Raises:
         ShapleyError: a folder is not what it should be, or the classes are not the model's.
         ImportError: matplotlib, which draws the curves, is missing.
     """
+    shown = called(checkpoint, subfolder)
     if output is not None and find_spec("matplotlib") is None:  # found missing now rather than after the work
         raise ImportError('The curves are drawn by matplotlib: pip install "shapadapter[plot]"')
     check_folders(data, masks)
@@ -62,15 +68,16 @@ def evaluate_checkpoint(
         if name not in KNOWN:
             raise ShapleyError(unknown(name))
     if output is not None:
-        _check_output(output, checkpoint)
-    model, processor = load(checkpoint, base=base, revision=revision, device=device)
+        _check_output(output, shown)
+    place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+    model, processor = load(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
     names = model.config.id2label
     # By index: a configuration may list its classes in any order.
     rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
     cache = None if output is None else output / "records"
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
     # By the weights a card knows whether the evaluation is of its adapter.
-    known = {"checkpoint": str(checkpoint), "folder": str(data), "weights": weights_digest(_adapter(model))}
+    known = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(_adapter(model))}
     result = replace(result, about={**result.about, **known})
     if output is not None:
         unfinished = output / ".curves.png"
@@ -86,7 +93,7 @@ def _adapter(model: Any) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
 
 
-def _check_output(output: Path, checkpoint: str | Path) -> None:
+def _check_output(output: Path, checkpoint: str) -> None:
     """Refuse a folder with the evaluation of another adapter.
 
     Raises:

@@ -30,6 +30,7 @@ def update_card(
     processor: Any = None,
     texts: list[str] | None = None,
     name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the card of an adapter's folder anew, with results and pictures; what the user wrote in it stays.
 
@@ -44,6 +45,7 @@ def update_card(
         processor: the image processor; by default the one in the folder, or the base model's.
         texts: what a model that matches images with texts compares the images with.
         name: by which the adapter is loaded in the card's code, such as `user/name`; by default the folder's own.
+        trust_remote_code: whether a base with code of its own may run it here, where there are images to explain.
 
     Returns:
         The card's path.
@@ -70,14 +72,17 @@ def update_card(
         record["evaluation"] = compact(found.to_dict())
         record["players"] = found.about["players"]
     if images is not None:
-        pictures, record["pictures"] = _drawn(folder, images, processor, texts) if len(images) else ({}, [])
+        drawn = _drawn(folder, images, processor, texts, trust_remote_code) if len(images) else ({}, [])
+        pictures, record["pictures"] = drawn
     config["record"] = record
     write_together(resealed(folder, CONFIG, json.dumps(config, indent=2, sort_keys=True).encode()))
     write_card(folder, config, pictures=pictures, name=name)
     return folder / CARD
 
 
-def _drawn(folder: Path, images: Any, processor: Any, texts: Any) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    model, own = load(folder)
+def _drawn(
+    folder: Path, images: Any, processor: Any, texts: Any, trust_remote_code: bool
+) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    model, own = load(folder, trust_remote_code=trust_remote_code)
     found = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
     return sample_pictures(found, _CLASSES)

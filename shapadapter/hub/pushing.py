@@ -15,7 +15,8 @@ from peft.utils import CONFIG_NAME
 
 from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
-from shapadapter.loading import find_base, load, read_config
+from shapadapter.loading import find_base, load
+from shapadapter.locating import AdapterFiles
 from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, forget_places, hub_trouble
 
 
@@ -58,7 +59,7 @@ def push(
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
-    config = read_config(folder, str(folder))
+    config = AdapterFiles(str(folder), folder).config()
     base = _local_base(folder, config, base_repo_id)
     api = HfApi(token=token, library_name="shapadapter")
     with _staged(folder, ADAPTER_FILES) as staged:
@@ -73,7 +74,7 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
     """The folder of the base model; None if it is on the Hub.
 
     Raises:
-        ShapleyError: it is in a folder and shall stay there, or it is on the Hub and shall be pushed there.
+        ShapleyError: it is in a folder and shall stay there or cannot be pushed, or it is on the Hub and shall be pushed.
     """
     name = config.base_model_name_or_path
     if not name:
@@ -84,7 +85,7 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
     root = Path(find_base(folder, str(name)))
     if not root.is_dir():
         if base_repo_id is not None:
-            raise ShapleyError(f"The base model {name} is on the Hub already: leave base_repo_id out.")
+            raise ShapleyError(f"The base model {name} is on the Hub already: leave base_repo_id (--base-repo) out.")
         return None
     if base_repo_id is None:
         raise ShapleyError(
@@ -96,7 +97,24 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
             f"The base model {root} has no safetensors file, and pickles are not pushed. Save it again: "
             "AutoModelForImageClassification.from_pretrained(folder).save_pretrained(folder)."
         )
+    _check_no_code(folder, root)
     return root
+
+
+def _check_no_code(folder: Path, base: Path) -> None:
+    """Refuse a base model that is nothing without code in its folder: no code is pushed.
+
+    Raises:
+        ShapleyError: it is.
+    """
+    named = str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("auto_map"))
+    code = sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
+    if code:
+        raise ShapleyError(
+            f"The base model {base} comes with code of its own ({', '.join(code)}), which is not pushed. Upload its folder "
+            f"yourself: `hf upload user/name-of-the-base {base}`, and write that name as base_model_name_or_path in "
+            f"{folder / CONFIG_NAME}."
+        )
 
 
 def _push_base(api: HfApi, folder: Path, base: Path, repo_id: str, private: bool | None) -> tuple[str, str]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from commands import COMMANDS, error_of, run
+from typer.main import get_command
 
-from shapadapter.cli.reporting import one_line
+from shapadapter.cli import app
+from shapadapter.cli.reporting import as_typed, one_line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -62,3 +64,22 @@ def test_the_texts_of_errors_are_one_line_without_what_a_terminal_acts_upon():
     assert "Missing argument" in error_of("explain", "out", code=2)
     assert "No such command" in error_of("explan", code=2)
     assert "No such option" in error_of("explain", "out", "photos", "--topk", "3", code=2)
+
+
+def test_what_an_error_tells_to_type_is_an_option_here():
+    assert "--base './nowhere' is no folder" in error_of("explain", "out", "photos", "--base", "./nowhere")
+    assert "--revision 'v2' is one of a repository" in error_of("space", "out", "space", "--revision", "v2")
+    context = get_command(app).commands["explain"].make_context("explain", ["out", "photos"])
+    for text, said in {
+        "If you trust it, load(..., trust_remote_code=True).": "If you trust it, --trust-remote-code.",
+        "is elsewhere, load(..., base='ada/vit') takes": "is elsewhere, --base 'ada/vit' takes",
+        "Pass texts=[...]. Say where: base=...": "Pass --texts .... Say where: --base ...",
+        "log in with `hf auth login`, or pass token=.": "log in with `hf auth login`, or set HF_TOKEN.",
+    }.items():
+        assert as_typed(text, context) == said
+    for left in (
+        "Use removal='mask'.",  # which is none of the command's options
+        "There is no folder runs/base='x'/seed=0, or base=x.",
+        "ViT.from_pretrained('ada/vit', revision='v1'), then explain(model, texts=['a cat'])",
+    ):
+        assert as_typed(left, context) == left

@@ -175,7 +175,7 @@ def test_texts_of_a_matching_model(tmp_path):
     found = run("explain", adapter, "photos/ant", *said, "--targets", "a photo of a two", "--json")
     (label,) = {one["label"] for image in json.loads(found.stdout)["images"] for one in image["classes"]}
     assert label == "a photo of a two"
-    assert "pass texts=" in error_of("explain", adapter, "photos/ant")
+    assert "pass --texts ...." in error_of("explain", adapter, "photos/ant")
     assert "texts, given with the images" in run("inspect", adapter).stdout
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from server import STRANGERS_TOKEN, TOKEN
-from tiny import BASE, NAMES, save_base
+from tiny import BASE, NAMES, save_base, with_code
 from transformers import AutoModelForImageClassification
 
 import shapadapter
@@ -199,18 +199,7 @@ def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_pa
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     trace = tmp_path / "it-ran"
-    code = (
-        f"open({str(trace)!r}, 'w').close()\n"
-        "from transformers import ViTConfig, ViTForImageClassification\n"
-        "class OwnConfig(ViTConfig):\n    model_type = 'own'\n"
-        "class OwnModel(ViTForImageClassification):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads(online.files(BASE)["config.json"]) | {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"},
-    }
-    files = {**online.files(BASE), "config.json": json.dumps(config).encode(), "own.py": code.encode()}
-    online.add("ada/own-code", files)
+    online.add("ada/own-code", with_code(online.files(BASE), trace))
     mapping = {"base_model_class": "OwnModel", "parent_library": "transformers_modules.ada.own"}
     adapter("ada/on-code", base_model_name_or_path="ada/own-code", revision=None, auto_mapping=mapping)
     with pytest.raises(ShapleyError, match="code of its own") as caught:

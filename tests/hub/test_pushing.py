@@ -53,7 +53,7 @@ def test_what_others_could_not_load_is_refused(folders, online):
         (pickle, {}, "is a pickle"),
         (cut.parent, {}, "is damaged"),
         (own, {}, r"a folder on this computer, so nobody else could load .* base_repo_id='user/name"),
-        (folders / "adapter", {"base_repo_id": "base"}, "on the Hub already: leave base_repo_id out"),
+        (folders / "adapter", {"base_repo_id": "base"}, "on the Hub already: leave base_repo_id .--base-repo. out"),
         (folders / "adapter", {"revision": "x", "create_pr": True}, "leave revision out, or create_pr"),
         (changed(own, "homeless", base_model_name_or_path=None), {}, "does not name its base model"),
         (changed(own, "gone", base_model_name_or_path="/gone/away"), {"base_repo_id": "b"}, "is not there"),

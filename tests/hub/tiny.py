@@ -1,5 +1,6 @@
 """The base model of these tests: a tiny ViT of 16 players and three classes, which is `ada/tiny-vit` on the server."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -19,3 +20,18 @@ def save_base(folder, seed=0):
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+def with_code(files, trace):
+    """The files of the base, {name: bytes}, as a model of a class of its own, whose code leaves a file where it runs."""
+    code = (
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import ViTConfig, ViTForImageClassification\n"
+        "class OwnConfig(ViTConfig):\n    model_type = 'own'\n"
+        "class OwnModel(ViTForImageClassification):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads(files["config.json"]) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"},
+    }
+    return {**files, "config.json": json.dumps(config).encode(), "own.py": code.encode()}
