@@ -35,7 +35,13 @@ def visit(explanation, tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     predicted = [best[0].label for best in explanation.top(1)]
     true = [predicted[0], "eight", predicted[2], "eight"]
-    write_page(explanation, root / "several.html", names=FILES, true_labels=true, table=[("accuracy", "0.50")])
+    write_page(
+        explanation,
+        root / "several.html",
+        names=FILES,
+        true_labels=true,
+        table=[("accuracy of the model on the images that it never saw", "0.50")],
+    )
     hostile = replace(explanation, labels=HOSTILE)
     names = ["<img src=x onerror=alert(1)>.png", "</script><script>alert(2)</script>", "c", "d"]
     table = [("<svg onload=alert(3)>", "<script>alert(4)</script>")]
@@ -250,6 +256,9 @@ def test_light_dark_phone_and_print(opened):
     paper = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(paper)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    value = page.get_by_role("cell", name="0.50")
+    lines = """cell => { const text = document.createRange(); text.selectNodeContents(cell); return text.getClientRects().length; }"""
+    assert value.evaluate(lines) == 1
     page.locator("#theme").click()
     light = page.evaluate(paper)
     assert sum(numbers(light)) > sum(numbers(dark)) + 300

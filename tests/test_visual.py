@@ -14,11 +14,14 @@ from shapadapter.visual import (
     draw_comparison,
     draw_explanation,
     draw_strip,
+    fonts,
     gallery,
     overlay,
     signed_colors,
+    strip,
     symmetric_limit,
 )
+from shapadapter.visual.fonts import writable
 from shapadapter.visual.wording import MINUS, columns, number
 
 RED, BLUE = (255, 13, 87), (30, 136, 229)
@@ -117,6 +120,26 @@ def test_a_strip_of_the_smallest_patches_can_be_drawn():
     fine = make(rows=100)[:1]
     assert draw_strip(fine, height=30).size[1] > 30
     assert draw_strip(replace(fine, attributions=torch.zeros(1, 100, 100, 3))).size[1] > 30
+
+
+def test_words_of_a_strip_have_no_boxes(monkeypatch):
+    """Pillow's own font has no letters but those of English, and no minus sign."""
+    monkeypatch.setattr(fonts, "_INSTALLED", ("no such font",))
+    assert writable("K\u00e4fer \u732b, sum -3.81", 15)[0] == "Kafer ?, sum -3.81"
+    assert writable("cat 0.97", 15)[0] == "cat 0.97"
+    written = []
+    monkeypatch.setattr(strip, "writable", lambda text, size: written.append(text) or writable(text, size))
+    draw_strip(make())
+    assert any("sum -" in text for text in written)
+    assert all("\u2212" not in text for text in written)
+
+
+def test_names_of_classes_are_written_by_a_font_that_has_their_letters():
+    if not any(fonts._installed(15)):
+        pytest.skip("Pillow finds no font")
+    words, font = writable("K\u00e4fer", 15)
+    assert words == "K\u00e4fer"
+    assert not fonts._missing(words, font)
 
 
 # wording

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from shapadapter.explanation import Explanation
 
+from .fonts import Font, writable
 from .maps import Floats, overlay, symmetric_limit
 from .marks import DARK_BLUE, DASH, speaks_against
-from .wording import Column, columns, number, one_line
+from .wording import MINUS, Column, columns, number, one_line
 
 HEIGHT = 184
 """Of image and maps, in pixels: four of them beside each other are as wide as a page of the Hub."""
@@ -50,13 +51,14 @@ def draw_strip(
     texts = [(caption, ""), *(_texts(column) for column in shown)]
     below = _LINES * (_SIZE + 5) + _GAP
     strip = Image.new("RGB", (len(tiles) * (width + _GAP) + _GAP, height + 2 * _GAP + below), "white")
-    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(size=_SIZE)
+    pen = ImageDraw.Draw(strip)
     for place, (tile, lines) in enumerate(zip(tiles, texts, strict=True)):
         left = _GAP + place * (width + _GAP)
         strip.paste(tile, (left, _GAP))
         for line, text in enumerate(lines):
             top = height + 2 * _GAP + line * (_SIZE + 5) - 2
-            pen.text((left, top), _fitting(text, font, width), font=font, fill=_FAINT if line else _INK)
+            words, font = writable(one_line(text).replace(MINUS, "-"), _SIZE)
+            pen.text((left, top), _fitting(words, font, width), font=font, fill=_FAINT if line else _INK)
     return strip
 
 
@@ -89,9 +91,8 @@ def _texts(column: Column) -> tuple[str, str]:
     return column.label, f"{column.probability}, sum {number(float(column.values.double().sum()), sign=True)}"
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text on one line, cut where it would run into the next map."""
-    line = one_line(text)
+def _fitting(line: str, font: Font, width: int) -> str:
+    """The line, cut where it would run into the next map."""
     cut = line[:200]
     while cut and font.getlength(cut if cut == line else f"{cut}…") > width:
         cut = cut[:-1]
