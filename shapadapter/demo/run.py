@@ -109,20 +109,26 @@ def _measure(
     errors = faithfulness(model, pixels[: scale.truth_images], scale, seed)
     inside, area = localisation(explanation, torch.from_numpy(scenes.masks[scenes.split()[1]]))
     ratio = cost_of_explaining(model, pixels)
+    players = explanation.attributions.shape[1:3].numel()
     rows = [
         ("accuracy of the base model", f"{accuracies[0]:.3f}"),
         ("accuracy of the adapted model", f"{accuracies[1]:.3f}"),
         ("largest efficiency gap |null + sum - logit|", f"{explanation.efficiency_gap.max().item():.0e}"),
-        ("error of the attributions, one forward pass", f"{errors['one pass']:.2f}"),
-        *((f"error of KernelSHAP, {budget} evaluations", f"{errors[str(budget)]:.2f}") for budget in scale.budgets),
-        (f"   (relative L2, {scale.truth_images} images; error of the reference itself)", f"{errors['truth']:.2f}"),
+        (f"relative L2 error on {scale.truth_images} images: one forward pass", f"{errors['one pass']:.2f}"),
+        *((f"... KernelSHAP, {_spent(budget, players)}", f"{errors[str(budget)]:.2f}") for budget in scale.budgets),
+        ("... the reference that they are compared with", f"{errors['truth']:.2f}"),
         ("positive attribution inside the digit", f"{inside:.0%}"),
-        ("   (share of the digit's area)", f"{area:.0%}"),
+        ("... by chance: the digit's share of the image", f"{area:.0%}"),
         ("time to predict and explain / to predict (LoRA merged)", f"{ratio:.2f}x"),
     ]
     report: dict[str, Any] = {"seed": seed, "rows": rows}
     write_together({output / "table.json": json.dumps(report, indent=2).encode()})
     return rows
+
+
+def _spent(budget: int, players: int) -> str:
+    # A pair of coalitions for each unknown determines the fit and leaves nothing over against noise.
+    return f"{budget} evaluations{', too few to be stable' if budget <= 2 * players else ''}"
 
 
 def _draw(explanation: Explanation, digits: list[int], rows: list[tuple[str, str]], output: Path) -> None:
