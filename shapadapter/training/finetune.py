@@ -117,10 +117,11 @@ def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
 
 def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | IterableDataset, count: int) -> None:
     """Save the adapter, measure it, and explain `count` held-out images: explanations.html and attributions.png."""
-    trainer.save_model()  # the adapter, with the processor beside it
+    trainer.save_model()  # the adapter, with the processor beside it: nothing is lost if measuring fails
     for split, metrics in (("train", training), ("eval", trainer.evaluate())):
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+    trainer.save_model(_internal_call=True)  # again, with the results in the card; not pushed, as all is at the end
     held_out = list(islice(readable(test.shuffle(seed=trainer.args.seed)), count))
     if not held_out:
         return

@@ -105,6 +105,26 @@ def test_a_training_through_accelerate(many, folder, tmp_path, monkeypatch):
     assert run("explain", tmp_path / "new", many / "ant", "--json").exit_code == 0
 
 
+def test_the_card_says_what_the_end_of_the_training_measured(many, folder, tmp_path):
+    words = ["--model_name_or_path", folder / "base", "--image_folder", many, "--output_dir", tmp_path, *TINY]
+    words += ["--max_steps", 1, "--explained_images", 0]
+    finetune.main(*finetune.parser().parse_args_into_dataclasses(list(map(str, words)), look_for_args_file=False))
+    accuracy = json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"]
+    assert f"| Accuracy ↑ | {accuracy:.3f} |" in (tmp_path / "README.md").read_text()
+
+
+def test_weights_are_saved_before_they_are_measured(many, folder, tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise OSError("the held-out images are gone")
+
+    monkeypatch.setattr(finetune.ShapleyTrainer, "evaluate", failing)
+    words = ["--model_name_or_path", folder / "base", "--image_folder", many, "--output_dir", tmp_path, *TINY]
+    words += ["--max_steps", 1, "--explained_images", 0, "--save_strategy", "no"]
+    with pytest.raises(OSError, match="gone"):
+        finetune.main(*finetune.parser().parse_args_into_dataclasses(list(map(str, words)), look_for_args_file=False))
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_last_goes_on_where_a_run_stopped_or_starts_it(many, folder, tmp_path):
     def trained(steps):
         words = ["--model_name_or_path", folder / "base", "--image_folder", many, "--output_dir", tmp_path, *TINY]
