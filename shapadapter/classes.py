@@ -1,6 +1,7 @@
 """Classes by their names."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 from shapadapter.errors import ClassNotFoundError
@@ -28,9 +29,16 @@ def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
         return found[0]
     if found:
         raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
-    close = difflib.get_close_matches(name_or_id, labels, n=3, cutoff=0.4)
+    close = _close(labels, name_or_id)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {some(labels)}."
     raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
+
+
+def _close(labels: Sequence[str], name: str) -> list[str]:
+    """Up to three labels that may be meant: those with the name as a word of theirs, then those spelled much alike."""
+    word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+    worded = [label for label in labels if name and word.search(label)]
+    return list(dict.fromkeys([*worded, *difflib.get_close_matches(name, labels, n=3)]))[:3]
 
 
 def some(values: Iterable[object]) -> str:

@@ -23,7 +23,7 @@ FAULT = "__fault__"
 """Column of a row that stands in for one whose image cannot be read: what is wrong with that."""
 ROW = "__row__"
 """Column with the index of a row in its data set."""
-HOW_TO_SKIP = "To leave such images out, pass corrupt_images='skip'."
+HOW_TO_SKIP = "To leave such images out, pass corrupt_images='skip' (at the command line --corrupt-images skip)."
 
 
 class ImageCollator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ImageError, UnreadableImageError
@@ -56,7 +57,7 @@ def open_image(image: Any) -> Any:
         ) from error
     except (*DECODING_ERRORS, ValueError) as error:  # Pillow raises the latter for texts that unpack to too much
         kind = UnreadableImageError if is_damage(error) else ImageError
-        raise kind(f"Cannot read image {_name(image)}: {_short(str(error))}") from error
+        raise kind(f"Cannot read image {_name(image)}: {_reason(error)}") from error
     if content is None:
         raise UnreadableImageError("There is no image.")
     raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
@@ -86,7 +87,15 @@ def _content(image: Any) -> Any:
 def _name(image: Any) -> str:
     if isinstance(image, bytes):
         return f"of {len(image)} bytes"
-    return _short(repr(image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image))
+    name = image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image
+    return _short(repr(os.fspath(name) if isinstance(name, os.PathLike) else name))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the file's name, which stands before it."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or of a format that Pillow does not know"
+    return _short(getattr(error, "strerror", None) or str(error))
 
 
 def _short(text: str) -> str:

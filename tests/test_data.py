@@ -306,7 +306,7 @@ def test_a_corrupt_image_is_named_with_row_file_and_class(tmp_path, source):
     base = wrapped()
     base.config.id2label = {0: "red", 1: "green", 2: "blue"}
     loader = trainer_of(tmp_path, base, train=rows).get_train_dataloader()
-    said = r"picture-4.png'.*truncated.*\(row 4, class 'green'\)\. .*corrupt_images='skip'"
+    said = r"picture-4.png'.*truncated.*\(row 4, class 'green'\)\. .*corrupt_images='skip' .* --corrupt-images skip"
     with pytest.raises(UnreadableImageError, match=said):
         list(loader)
 

@@ -103,6 +103,11 @@ def test_unknown_classes_are_named_with_their_neighbours(explanation):
     assert isinstance(caught.value, KeyError)
     with pytest.raises(ClassNotFoundError, match=r"zero, one, two, seven, eight"):
         explanation.for_label("xyzxyz")
+    with pytest.raises(ClassNotFoundError, match=r"no class 'ate'\. The classes are zero, one, two"):
+        explanation.for_label("ate")
+    cats = replace(explanation, labels=("tabby, tabby cat", "Egyptian cat", "scatter", "seven", "eight"))
+    with pytest.raises(ClassNotFoundError, match=r"Did you mean 'tabby, tabby cat' or 'Egyptian cat'\?"):
+        cats.for_label("Cat")
     for wrong in (5, -1):
         with pytest.raises(ClassNotFoundError, match=r"0\.\.4"):
             explanation.for_label(wrong)

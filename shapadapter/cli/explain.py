@@ -81,11 +81,12 @@ def command(
             else:
                 trouble = written.add(path, paths[path], found)
             if trouble is not None:
-                warn(f"{printable(path)}: {trouble}")
+                warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
             elif not json:
                 say(None, f"{one_line(printable(path))}: {_summary(found)}")
         if output is not None:
-            warn(f"{written.count} of {len(paths)} images explained in {output}.")
+            there = f" in {output}" if written.count else ""
+            warn(f"{written.count} of {len(paths)} images explained{there}.")
     if written.errors:
         raise typer.Exit(1)
 

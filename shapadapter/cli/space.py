@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +43,10 @@ def command(
             checkpoint, output, revision=revision, title=title, license=license_, examples=examples or ()
         )
         url = push_space(folder, push, private=private) if push else None
-        say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: python {folder}/app.py'}")
+        say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: {_start(folder)}'}")
+
+
+def _start(folder: Path) -> str:
+    """What to type to see the app, and before it what installs gradio where that is missing."""
+    install = f"pip install -r {folder}/requirements.txt && " if find_spec("gradio") is None else ""
+    return f"{install}python {folder}/app.py"

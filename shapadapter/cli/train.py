@@ -64,9 +64,8 @@ def command(
     with reporting(context, json, hint) as say:
         script = _script()
         given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
+        _check_sources(model, data)
         where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
-        if where == "--dataset_name":
-            warn(f"{data} is no folder here: it is looked for on the Hub.")
         arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
         check(arguments, given, script)
         if launch_config is not None and not launch_config.is_file():
@@ -91,6 +90,22 @@ def _script() -> Any:
     from shapadapter.training.finetune import parser
 
     return parser()
+
+
+def _check_sources(model: str, data: str) -> None:
+    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub.
+
+    Raises:
+        ShapleyError: one cannot be.
+    """
+    from shapadapter.training.sources import beside, check_data, check_model
+
+    check_model(model)
+    check_data(data)
+    for name in (model, data):
+        doubt = beside(name)
+        if not Path(name).is_dir() and (name == data or doubt):
+            warn(f"{name} is no folder here: it is looked for on the Hub.{doubt}")
 
 
 def as_arguments(values: dict[str, Any], script: Any) -> list[str]:

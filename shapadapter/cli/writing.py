@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -39,6 +40,9 @@ class Written:
         self.page, self.pages = list[tuple[str, Explanation]](), 0
         self.documents = [JsonDocument(stream, checkpoint)] if stream is not None else []
         self.unfinished: Path | None = None
+        self.made = (
+            [folder for folder in (output, *output.parents) if not folder.exists()] if output is not None else []
+        )
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             if "json" in formats:
@@ -94,7 +98,7 @@ class Written:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish page and json; after an error, leave no half of them."""
+        """Finish page and json; after an error, leave no half of them, and never an empty folder of our own."""
         try:
             if kind is None:
                 if self.page:
@@ -108,6 +112,9 @@ class Written:
         finally:
             if self.unfinished is not None:
                 self.unfinished.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                for folder in self.made:
+                    folder.rmdir()
 
 
 class JsonDocument:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 
@@ -22,10 +22,12 @@ from shapadapter.adapter import ShapleyConfig
 from shapadapter.errors import ShapleyError, UnreadableImageError
 from shapadapter.explaining import explain
 from shapadapter.images import open_image
+from shapadapter.remote import HUB_ERRORS
 from shapadapter.visual import gallery
 
 from .arguments import ShapleyTrainingArguments
 from .checkpoints import last_whole_checkpoint
+from .sources import check_data, check_model, columns, not_loaded
 from .trainer import ShapleyTrainer
 
 
@@ -58,6 +60,8 @@ class ScriptArguments:
 
 def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """Splits `train` and `test` with the columns `image` and `label`."""
+    if args.image_folder is not None:
+        check_data(args.image_folder)
     name = args.dataset_name or "imagefolder"
     splits = load_dataset(name, data_dir=args.image_folder, streaming=args.streaming)
     held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
@@ -66,8 +70,7 @@ def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatas
     chosen = {"train": args.train_split} if held_out is None else {"train": args.train_split, "test": held_out}
     splits = type(splits)({new: splits[old] for new, old in chosen.items()})
     features = splits["train"].features
-    image = next(name for name, feature in features.items() if isinstance(feature, Image))
-    label = args.label_column or next(name for name, feature in features.items() if isinstance(feature, ClassLabel))
+    image, label = columns(features, args.label_column, args.dataset_name, args.image_folder)
     if args.streaming:  # before anything is done with the columns, or a damaged file would end the stream
         splits = splits.cast_column(image, Image(decode=False))
     splits = splits.select_columns([image, label])
@@ -96,13 +99,19 @@ def accuracy(evaluation: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
 
 def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
     """The base model with room for these classes, and an adapter."""
-    base = AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        ignore_mismatched_sizes=True,
-    )
+    try:
+        base = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            ignore_mismatched_sizes=True,
+        )
+    except HUB_ERRORS as error:
+        trouble = not_loaded(args.model_name_or_path, error)
+        if trouble is None:
+            raise
+        raise trouble from error
     # A new classifier that predicts has to be trained; with `vote` the adapter's own head predicts.
     head = ["classifier"] if args.prediction == "classifier" and args.tune != "full" else None
     config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, modules_to_save=head)
@@ -137,6 +146,7 @@ def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
     """Train, save, evaluate, explain."""
+    check_model(args.model_name_or_path)
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
         images = load_images(args, training_args.seed)

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2Model
 
 from shapadapter import UnsupportedModelError, load
 from shapadapter.backbone import selftest
+from shapadapter.cli import space
 
 
 def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
@@ -83,6 +84,8 @@ def test_export_prints_how_far_it_differs(tmp_path):
     (pixels,) = processor()(pictures(1), return_tensors="pt").values()
     model, _ = load("out")
     torch.testing.assert_close(program(pixel_values=pixels)["logits"], model(pixel_values=pixels).logits)
+    told = error_of("export", "out", tmp_path / "no", "--to", "torch", "--images", "../shapez")
+    assert told == "Error: Cannot read image '../shapez': No such file or directory"
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     found = json.loads(run("export", "out", tmp_path / "onnx", "--images", "photos/ant", "--json").stdout)
@@ -97,6 +100,15 @@ def test_a_space_is_a_folder(tmp_path):
     assert "license: mit" in (Path(found["folder"]) / "README.md").read_text()
     assert list(Path(found["folder"], "examples").iterdir())
     assert found["url"] is None
+
+
+def test_a_space_says_what_starts_it_and_what_installs_gradio(tmp_path, monkeypatch):
+    app = tmp_path / "space"
+    monkeypatch.setattr(space, "find_spec", lambda _: None)
+    said = run("space", "out", app).stdout
+    assert said == f"Wrote {app}. Try it: pip install -r {app}/requirements.txt && python {app}/app.py\n"
+    monkeypatch.setattr(space, "find_spec", lambda _: True)
+    assert f"Try it: python {app}/app.py" in run("space", "out", app).stdout
 
 
 def test_push_has_no_option_for_a_token():

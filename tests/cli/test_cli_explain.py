@@ -130,6 +130,18 @@ def test_what_cannot_be_read_is_named_and_the_others_are_explained(tmp_path):
     assert "no images in the folder" in error_of("explain", "out", tmp_path / "empty")
 
 
+def test_where_nothing_is_explained_it_is_said_once_and_no_folder_is_left(tmp_path):
+    found = run("explain", "out", "../shapez", "--output", tmp_path / "new" / "why", code=1)
+    assert "Cannot read image '../shapez': No such file or directory\n0 of 1 images explained.\n" in found.stderr
+    assert found.stderr.count("shapez") == 1
+    error_of("explain", "out", "photos", "--targets", "wolf", "--output", tmp_path / "new" / "why")
+    assert not list(tmp_path.iterdir())
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    run("explain", "out", "../shapez", "--output", kept, code=1)
+    assert kept.is_dir()
+
+
 def save(model, processor, root):
     """A wrapped model as base and adapter below a folder; returns the adapter's."""
     base = model.get_base_model()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,10 +13,13 @@ import pytest
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
+import datasets
 from commands import error_of, run
+from huggingface_hub import constants
 from small import NAMES, pictures
 
 from shapadapter.cli import launching, train
+from shapadapter.errors import ShapleyError
 from shapadapter.training import finetune
 
 
@@ -69,6 +73,49 @@ def test_a_failed_training_is_an_error(monkeypatch):
     monkeypatch.setattr(train, "launch", lambda *_, **__: 1)
     assert "the training failed" in error_of(*USUAL)
     assert "no file nowhere.yaml" in error_of(*USUAL, "--launch", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        ("base", "photos/ant", "Expected photos/ant to hold a subfolder of images for each class"),
+        ("base", "../shapez", "There is no folder ../shapez."),
+        ("./bose", "photos", "There is no folder ./bose."),
+        ("a/b/c", "photos", "There is no folder a/b/c."),
+        ("out", "photos", "out is an adapter, not a model to start from: pass its base model, "),
+    ],
+)
+def test_what_a_training_cannot_start_from_is_said_before_it_starts(launched, folder, model, data, said):
+    told = error_of("train", "--model", model, "--data", data, "--output", "trained")
+    assert said in told
+    assert model != "out" or f"{folder / 'base'}." in told
+    assert launched == []
+
+
+def test_a_name_beside_folders_here_is_perhaps_a_path(launched):
+    told = run("train", "--model", "photos/bose", "--data", "ada/beans", "--output", "trained").stderr
+    assert "photos/bose is no folder here: it is looked for on the Hub. There is a folder photos here: check" in told
+    assert "ada/beans is no folder here: it is looked for on the Hub.\n" in told
+    assert len(launched) == 1
+
+
+def test_the_script_says_what_is_missing(many, tmp_path, monkeypatch):
+    def started(model, *data):
+        words = ["--model_name_or_path", model, *data, "--output_dir", tmp_path / "new", "--use_cpu"]
+        finetune.main(*finetune.parser().parse_args_into_dataclasses(list(map(str, words)), look_for_args_file=False))
+
+    shutil.copytree(many / "ant", tmp_path / "one" / "ant")
+    for folder in (many / "ant", tmp_path / "one"):
+        with pytest.raises(ShapleyError, match="to hold a subfolder of images for each class"):
+            started("base", "--image_folder", folder)
+    with pytest.raises(ShapleyError, match=r"a column 'color' of classes .* got \['image', 'label'\]"):
+        finetune.columns(datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(2)), "color", "x/y", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ShapleyError, match=r"photos/bose is no folder here\. .* folder photos here: check the path"
+    ) as caught:
+        started("photos/bose", "--image_folder", many)
+    assert "\n" not in str(caught.value)
 
 
 TINY = [
