@@ -35,9 +35,8 @@ def check_model(name: str) -> None:
     if base:
         with suppress(ShapleyError):  # else as the adapter names it
             base = find_base(folder, str(base))
-    raise ShapleyError(
-        f"{name} is an adapter, not a model to start from: pass its base model{f', {base}' * bool(base)}."
-    )
+    which = f", {base}" if base else ""
+    raise ShapleyError(f"{name} is an adapter, not a model to start from: pass its base model{which}.")
 
 
 def check_data(name: str) -> None:
