@@ -16,6 +16,11 @@ from .game import active_layer
 from .locating import AdapterFiles, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
 
+_UNTRUSTED = (
+    "The image processor in {} comes with code of its own, which is not run. Save one of transformers' with the adapter: "
+    "processor.save_pretrained(folder)."
+)
+
 
 def load(
     checkpoint: str | Path,
@@ -68,7 +73,9 @@ def load(
     model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
-    processor = _processor(model, str(own or root), options if own is None else {"trust_remote_code": False})
+    found = str(own or root)
+    words = comes_with_code(root) if own is None else _UNTRUSTED.format(found)
+    processor = _processor(model, found, options if own is None else {"trust_remote_code": False}, words)
     return model.to(place), processor
 
 
@@ -159,16 +166,18 @@ def comes_with_code(base: str) -> str:
     )
 
 
-def _processor(model: Any, place: str, options: dict[str, Any]) -> Any:
+def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) -> Any:
+    """The processor in a folder or a repository.
+
+    Raises:
+        ShapleyError: there is none, or it has code of its own that may not run, which `of_code` says.
+    """
     maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
     try:
         return maker.from_pretrained(place, **options)
     except (*HUB_ERRORS, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise ShapleyError(
-                f"The image processor in {place} comes with code of its own, which is not run. Save one of transformers' "
-                "with the adapter: processor.save_pretrained(folder)."
-            ) from error
+            raise ShapleyError(of_code) from error
         raise ShapleyError(
             f"There is no image processor with the adapter or in {place}: {str(error).splitlines()[0]} Save one with the "
             "adapter: processor.save_pretrained(folder)."

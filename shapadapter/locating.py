@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -36,7 +36,7 @@ class AdapterFiles:
     source: str
     root: Path
     subfolder: str = ""
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -78,8 +78,13 @@ class AdapterFiles:
         return ShapleyConfig.from_pretrained(str(self.folder))
 
     def processor(self) -> Path | None:
-        """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without."""
-        places = (self.folder, self.root)
+        """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
+
+        A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
+        """
+        above = self.root.resolve().parent
+        alone = self.fetched or self.subfolder or (above / "config.json").is_file()
+        places = (self.folder, self.root) if alone else (self.folder, above)
         return next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
 
     def _why_no_weights(self) -> str:
@@ -100,7 +105,8 @@ class AdapterFiles:
         there = f" There {'is one' if len(found) == 1 else 'are some'} in "
         there += ", ".join(f"{self.source}/{inner}" for inner in found[:_NAMED])
         there += ", ..." if len(found) > _NAMED else "."
-        return f"{there} Say which: load(..., subfolder={found[0]!r})." if self.fetched else there
+        typed = next((inner for inner in found if _is_inside(inner)), None)
+        return f"{there} Say which: load(..., subfolder={typed!r})." if self.fetched and typed else there
 
     def _listed(self) -> list[str]:
         """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
@@ -149,6 +155,12 @@ def locate(source: str, subfolder: str | None, revision: str | None, token: str 
             raise
         raise ShapleyError(f"{source} is no folder here. {trouble}") from error
     return AdapterFiles(source, Path(root), inner, token)
+
+
+def _is_inside(subfolder: str) -> bool:
+    with suppress(ShapleyError):
+        return _inside(subfolder) == subfolder
+    return False
 
 
 def _inside(subfolder: str | None) -> str:

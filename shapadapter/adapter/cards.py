@@ -18,6 +18,7 @@ from shapadapter.card import (
     CARD,
     PICTURES,
     card_for_push,
+    has_adapter,
     is_ours,
     read_card,
     read_config,
@@ -121,7 +122,7 @@ def _tags(folder: Path) -> list[str]:
 def _cards_below(model: PeftModel, folder: Path, repo_id: str, where: dict[str, Any]) -> None:
     """The cards of adapters of other names than "default", which are saved in folders of their names.
 
-    Without a default one, the card at the top, which is what the Hub shows, is of the active one of them.
+    Without a default one here or there, the card at the top, which is what the Hub shows, is of the active one of them.
     """
     configs = model.peft_config
     named = [name for name, config in configs.items() if name != "default" and isinstance(config, ShapleyConfig)]
@@ -129,9 +130,18 @@ def _cards_below(model: PeftModel, folder: Path, repo_id: str, where: dict[str, 
         pictures = folder / name / PICTURES
         if "default" not in configs and name == model.active_adapter:
             warn_of_local_base(read_config(folder / name).get("base_model_name_or_path"))
-            if pictures.is_dir():
-                pictures.rename(folder / PICTURES)
-            card_for_push(folder, repo_id, subfolder=name, at_top=True, tags=_tags(folder), **where)
-        elif pictures.is_dir():
+            _card_at_top(folder, repo_id, name, where)
+        if pictures.is_dir():
             shutil.rmtree(pictures)  # transformers uploads no folders inside of folders
         card_for_push(folder, repo_id, subfolder=name, **where)
+
+
+def _card_at_top(folder: Path, repo_id: str, name: str, where: dict[str, Any]) -> None:
+    tags = _tags(folder)
+    (folder / CARD).unlink(missing_ok=True)  # what transformers puts there is the card of the main branch, or a form
+    if has_adapter(repo_id, **where):  # the card there is about that one
+        return
+    pictures = folder / name / PICTURES
+    if pictures.is_dir() and not (folder / PICTURES).exists():  # else an adapter has that name
+        pictures.rename(folder / PICTURES)
+    card_for_push(folder, repo_id, subfolder=name, at_top=True, tags=tags, **where)

@@ -1,7 +1,7 @@
 """The model card: facts in, `README.md` out. It knows no model."""
 
 from .facts import Facts
-from .pulling import card_for_push
+from .pulling import card_for_push, has_adapter
 from .record import read_config, settled, weights_digest, write_record
 from .results import compact
 from .sections import is_ours
@@ -13,6 +13,7 @@ __all__ = [
     "Facts",
     "card_for_push",
     "compact",
+    "has_adapter",
     "is_ours",
     "read_card",
     "read_config",

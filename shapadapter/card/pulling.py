@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
 from .facts import Facts
-from .record import read_config
+from .record import CONFIG, read_config
 from .writing import CARD, PICTURES, read_card, untouched, updated, write_card
 
 
@@ -46,8 +46,7 @@ def card_for_push(
     where = None if at_top else subfolder
     place = folder / (where or "")
     there, pictures = on_hub(repo_id, revision, token, where)
-    # What transformers puts at the top of a push is that of the main branch, or a form.
-    here = start if start is not None else None if at_top else read_card(place / CARD)
+    here = read_card(place / CARD) if start is None else start
     branch = None if revision is None or revision.startswith("refs/") else revision
     facts = Facts(config, repo_id, branch, pictures, subfolder)
     if here is not None and there is not None and not _alike(here, there, facts):
@@ -98,15 +97,25 @@ def on_hub(
         token: as for `huggingface_hub`.
         subfolder: of the repository; None for the top.
     """
+    files, revision = _listed(repo_id, revision, token)
+    inside = f"{subfolder}/" if subfolder else ""
+    card, shown = f"{inside}{CARD}", f"{inside}{PICTURES}/"
+    path = HfApi().hf_hub_download(repo_id, card, revision=revision, token=token) if card in files else None
+    pictures = [file.removeprefix(shown) for file in files if file.startswith(shown)]
+    return (None if path is None else read_card(Path(path))), pictures
+
+
+def has_adapter(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """Whether there is an adapter at the top of a repository, of which the card there speaks; arguments as of `on_hub`."""
+    return CONFIG in _listed(repo_id, revision, token)[0]
+
+
+def _listed(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[list[str], str | None]:
+    """The files of a repository, and the revision that they are of: of one that does not exist yet, the main one."""
     api = HfApi()
     try:
         info = api.model_info(repo_id, revision=revision, token=token)
     except RevisionNotFoundError:
         revision = None
         info = api.model_info(repo_id, token=token)
-    files = [file.rfilename for file in info.siblings or []]
-    inside = f"{subfolder}/" if subfolder else ""
-    card, shown = f"{inside}{CARD}", f"{inside}{PICTURES}/"
-    path = api.hf_hub_download(repo_id, card, revision=revision, token=token) if card in files else None
-    pictures = [file.removeprefix(shown) for file in files if file.startswith(shown)]
-    return (None if path is None else read_card(Path(path))), pictures
+    return [file.rfilename for file in info.siblings or []], revision

@@ -35,7 +35,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(unknown(next(iter(more)), names, f"{path} has"))
     context.meta[MORE] = more
     context.default_map = {
-        names[key].name: _as_typed(key, value, names[key]) for key, value in given.items() if key not in more
+        names[key].name: _as_words(key, value, names[key]) for key, value in given.items() if key not in more
     }
     return path
 
@@ -65,7 +65,7 @@ def _load(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in found.items()}
 
 
-def _as_typed(key: str, value: Any, parameter: Any) -> Any:
+def _as_words(key: str, value: Any, parameter: Any) -> Any:
     """A value as it would be typed on the command line, which then checks it."""
     several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     if value is None or (isinstance(value, bool) and getattr(parameter, "is_flag", False)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any, TextIO
 
 import typer
 
-_VALUE = r"(True|\.{3}|\[\.{3}\]|'[^']*'|\"[^\"]*\")"
+_VALUE = r"(True|\.{3}|\[\.{3}\]|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
 _ARGUMENT = re.compile(rf"load\(\.\.\., (\w+)={_VALUE}\)|(?<!\S)(?<!, )(\w+)={_VALUE}")
 """What an error tells people to pass, by itself or to `load`; in the call of another function it is left as it is."""
 
@@ -71,7 +73,9 @@ def _expected() -> tuple[type[Exception], ...]:
 
 
 def as_typed(text: str, context: typer.Context) -> str:
-    """What an error tells people to type in Python, as the same is typed here: `load(..., base='x')` is `--base 'x'`.
+    """What an error tells people to type in Python, as the same is typed here: `load(..., base='x')` is `--base x`.
+
+    Values are quoted for a shell: names come from strangers, too, and what is said here is pasted there.
 
     An option has the name of the argument that it is handed over as; one that the command does not have is left alone.
     """
@@ -82,10 +86,21 @@ def as_typed(text: str, context: typer.Context) -> str:
         name, value = filter(None, found.groups())
         if name not in options:
             return found[0]
-        return options[name] if value == "True" else f"{options[name]} {value.strip('[]')}"
+        if value == "True":
+            return options[name]
+        return f"{options[name]} {_quoted(value)}"
 
     # A token is never an option: others could read it in the list of processes.
     return _ARGUMENT.sub(option, text.replace("pass token=", "set HF_TOKEN"))
+
+
+def _quoted(value: str) -> str:
+    """A value of Python as one word of a shell; what is none, as `...`, as it is."""
+    try:
+        found = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        found = value
+    return shlex.quote(found) if isinstance(found, str) else value.strip("[]")
 
 
 def warn(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,16 @@ from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
 from shapadapter.loading import find_base, load
 from shapadapter.locating import AdapterFiles
-from shapadapter.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, forget_places, hub_trouble
+from shapadapter.remote import (
+    ADAPTER_FILES,
+    BASE_FILES,
+    HUB_ERRORS,
+    PROCESSOR_FILES,
+    forget_places,
+    hub_trouble,
+)
+
+from .copying import copy_files, own_code
 
 
 def push(
@@ -59,11 +68,12 @@ def push(
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
-    config = AdapterFiles(str(folder), folder).config()
-    base = _local_base(folder, config, base_repo_id)
+    files = AdapterFiles(str(folder), folder)
+    base = _local_base(folder, files.config(), base_repo_id)
     api = HfApi(token=token, library_name="shapadapter")
     with _staged(folder, ADAPTER_FILES) as staged:
         forget_places(staged)
+        copy_files(files.processor(), staged, PROCESSOR_FILES)
         if base is not None and base_repo_id is not None:
             name, commit = _push_base(api, folder, base, base_repo_id, private)
             _rename_base(staged / CONFIG_NAME, name, commit)
@@ -97,24 +107,13 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
             f"The base model {root} has no safetensors file, and pickles are not pushed. Save it again: "
             "AutoModelForImageClassification.from_pretrained(folder).save_pretrained(folder)."
         )
-    _check_no_code(folder, root)
-    return root
-
-
-def _check_no_code(folder: Path, base: Path) -> None:
-    """Refuse a base model that is nothing without code in its folder: no code is pushed.
-
-    Raises:
-        ShapleyError: it is.
-    """
-    named = str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("auto_map"))
-    code = sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
-    if code:
+    if code := own_code(root):
         raise ShapleyError(
-            f"The base model {base} comes with code of its own ({', '.join(code)}), which is not pushed. Upload its folder "
-            f"yourself: `hf upload user/name-of-the-base {base}`, and write that name as base_model_name_or_path in "
-            f"{folder / CONFIG_NAME}."
+            f"The base model {root} comes with code of its own ({', '.join(code)}), which is not pushed. Upload its folder "
+            f"yourself: `hf upload user/name-of-the-base {shlex.quote(str(root))}`, and write that name as "
+            f"base_model_name_or_path in {folder / CONFIG_NAME}."
         )
+    return root
 
 
 def _push_base(api: HfApi, folder: Path, base: Path, repo_id: str, private: bool | None) -> tuple[str, str]:
@@ -160,10 +159,7 @@ def _upload(
 def _staged(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """A passing copy of those files of a folder that belong to the upload."""
     with tempfile.TemporaryDirectory() as place:
-        for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
-            copy = Path(place) / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(folder, Path(place), patterns)
         yield Path(place)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from typer.main import get_command
 
 from shapadapter.cli import app
 from shapadapter.cli.reporting import as_typed, one_line
+
+HOSTILE = "x'$(touch pwned)"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -67,12 +71,15 @@ def test_the_texts_of_errors_are_one_line_without_what_a_terminal_acts_upon():
 
 
 def test_what_an_error_tells_to_type_is_an_option_here():
-    assert "--base './nowhere' is no folder" in error_of("explain", "out", "photos", "--base", "./nowhere")
-    assert "--revision 'v2' is one of a repository" in error_of("space", "out", "space", "--revision", "v2")
+    assert "--base ./nowhere is no folder" in error_of("explain", "out", "photos", "--base", "./nowhere")
+    assert "--revision v2 is one of a repository" in error_of("space", "out", "space", "--revision", "v2")
     context = get_command(app).commands["explain"].make_context("explain", ["out", "photos"])
     for text, said in {
         "If you trust it, load(..., trust_remote_code=True).": "If you trust it, --trust-remote-code.",
-        "is elsewhere, load(..., base='ada/vit') takes": "is elsewhere, --base 'ada/vit' takes",
+        "is elsewhere, load(..., base='ada/vit') takes": "is elsewhere, --base ada/vit takes",
+        f"load(..., base={HOSTILE!r}) or base={HOSTILE + chr(34)!r}": (
+            f"--base {shlex.quote(HOSTILE)} or --base {shlex.quote(HOSTILE + chr(34))}"
+        ),
         "Pass texts=[...]. Say where: base=...": "Pass --texts .... Say where: --base ...",
         "log in with `hf auth login`, or pass token=.": "log in with `hf auth login`, or set HF_TOKEN.",
     }.items():
@@ -83,3 +90,12 @@ def test_what_an_error_tells_to_type_is_an_option_here():
         "ViT.from_pretrained('ada/vit', revision='v1'), then explain(model, texts=['a cat'])",
     ):
         assert as_typed(left, context) == left
+
+
+def test_what_is_pasted_is_one_word(tmp_path):
+    context = get_command(app).commands["explain"].make_context("explain", ["out", "photos"])
+    for name in (HOSTILE, f'{HOSTILE}"', "a b", "a;touch pwned", "`touch pwned`", "back\\", "x\\'$(touch pwned)"):
+        said = as_typed(f"Say which: load(..., subfolder={name!r}).", context)
+        words = f"printf %s {said.removeprefix('Say which: --subfolder ').removesuffix('.')}"
+        assert subprocess.run(["sh", "-c", words], cwd=tmp_path, capture_output=True, text=True).stdout == name
+    assert not list(tmp_path.iterdir())

@@ -71,5 +71,7 @@ def test_no_code_is_pushed(trace, online):
     said = run("push", "out", "ada/on-code", "--base-repo", "ada/its-base", code=1).stderr
     assert "comes with code of its own (own.py), which is not pushed" in said
     assert "hf upload" in said
+    assert "(own.py), which is not copied" in run("space", "out", "space", code=1).stderr
+    assert not (trace.parent / "space").exists()
     assert not trace.exists()
     assert not {("model", "ada/on-code"), ("model", "ada/its-base")} & set(online.repos)

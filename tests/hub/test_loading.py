@@ -211,6 +211,26 @@ def test_code_of_the_base_runs_only_if_that_is_asked_for(adapter, online, tmp_pa
     assert torch.equal(logits(loaded), logits(shapadapter.load(adapter.folder)[0]))
 
 
+def test_code_of_the_base_s_processor_is_code_of_the_base(adapter, online, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    trace, files = tmp_path / "it-ran", online.files(BASE)
+    about = json.loads(files["preprocessor_config.json"]) | {"auto_map": {"AutoImageProcessor": "seeing.Own"}}
+    about["image_processor_type"] = "Own"
+    code = f"open({str(trace)!r}, 'w').close()\nfrom transformers import ViTImageProcessor\nclass Own(ViTImageProcessor): pass\n"
+    more = {"preprocessor_config.json": json.dumps(about).encode(), "seeing.py": code.encode()}
+    online.add("ada/own-sight", {**files, **more})
+    adapter("ada/on-sight", base_model_name_or_path="ada/own-sight", revision=None)
+    with pytest.raises(
+        ShapleyError, match=r"base model ada/own-sight comes with code of its own.*trust_remote_code=True"
+    ):
+        shapadapter.load("ada/on-sight")
+    assert not trace.exists()
+    _, processor = shapadapter.load("ada/on-sight", trust_remote_code=True)
+    assert trace.exists()
+    assert type(processor).__name__ == "Own"
+
+
 def test_code_that_comes_with_an_adapter_never_runs(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("nobody is asked either"))
     trace, file = tmp_path / "it-ran", adapter.folder / "preprocessor_config.json"

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments, load
 from shapadapter.hub import push
+from shapadapter.hub.space import write_space
 
 
 def wrapped(base):
@@ -73,6 +74,24 @@ def test_what_others_could_not_load_is_refused(folders, online):
         push(folders / "adapter", "not a name")
     online.repos.pop(("model", f"{OWNER}/refused"), None)  # made before the branch was found missing
     assert set(online.repos) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "\udcff"])
+def test_a_base_with_a_damaged_configuration_is_not_pushed(folders, online, content):
+    before = set(online.repos)
+    (folders / "base" / "config.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"config\.json of the base model .*base is damaged"):
+        push(folders / "own", "pair", base_repo_id="pair-base")
+    with pytest.raises(CheckpointError, match=r"config\.json of the base model .*base is damaged"):
+        write_space(folders / "own", folders / "space")
+    assert set(online.repos) == before
+
+
+def test_a_script_beside_a_base_is_left_there(folders, online):
+    (folders / "base" / "train.py").write_text("raise SystemExit")
+    push(folders / "own", "scripted", base_repo_id="scripted-base")
+    assert {"config.json", "model.safetensors"} <= set(online.files(f"{OWNER}/scripted-base"))
+    assert "train.py" not in online.files(f"{OWNER}/scripted-base")
 
 
 def test_a_base_that_changed_since_is_not_pushed(folders, online):

@@ -16,14 +16,20 @@ from tiny import BASE
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import shapadapter
-from shapadapter import ShapleyConfig, ShapleyError
+from shapadapter import ImageError, ShapleyConfig, ShapleyError
 from shapadapter.hub import push, update_card
+from shapadapter.hub.space import write_space
+from shapadapter.locating import AdapterFiles
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def base():
     return AutoModelForImageClassification.from_pretrained(BASE)
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
 def output(model):
@@ -96,6 +102,44 @@ def test_the_processor_beside_the_adapter_comes_first(online, alone, tmp_path):
     for place, side in ((tmp_path, 64), (tmp_path / "best", 96)):
         AutoImageProcessor.from_pretrained(BASE, size={"height": side, "width": side}).save_pretrained(place)
         assert shapadapter.load(tmp_path, subfolder="best")[1].size["height"] == side
+
+
+def test_the_processor_of_all_is_found_from_the_folder_of_one(online, alone, tmp_path, repo):
+    out = tmp_path / "out"
+    alone.save_pretrained(out)
+    AutoImageProcessor.from_pretrained(BASE, size={"height": 64, "width": 64}).save_pretrained(out)
+    push(out / "best", repo)
+    write_space(out / "best", tmp_path / "space")
+    places = {
+        "subfolder": (out, "best"),
+        "folder": (out / "best",),
+        "Hub": (repo,),
+        "app": (tmp_path / "space/adapter",),
+    }
+    for checkpoint, *subfolder in places.values():
+        _, processor = shapadapter.load(checkpoint, subfolder=subfolder[0] if subfolder else None)
+        assert processor.size["height"] == 64
+    with pytest.raises(ImageError, match="no images of 64 x 64"):  # which says that it was taken
+        update_card(out / "best", images=[picture()])
+    # A model's own folder has its own processor.
+    (out / "config.json").write_text("{}")
+    assert shapadapter.load(out / "best")[1].size["height"] == 32
+
+
+def test_a_token_is_in_no_repr():
+    assert TOKEN not in repr(AdapterFiles("you/vit", Path("vit"), "best", TOKEN))
+
+
+def test_only_what_is_taken_is_suggested(online, alone, repo):
+    alone.push_to_hub(repo)
+    files = {path.replace("best/", "a\\b/"): data for path, data in online.files(repo).items()}
+    online.add(f"{OWNER}/odd", files)
+    with pytest.raises(ShapleyError, match="There is one in") as caught:
+        shapadapter.load(f"{OWNER}/odd")
+    assert "Say which" not in str(caught.value)
+    online.add(f"{OWNER}/even", {**files, **online.files(repo)})
+    with pytest.raises(ShapleyError, match=r"Say which: load\(..., subfolder='best'\)"):
+        shapadapter.load(f"{OWNER}/even")
 
 
 def test_where_there_is_none_at_the_top_the_subfolders_are_named(online, alone, tmp_path, repo):
@@ -173,21 +217,55 @@ def test_the_cards_of_a_push_say_how_it_is_loaded(online, named, repo):
 def test_what_was_written_into_the_cards_stays(online, alone, repo):
     alone.push_to_hub(repo)
     cards = {path: data for path, data in online.files(repo).items() if path.endswith("README.md")}
-    edited = {path: data + b"\nTaken with care.\n" for path, data in cards.items()}
+    edited = {path: data + f"\nWritten into {path}.\n".encode() for path, data in cards.items()}
     online.add(repo, {**online.files(repo), **edited})
     alone.push_to_hub(repo)
-    assert all(b"Taken with care." in online.files(repo)[path] for path in edited)
+    for path, card in ((path, online.files(repo)[path].decode()) for path in edited):
+        assert re.findall("Written into .*", card) == [f"Written into {path}."]
+
+
+def test_the_card_of_a_default_adapter_that_is_there_stays(online, alone, tmp_path, repo):
+    get_peft_model(base(), ShapleyConfig(r=2)).save_pretrained(tmp_path / "first")
+    update_card(tmp_path / "first", images=[picture(1)])
+    push(tmp_path / "first", repo)
+    before = online.files(repo)
+    alone.save_pretrained(tmp_path)
+    update_card(tmp_path / "best", images=[picture(2)])
+    model = PeftModel.from_pretrained(base(), tmp_path, subfolder="best", adapter_name="best")
+    for branch in (None, "v2"):
+        model.push_to_hub(repo, revision=branch)
+        after = online.files(repo, branch or "main")
+        assert {path: after[path] for path in before} == before
+        assert set(after) - set(before) == {
+            "best/README.md",
+            "best/adapter_config.json",
+            "best/adapter_model.safetensors",
+        }
+
+
+def test_an_adapter_may_be_called_as_the_folder_of_pictures(online, tmp_path, repo):
+    get_peft_model(base(), ShapleyConfig(r=2), adapter_name="explanations").save_pretrained(tmp_path)
+    place = tmp_path / "explanations"
+    update_card(place, images=[picture()])
+    model = PeftModel.from_pretrained(base(), tmp_path, subfolder="explanations", adapter_name="explanations")
+    model.push_to_hub(repo)
+    files = online.files(repo)
+    assert set(files) == {
+        "README.md",
+        *(f"explanations/{file}" for file in ("README.md", "adapter_config.json", "adapter_model.safetensors")),
+    }
+    assert "](explanations/" not in files["README.md"].decode()
+    assert same(shapadapter.load(repo, subfolder="explanations")[0], model)
 
 
 def test_pictures_are_pushed_with_the_card_that_the_hub_shows(online, alone, tmp_path, repo):
     alone.save_pretrained(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    update_card(tmp_path / "best", images=[Image.fromarray(pixels)])
+    update_card(tmp_path / "best", images=[picture()])
     model = PeftModel.from_pretrained(base(), tmp_path, subfolder="best", adapter_name="best")
     model.push_to_hub(repo)
     files = online.files(repo)
-    (picture,) = [path for path in files if path.startswith("explanations/")]
-    assert f"]({picture})" in files["README.md"].decode()
+    (shown,) = [path for path in files if path.startswith("explanations/")]
+    assert f"]({shown})" in files["README.md"].decode()
     assert "](explanations/" not in files["best/README.md"].decode()
     assert sorted({path.split("/")[0] for path in files}) == ["README.md", "best", "explanations"]
 
@@ -233,4 +311,4 @@ def test_the_commands_take_a_subfolder(online, named, repo, tmp_path, monkeypatc
     inspected = json.loads(run("inspect", repo, "--subfolder", "last", "--json").stdout)
     assert (inspected["name"], inspected["adapter"]) == (f"{repo}/last", True)
     for words in (("explain", repo, "photos"), ("inspect", repo), ("export", repo, *exported)):
-        assert f"{repo}/best, {repo}/last. Say which: --subfolder 'best'." in run(*words, code=1).stderr
+        assert f"{repo}/best, {repo}/last. Say which: --subfolder best." in run(*words, code=1).stderr

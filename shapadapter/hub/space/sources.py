@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.registration import NAME
 from shapadapter.errors import ShapleyError
+from shapadapter.hub.copying import copy_files, own_code
 from shapadapter.loading import find_base
+from shapadapter.locating import AdapterFiles
 from shapadapter.remote import BASE_FILES, PROCESSOR_FILES, is_path
 
 
@@ -54,6 +55,11 @@ class Source:
         local = Path(base) if (Path(base) / "config.json").is_file() else None
         if local is not None and not any(local.glob("model*.safetensors")):
             raise ShapleyError(f"The base model {local} has no safetensors file; pickles are not copied.")
+        if local is not None and (code := own_code(local)):
+            raise ShapleyError(
+                f"The base model {local} comes with code of its own ({', '.join(code)}), which is not copied, and which the "
+                "app would not run: this adapter cannot be shown."
+            )
         return cls(
             name=folder.resolve().name,
             adapter=folder,
@@ -66,7 +72,10 @@ class Source:
     def copy(self, target: Path) -> None:
         """Copy what is here: adapter into `adapter/`, base into `base/`; model and processor files alone."""
         if self.adapter is not None:
-            _copy(self.adapter, target / "adapter", (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES))
+            (target / "adapter").mkdir()
+            copy_files(self.adapter, target / "adapter", (SAFETENSORS_WEIGHTS_NAME,))
+            processor = AdapterFiles(str(self.adapter), self.adapter).processor()
+            copy_files(processor, target / "adapter", PROCESSOR_FILES)
             config = _config(self.adapter)
             # Nobody else has the author's folder, nor need they know its name.
             config |= {"base_model_name_or_path": "base"} if self.base is not None else {}
@@ -74,7 +83,8 @@ class Source:
                 json.dumps(config, indent=2, sort_keys=True), encoding="utf-8"
             )
         if self.base is not None:
-            _copy(self.base, target / "base", BASE_FILES)
+            (target / "base").mkdir()
+            copy_files(self.base, target / "base", BASE_FILES)
 
 
 def _hub_name(name: str) -> str:
@@ -114,11 +124,3 @@ def _license(card: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
     return value if isinstance(value, str) else None
-
-
-def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    target.mkdir()
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)

@@ -1,0 +1,33 @@
+"""What leaves a folder for the Hub or for a Space: files of known names, and no code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from shapadapter.errors import CheckpointError
+
+
+def copy_files(folder: Path | None, target: Path, patterns: Sequence[str]) -> None:
+    """Copy those files of a folder that match a pattern; of no folder none."""
+    if folder is None:
+        return
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def own_code(base: Path) -> list[str]:
+    """The files of code in the folder of a base model without which it cannot be loaded; others there do not count.
+
+    Raises:
+        CheckpointError: its configuration is damaged.
+    """
+    try:
+        named = str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("auto_map"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json of the base model {base} is damaged: {error}") from error
+    return sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
