@@ -40,7 +40,6 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     base = AutoModelForImageClassification.from_pretrained(
         args.model_name_or_path,
-        num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         ignore_mismatched_sizes=True,

@@ -102,7 +102,6 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
     try:
         base = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path,
-            num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             ignore_mismatched_sizes=True,
