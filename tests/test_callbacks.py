@@ -13,6 +13,7 @@ from transformers import ViTImageProcessorPil as Processor
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter.training.glance import some_rows
 
 # -- a batch that does not fit ---------------------------------------------------------------------------------------
 
@@ -306,3 +307,11 @@ def test_maps_need_an_evaluation(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --log_attributions 4 --eval_strategy epoch"
     (parsed,) = parser.parse_args_into_dataclasses(line.split())
     assert parsed.log_attributions == 4
+
+
+def test_images_that_are_shown_are_not_all_of_one_class_where_classes_take_turns():
+    labels = [index % 10 for index in range(1000)]
+    assert list(some_rows(labels, 4)) == [0, 3, 6, 9]
+    assert list(some_rows(sorted(labels), 4)) == [0, 3, 6, 9]
+    assert (list(some_rows(labels, 1)), list(some_rows([7, 8], 4)), list(some_rows([], 4))) == ([0], [7, 8], [])
+    assert list(some_rows(iter(labels), 3)) == [0, 1, 2]

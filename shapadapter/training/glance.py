@@ -10,9 +10,10 @@ from torch.utils.data import IterableDataset
 
 
 def some_rows(dataset: Any, count: int) -> Iterator[Any]:
-    """Up to `count` rows, evenly spread over a data set that has a length; the first ones of a stream."""
+    """Up to `count` rows, evenly spread from the first to the last; of a stream, which has no length, the first ones."""
     streamed = isinstance(dataset, IterableDataset)  # which has the method of data sets by index, but it only raises
     if not streamed and isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
         count = min(len(dataset), count)
-        return (dataset[index * len(dataset) // count] for index in range(count))
+        # From end to end: a whole share of the length as the step would meet one class only where classes take turns.
+        return (dataset[index * (len(dataset) - 1) // max(1, count - 1)] for index in range(count))
     return itertools.islice(iter(dataset), count)
