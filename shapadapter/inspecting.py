@@ -160,7 +160,7 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name, **options)
         matching = set(config.architectures or ()) & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
         classifier = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not matching
-        # By code of its own.
+        # A class in the model's own code, which transformers does not list.
         own = AutoModelForImageClassification.__name__ in (getattr(config, "auto_map", None) or {})
         maker: Any = AutoModelForImageClassification if classifier or own else AutoModel
         model = maker.from_pretrained(name, use_safetensors=True, **options)
