@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import ShapleyLayer
-from .backbone import Tiling, configured_size, evaluating, normalised
+from .backbone import Tiling, configured_size, evaluation_view, normalised
 from .classes import find_class
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation
@@ -72,12 +72,13 @@ def explain(
             one and `relative_error` or `max_refine` was given.
         TypeError: an argument that neither this function nor the model's forward has.
     """
-    active_layer(model)  # what is no wrapped model is refused before its modes are touched
+    active_layer(model)
     check_options(model, options, explain)
+    model = evaluation_view(model)
     plan = Plan.of(refine, relative_error, max_refine, seed)
     parts: list[Explanation] = []
     bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)
-    with torch.inference_mode(), evaluating(model), bar:
+    with torch.inference_mode(), bar:
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
             part = one_pass(batch)
             if plan is not None:
@@ -197,9 +198,11 @@ def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tenso
     """
     inputs = prepare_texts(texts, processor, text_rules(model))
     device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad():
         return normalised(
-            base_of(model).get_text_features(**{name: value.to(device) for name, value in inputs.items()})
+            base_of(evaluation_view(model)).get_text_features(
+                **{name: value.to(device) for name, value in inputs.items()}
+            )
         )
 
 

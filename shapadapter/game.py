@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import ShapleyLayer
-from .backbone import evaluating
+from .backbone import evaluation_view
 from .errors import ImageError, ShapleyError
 from .shapley import all_coalitions, exact_shapley_values, kernel_shap, kernel_shap_error, sample_paired_coalitions
 
@@ -49,8 +49,8 @@ class PatchGame:
         self.batch_size = batch_size
         self.options = options
         self.players = layer.tiling(self.pixel_values, **options).count
-        with torch.inference_mode(), evaluating(model):
-            output = model(pixel_values=self.pixel_values, **options)
+        with torch.inference_mode():
+            output = evaluation_view(model)(pixel_values=self.pixel_values, **options)
         if output.logits is None:
             raise ShapleyError(
                 "The model matches images with texts: pass text_embeds=embed_texts(model, texts, processor), from "
@@ -64,11 +64,11 @@ class PatchGame:
         """v(S) of coalitions (M, N) bool: (M, K) fp32."""
         # Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
         order = coalitions.sum(dim=1).argsort(stable=True)  # (M,)
-        values = []
-        with torch.inference_mode(), evaluating(self.model):
+        model, values = evaluation_view(self.model), []
+        with torch.inference_mode():
             for part in order.split(self.batch_size):
                 chosen = coalitions[part][None].to(self.pixel_values.device)  # (1, m, N)
-                output = self.model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
+                output = model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
                 values.append(output.coalition_values[0])  # (m, K)
         return torch.cat(values)[order.argsort().to(self.pixel_values.device)]
 

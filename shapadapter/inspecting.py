@@ -240,7 +240,7 @@ def _tried(model: Any, anatomy: Any, removal: Removal, config: Any) -> str:
 def _as_before(model: Any) -> Iterator[None]:
     """The model without the adapter's hooks, as the self-test at wrapping time saw it."""
     layer = active_layer(model)
-    layer.detach()
+    layer.detach(model)
     try:
         yield
     finally:

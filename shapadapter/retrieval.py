@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import evaluating
+from .backbone import evaluation_view
 from .errors import ShapleyError
 from .explaining import as_list, base_of, embed_texts, inputs_on, prepared_batches
 from .game import active_layer
@@ -106,7 +106,8 @@ def retrieval_after_deletion(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     _check(model, images, texts, deleted, ks)
-    with torch.inference_mode(), evaluating(model):
+    model = evaluation_view(model)
+    with torch.inference_mode():
         directions = embed_texts(model, texts, processor)  # (T, P)
         conditions = [
             (share, order) for share in deleted for order in ("top", "random", "bottom") if share or order == "top"

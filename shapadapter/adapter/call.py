@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from shapadapter.backbone import Anatomy, Tiling, evaluating
+from shapadapter.backbone import Anatomy, Tiling
 from shapadapter.errors import ImageError
 
 from .texts import Texts
@@ -120,15 +119,6 @@ class ModelCall:
             return states
         tokens = self.tokens if self.pixel_values.ndim == 4 else self.pixel_values.shape[1]
         return tuple(state[:, 1:] if state.ndim == 3 and state.shape[1] == tokens + 1 else state for state in states)
-
-    @contextmanager
-    def targets(self, model: nn.Module, gradient: bool) -> Iterator[None]:
-        """Run coalitions as targets: without gradients, dropout and drop path, unless gradients are asked for."""
-        if gradient:
-            yield
-            return
-        with torch.no_grad(), evaluating(model):
-            yield
 
 
 def without_token(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from shapadapter.backbone import Anatomy, Carrier, Pass, fill_absent, score, with_patch_mask
+from shapadapter.backbone import Anatomy, Carrier, Pass, evaluating, evaluation_view, fill_absent, score, with_patch_mask
 
 from .call import ModelCall, runs_by_size
 from .head import ProjectionHead
@@ -119,22 +121,35 @@ class CoalitionGame:
             return self.rules.empty
         nobody = torch.zeros(1, self.call.tiling.count, dtype=torch.bool, device=self.call.pixel_values.device)
         first = torch.zeros(1, dtype=torch.long, device=nobody.device)
-        with self.call.targets(self.model, gradient=False):
-            return self.value(first, nobody, 0)
+        with self._targets() as game:
+            return game.value(first, nobody, 0)
+
+    @contextmanager
+    def _targets(self, gradient: bool = False) -> Iterator[CoalitionGame]:
+        """The game as a source of targets: without gradients, dropout and drop path, unless gradients are asked for."""
+        if gradient:
+            yield self
+        elif torch.compiler.is_compiling():
+            # A view is made of Python objects that a compiled graph cannot hold; a trace disturbs no other thread.
+            with torch.no_grad(), evaluating(self.model):
+                yield self
+        else:
+            with torch.no_grad():
+                yield replace(self, model=evaluation_view(self.model))
 
     def coalition_values(self) -> Tensor | None:
         """v(S) of every coalition of the call, (B, M, K) fp32."""
         call = self.call
         if call.coalitions is None:
             return None
-        with call.targets(self.model, gradient=call.coalition_grad):
+        with self._targets(call.coalition_grad) as game:
             if call.coalition_sizes is not None:
                 # A pass for each coalition, of all images: a pair costs what the full image does.
                 columns = [
-                    self.value(None, call.coalitions[:, m], size) for m, size in enumerate(call.coalition_sizes)
+                    game.value(None, call.coalitions[:, m], size) for m, size in enumerate(call.coalition_sizes)
                 ]
                 return torch.stack(columns, dim=1)  # M times (B, K) -> (B, M, K)
-            return self._values_of_any(call.coalitions)
+            return game._values_of_any(call.coalitions)
 
     def _values_of_any(self, coalitions: Tensor) -> Tensor:
         """v(S) of coalitions (B, M, N) of whatever sizes, (B, M, K)."""

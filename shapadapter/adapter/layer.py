@@ -1,4 +1,4 @@
-"""The adapter's layer: token and head, driven by hooks on the base model.
+"""The adapter's layer: token and head, and the forward of the model that holds them.
 
 Everything lives on the base model, as a child named `shapley`, so that it also works where PEFT throws its tuner away
 (`model.add_adapter`, `AutoModelForImageClassification.from_pretrained(adapter)`, `pipeline`).
@@ -6,7 +6,6 @@ Everything lives on the base model, as a child named `shapley`, so that it also 
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -14,9 +13,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shapadapter.backbone import Anatomy, Pass, Tiling, carrier_for, named_fields, tile
+from shapadapter.backbone import (
+    Anatomy,
+    Pass,
+    Tiling,
+    base_forward,
+    base_is_asked,
+    carrier_for,
+    named_fields,
+    replace_forward,
+    restore_forward,
+    tile,
+)
 from shapadapter.errors import ShapleyError
-from shapadapter.outputs import ShapleyOutput
 
 from .answer import answer
 from .call import ModelCall, without_token
@@ -29,9 +38,8 @@ from .zero import BareParameters
 _PARAMETERS = ("null", "token", "fill")
 _MODULES = ("norm", "vote", "patch", "share", "token_norm", "gate", "key", "value", "place", "place_key")
 
-
-# What a pass needs to know lies on layer and carrier while it runs, so threads take turns.
-_ONE_AT_A_TIME = threading.RLock()
+CHILD = "shapley"
+"""The name of the adapter's layer among the children of the base model."""
 
 
 def _placed(leaf: nn.Module | nn.Parameter, device: torch.device) -> nn.Module | nn.Parameter:
@@ -64,9 +72,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters = []
-        self._call: ModelCall | None = None
-        self._caller: int | None = None
-        self._handles: list[Any] = []
+        self._forward: Any = None
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -166,58 +172,36 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         # There is no base layer; `add` has put the parameters where the blocks are.
         return None
 
-    # -- hooks -----------------------------------------------------------------------------------------------------
+    # -- one call --------------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Hook the model's own forward and, through the carrier, its blocks."""
+        """Take the place of the model's own forward and, through the carrier, hook its blocks."""
         self.carrier.attach(model)
-        self._handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            # Always called: after an error, too, nothing of the pass may be left.
-            model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
-        ]
+        if self._forward is None:
+            self._forward = replace_forward(model, adapted_forward)
 
-    def detach(self) -> None:
-        """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def detach(self, model: PreTrainedModel) -> None:
+        """Leave the model as it was before `attach`."""
         self.carrier.detach()
+        if restore_forward(model, self._forward):
+            self._forward = None
 
-    def _before_model(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.active is None:
-            return args, without_token(kwargs)
+    def run(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`model(*args, **kwargs)` by the active adapter: the base model's forward, and what the head makes of it.
+
+        What a call needs to know is handed on, or lies with this thread while a pass runs: other threads may be in calls
+        of their own, and whatever is raised, nothing of a call is left behind.
+        """
+        name = self.active
+        if name is None:
+            return base_forward(model)(*args, **without_token(kwargs))
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
-        if torch.compiler.is_compiling():
-            self._caller = None  # a compiled graph takes no locks
-        else:
-            _ONE_AT_A_TIME.acquire()
-            self._caller = threading.get_ident()
-        self._call = call
-        self.carrier.current = Pass(call.tiling.cells[0] * call.tiling.cells[1])
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)
-        return (), {**call.inputs(), **texts, **call.extras, **named_fields(model)}
-
-    def _after_model(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> ShapleyOutput | tuple[Any, ...] | None:
-        if self._call is None or not (self._caller is None or self._caller == threading.get_ident()):
-            return None  # no adapter is active, or the call was refused before it began
-        try:
-            return self._explained(model, output) if output is not None else None
-        finally:
-            self.carrier.current = self._call = None
-            if self._caller is not None:
-                _ONE_AT_A_TIME.release()
-
-    def _explained(self, model: PreTrainedModel, output: Any) -> ShapleyOutput | tuple[Any, ...]:
-        call, current, name = self._call, self.carrier.current, self.active
-        if call is None or current is None or current.features is None or name is None:
+        with self.carrier.passing(Pass(call.tiling.cells[0] * call.tiling.cells[1])) as current:
+            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **named_fields(model))
+        if current.features is None:
             raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
-        self.carrier.current = None
         head = self.head(name)
         game = CoalitionGame(
             model=model,
@@ -233,3 +217,11 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         evidence = head.read(current.features, token, call.tiling.cells)
         result = answer(game, evidence, output, travelled=current.token is not None)
         return result if call.return_dict else result.to_tuple()
+
+
+def adapted_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model that holds a `ShapleyLayer`."""
+    layer, asked = getattr(model, CHILD, None), base_is_asked()
+    if layer is None or asked:
+        return base_forward(model)(*args, **kwargs)
+    return layer.run(model, args, kwargs)

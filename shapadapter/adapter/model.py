@@ -38,12 +38,10 @@ from .guard import (
     refuse_stacking,
     refuse_unloaded,
 )
-from .layer import ShapleyLayer
+from .layer import CHILD, ShapleyLayer
 from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
 from .zero import whole
-
-CHILD = "shapley"
 
 # Ways to initialise LoRA that take part of the base weights into the adapter.
 _REWRITING = ("pissa", "olora", "corda", "loftq")
@@ -102,7 +100,7 @@ class ShapleyModel(LoraModel):
     def _add_to_layer(self, model: PreTrainedModel, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
         layer.add(name, config, _last_device(model, layer.anatomy))
         start_from_classifier(model, layer, name)
-        layer.detach()
+        layer.detach(model)
         layer.attach(model)
         layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
         layer.train(model.training)
@@ -124,7 +122,7 @@ class ShapleyModel(LoraModel):
                 "adapter, or train with prediction='classifier'.",
                 stacklevel=3,
             )
-        layer.detach()
+        layer.detach(self.model)
         delattr(self.model, CHILD)
         bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return bare
@@ -178,7 +176,7 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
     if layer is None:
         yield
         return
-    layer.detach()
+    layer.detach(model)
     delattr(model, CHILD)
     try:
         yield

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.backbone import evaluating
+from shapadapter.backbone import evaluation_view
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import explain, join, one_pass, predictions
 from shapadapter.explanation import Explanation
@@ -96,7 +96,7 @@ def attribute(
         ImageError, ClassNotFoundError, ShapleyError, ValueError, TypeError: as `explain`.
     """
     _check(method, evaluations)
-    layer = active_layer(model)
+    active_layer(model)
     if "refine" in options:
         raise TypeError("attribute refines with method='refined', evaluations=64; refine is an argument of explain.")
     check_options(model, options, attribute)
@@ -106,8 +106,10 @@ def attribute(
             model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
         )
     parts: list[Explanation] = []
+    model = evaluation_view(model, private=True)  # for methods that hook modules
+    layer = active_layer(model)
     # The caller's inference mode would forbid the gradients that some methods ask for.
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+    with torch.inference_mode(False), torch.no_grad():
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
             case = Case(model, layer, batch, evaluations, seed, sum(map(len, parts)), batch_size)
             parts.append(_explained(case, method))

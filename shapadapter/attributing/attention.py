@@ -34,7 +34,7 @@ def _blocks(case: Case) -> list[Tensor]:
         ShapleyError: the model has no attention from every token to every token.
     """
     seats = len(case.layer.anatomy.attentions)
-    with attention_weights(case.model) as collected:
+    with attention_weights() as collected:
         case.model(**case.batch.inputs)
     # With the base model's own classifier, the empty image follows.
     weights = [found.float().mean(dim=1) for found in collected[:seats] if found is not None]

@@ -8,12 +8,14 @@ from .attention import attention_weights
 from .carrier import Carrier, Pass, Removal, cells_first, with_patch_mask
 from .dryrun import configured_size, first_tensor
 from .families import Family, register_family
+from .forwards import base_forward, base_is_asked, replace_forward, restore_forward
 from .offset import measure_offset
 from .pixels import fill_absent, sum_over_tiles
 from .scoring import named_fields, normalised, score
 from .selftest import carrier_for, choose_removal, settle
 from .targets import default_targets, linear_layers, trainable_parts
 from .tiling import Tiling, tile
+from .view import evaluation_view
 
 __all__ = [
     "Anatomy",
@@ -23,12 +25,15 @@ __all__ = [
     "Removal",
     "Tiling",
     "attention_weights",
+    "base_forward",
+    "base_is_asked",
     "carrier_for",
     "cells_first",
     "choose_removal",
     "configured_size",
     "default_targets",
     "evaluating",
+    "evaluation_view",
     "fill_absent",
     "first_tensor",
     "linear_layers",
@@ -37,6 +42,8 @@ __all__ = [
     "normalised",
     "original_name",
     "register_family",
+    "replace_forward",
+    "restore_forward",
     "score",
     "settle",
     "sum_over_tiles",

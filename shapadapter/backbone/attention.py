@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from shapadapter.errors import UnsupportedModelError
 
@@ -48,13 +50,20 @@ class _Seat:
         self.carrier = carrier
         self.config = config
         self.seen = seen
-        self.weights: list[Tensor | None] | None = None  # where attention probabilities are collected
+
+
+class _Collecting(threading.local):
+    """Where this thread's passes leave their attention probabilities, if it asked for them."""
+
+    weights: list[Tensor | None] | None = None
+
+
+_collecting = _Collecting()
 
 
 def _base_attention(module: nn.Module, config: PretrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the model itself asks for, e.g. sdpa, or the eager one of its own source file."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager_attention(module))
 
 
 def attend_with_token(
@@ -85,14 +94,33 @@ def attend_with_token(
     return output, weights  # (B, 1 + T, h, d), (B, h, T, T)
 
 
-def _attend(module: nn.Module, seat: _Seat, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _attend(
+    module: nn.Module, seat: _Seat, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """The model's own attention; its probabilities, without those of the token, are noted where they are collected."""
-    output, weights = _base_attention(module, seat.config)(module, *args, **kwargs)
+    collected = _collecting.weights
+    if collected is None:
+        output, weights = _base_attention(module, seat.config)(module, query, key, value, mask, **kwargs)
+    else:
+        # Of all kernels, the eager one alone tells its probabilities.
+        output, weights = _eager_attention(module)(module, query, key, value, _added(mask, query), **kwargs)
     if weights is not None:
-        weights = weights[:, :, -args[1].shape[2] :]  # (B, h, T, T): keys are the base tokens
-    if seat.weights is not None:
-        seat.weights.append(weights)
+        weights = weights[:, :, -key.shape[2] :]  # (B, h, T, T): keys are the base tokens
+    if collected is not None:
+        collected.append(weights)
     return output, weights
+
+
+def _eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention function of the module's own source file, or one like it."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
+
+
+def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as the eager kernel takes it, added to the scores: True, in a bool mask, is what may be seen."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def _with_token_row(mask: Tensor | None) -> Tensor | None:
@@ -151,27 +179,18 @@ def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: li
 
 
 @contextmanager
-def attention_weights(model: nn.Module) -> Iterator[list[Tensor | None]]:
-    """Collect the attention probabilities (B, heads, T, T) of all seated modules, without the token, in call order.
+def attention_weights() -> Iterator[list[Tensor | None]]:
+    """Collect the attention probabilities (B, heads, T, T) of what this thread runs, without the token, in call order.
 
-    Meanwhile the model runs the eager kernel, because the others do not tell their probabilities.
+    They are of the adapted attention modules of whatever model runs, which meanwhile go through the eager kernel.
     """
+    before = _collecting.weights
     collected: list[Tensor | None] = []
-    seats: list[_Seat] = [m._shapadapter_seat for m in model.modules() if hasattr(m, "_shapadapter_seat")]  # type: ignore[misc]
-    configs = {id(seat.config): seat.config for seat in seats}
-    kernels = [(config, config._attn_implementation) for config in configs.values()]
     try:
-        for seat in seats:
-            seat.weights = collected
-        for config, _ in kernels:
-            # Not the public setter, which would hand the name on to the other tower of a matching model.
-            config._attn_implementation_internal = "eager"
+        _collecting.weights = collected
         yield collected
     finally:
-        for seat in seats:
-            seat.weights = None
-        for config, kernel in kernels:
-            config._attn_implementation_internal = kernel
+        _collecting.weights = before
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,19 @@ class Pass:
     key_mask: Tensor | None = field(default=None, repr=False)
 
 
+class _Running(threading.local):
+    """The pass that this thread is in, with the carrier it belongs to.
+
+    Nothing of a pass lies on the model, which other threads run at the same time. Not a `ContextVar`, which
+    `torch.compile` cannot trace.
+    """
+
+    found: tuple[Carrier, Pass] | None = None
+
+
+_running = _Running()
+
+
 class Carrier:
     """Sees every pass of one model through hooks, and keeps its final features.
 
@@ -56,8 +70,13 @@ class Carrier:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self.current: Pass | None = None
         self._handles: list[Any] = []
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass of this carrier's model that the calling thread is in."""
+        found = _running.found
+        return found[1] if found is not None and found[0] is self else None
 
     def attach(self, model: nn.Module) -> None:
         """Hook every physical copy of the source: `modules_to_save` keeps one for each adapter beside the original."""
@@ -73,26 +92,28 @@ class Carrier:
 
     @contextmanager
     def passing(self, current: Pass) -> Iterator[Pass]:
-        """Everything the base model does inside the context belongs to `current`."""
-        before, self.current = self.current, current
+        """Everything the base model does inside the context, in this thread, belongs to `current`."""
+        before = _running.found
         try:
+            _running.found = (self, current)
             yield current
         finally:
-            self.current = before
+            _running.found = before
 
     def _after_source(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.current is None:
+        current = self.current
+        if current is None:
             return
         features = first_tensor(output)
         if features is None:
             raise UnsupportedModelError(f"{self.anatomy.source} returned no tensor; it did when it was wrapped.")
         cells = cells_first(features, self.anatomy)
-        if self.anatomy.layout != "latents" and cells.shape[1] != self.current.cells:
+        if self.anatomy.layout != "latents" and cells.shape[1] != current.cells:
             raise UnsupportedModelError(
-                f"Expected a feature map of {self.current.cells} cells for images of this size, {self.anatomy.source} "
+                f"Expected a feature map of {current.cells} cells for images of this size, {self.anatomy.source} "
                 f"returned {cells.shape[1]}. Send images whose sides are multiples of {self.anatomy.cell} pixels."
             )
-        self.current.features = cells
+        current.features = cells
 
 
 def cells_first(features: Tensor, anatomy: Anatomy) -> Tensor:

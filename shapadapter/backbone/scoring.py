@@ -1,4 +1,4 @@
-"""Ask the base model itself: its scores for images, without the hooks on its call."""
+"""Ask the base model itself for its scores of images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .anatomy import Kind
 from .families import Family
+from .forwards import asking_base
 
 
 def kind_of(model: nn.Module) -> Kind:
@@ -30,8 +31,7 @@ def score(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) 
     """
     if kind == "matching":
         return embed(model, inputs)
-    # `forward`, not a call: the hooks on the model would start a pass of their own.
-    output = model.forward(**inputs, **named_fields(model))
+    output = _asked(model, inputs)
     scores = getattr(output, family.scores, None)
     return scores if isinstance(scores, Tensor) else None
 
@@ -40,9 +40,15 @@ def reply(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) 
     """What `score` returns; of a model without scores the first tensor in its output, None if there is none."""
     if kind == "matching":
         return embed(model, inputs)
-    output = model.forward(**inputs, **named_fields(model))
+    output = _asked(model, inputs)
     fields = output.values() if isinstance(output, Mapping) else ()
     return next((t for t in (getattr(output, family.scores, None), *fields) if isinstance(t, Tensor)), None)
+
+
+def _asked(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """The base model's own answer. `forward`, not a call: hooks on the model would hear of a pass they know nothing of."""
+    with asking_base():
+        return model.forward(**inputs, **named_fields(model))
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:

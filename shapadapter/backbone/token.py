@@ -18,7 +18,7 @@ from shapadapter.errors import UnsupportedModelError
 
 from .anatomy import Anatomy, original_name
 from .attention import kernel_of, seat_token, unseat_token
-from .carrier import Carrier
+from .carrier import Carrier, Pass
 from .dryrun import first_tensor
 
 # Kernels seen to honour an additive mask (B, 1, 1, T); others take masks of another kind, or none.
@@ -79,12 +79,13 @@ class TokenCarrier(Carrier):
         return self._token() is not None
 
     def _token(self) -> Tensor | None:
-        return None if self.current is not None and self.current.bare else self.source()
+        current = self.current
+        return None if current is not None and current.bare else self.source()
 
     def count_split(self) -> None:
         """One attention call has hidden the token."""
-        if self.current is not None:
-            self.current.splits += 1
+        if (current := self.current) is not None:
+            current.splits += 1
 
     def _before_first(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -124,10 +125,11 @@ class TokenCarrier(Carrier):
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.current is None or self.current.key_mask is None:
+        current = self.current
+        if current is None or current.key_mask is None:
             return None
         # As an argument, because gradient checkpointing keeps arguments for the second computation.
-        return with_mask(block, args, kwargs, self.current.key_mask)
+        return with_mask(block, args, kwargs, current.key_mask)
 
     def _after_last(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = first_tensor(output)
@@ -149,7 +151,7 @@ class TokenCarrier(Carrier):
             )
         current.token = token
         if current.native:
-            return self._keep_length(hidden)
+            return _keep_length(current, hidden)
         prefix = self.anatomy.prefix
         if current.key_mask is not None:
             assert current.present is not None
@@ -165,13 +167,13 @@ class TokenCarrier(Carrier):
             hidden = torch.cat([hidden, empty], dim=1)  # (B, P + 1, D)
         return hidden
 
-    def _keep_length(self, hidden: Tensor) -> Tensor:
-        """The model masks by itself and counts on its own length: only an empty coalition needs help."""
-        assert self.current is not None
-        assert self.current.present is not None
-        index = self.current.present[..., None].expand(-1, -1, hidden.shape[-1])  # (B, s, D)
-        self.current.features = hidden.gather(1, index)  # (B, s, D)
-        return hidden if index.shape[1] else torch.zeros_like(hidden)
+
+def _keep_length(current: Pass, hidden: Tensor) -> Tensor:
+    """The model masks by itself and counts on its own length: only an empty coalition needs help."""
+    assert current.present is not None
+    index = current.present[..., None].expand(-1, -1, hidden.shape[-1])  # (B, s, D)
+    current.features = hidden.gather(1, index)  # (B, s, D)
+    return hidden if index.shape[1] else torch.zeros_like(hidden)
 
 
 def keep_cells(hidden: Tensor, present: Tensor, prefix: int) -> Tensor:

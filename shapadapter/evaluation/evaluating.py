@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.backbone import evaluating
+from shapadapter.backbone import evaluation_view
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
@@ -86,7 +86,8 @@ def evaluate(
     rows = Rows(dataset, processor, class_names(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+    model = evaluation_view(model)
+    with torch.inference_mode(False), torch.no_grad():
         found = task(model, rows, batch_size, options, progress)
         result = study(model, rows, plan, found_masks, belong, cache)
     means = {name: mean_of(values, belong, seed) for name, values in found.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shapadapter.backbone import evaluating
+from shapadapter.backbone import evaluation_view
 
 from .data import Rows
 from .evaluating import check_model, class_names
@@ -70,5 +70,5 @@ class Evaluator:
             thorough=False,
         )
         rows = Rows(dataset, processor, class_names(model))
-        with torch.no_grad(), evaluating(model):
-            return study(model, rows, plan, rows.masks(self.masks), None, None).metrics()
+        with torch.no_grad():
+            return study(evaluation_view(model), rows, plan, rows.masks(self.masks), None, None).metrics()

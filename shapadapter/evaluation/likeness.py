@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shapadapter.backbone import evaluating
+from shapadapter.backbone import evaluation_view
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import predictions
 from shapadapter.game import active_layer
@@ -61,7 +61,8 @@ def map_agreement(
     alone = replace(methods, explainers={"compared": method})
     rows, found = Rows(dataset, processor), []
     chosen = choose(len(rows), images, seed)
-    with torch.no_grad(), evaluating(model), evaluating(other_model):
+    model, other_model = evaluation_view(model), evaluation_view(other_model)
+    with torch.no_grad():
         for start in range(0, len(chosen), batch_size):
             indices = chosen[start : start + batch_size]
             inputs = rows.batch(indices).inputs

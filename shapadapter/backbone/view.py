@@ -1,0 +1,82 @@
+"""The same model in evaluation mode, without a change to the model itself."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+# What may be registered on a module; a view has its own, so that a hook on it is not heard by other threads.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def evaluation_view(model: nn.Module, private: bool = False) -> nn.Module:
+    """`model` without dropout and drop path: itself if it is in evaluation mode, else other modules around the same weights.
+
+    Modes are state of the modules, which other threads may be training or explaining with; so they are not switched, as
+    `eval` and `train` would. A view shares parameters, buffers and all other state with the model and costs some
+    microseconds a module. It is for the passes of one call: what is set on the model later, it does not follow.
+
+    Args:
+        model: any model, wrapped or not.
+        private: make a view of a model in evaluation mode, too, on which hooks may be registered.
+    """
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        if not any(module.training for module in model.modules()) and not private:
+            return model
+        model = model._orig_mod  # type: ignore[assignment]  # compiled code runs the modules it was compiled for
+    modules = list(model.modules())
+    if not private and not any(module.training for module in modules):
+        return model
+    views = {id(module): _blank(module) for module in modules}
+    for module in modules:
+        _fill(views[id(module)], module, views)
+    for view in views.values():
+        if type(view).train is not nn.Module.train:
+            view.train()  # LeViT forgets only there what it computed once for evaluation
+    for view in views.values():
+        view.training = False
+    return views[id(model)]
+
+
+def _blank(module: nn.Module) -> nn.Module:
+    return object.__new__(type(module))
+
+
+def _fill(view: nn.Module, module: nn.Module, views: dict[int, nn.Module]) -> None:
+    """Give `view` the state of `module`, and in place of other modules their views."""
+    state = view.__dict__
+    state.update(module.__dict__)
+    for name in _HOOKS:
+        state[name] = type(state[name])((key, _seen_from(hook, views)) for key, hook in state[name].items())
+    state["_modules"] = {name: child if child is None else views[id(child)] for name, child in module._modules.items()}
+    for name, value in module.__dict__.items():
+        if isinstance(value, types.MethodType | functools.partial | nn.Module):
+            state[name] = _seen_from(value, views)
+
+
+def _seen_from(value: Any, views: dict[int, nn.Module]) -> Any:
+    """A module, method or partial function with the views in place of the modules it is bound to."""
+    if isinstance(value, nn.Module):
+        return views.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(_seen_from(value.__func__, views), _seen_from(value.__self__, views))
+    if isinstance(value, functools.partial):
+        bound = functools.partial(
+            _seen_from(value.func, views),
+            *(_seen_from(each, views) for each in value.args),
+            **{name: _seen_from(each, views) for name, each in value.keywords.items()},
+        )
+        bound.__dict__.update({name: _seen_from(each, views) for name, each in value.__dict__.items()})
+        return bound
+    return value
