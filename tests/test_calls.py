@@ -56,7 +56,9 @@ def _answers(model, images, **more):
 
 
 def _same(one, other, exact=True):
-    return all(torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    return all(
+        torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _places(model, count=12):

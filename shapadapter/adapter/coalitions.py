@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from shapadapter.backbone import Anatomy, Carrier, Pass, evaluating, evaluation_view, fill_absent, score, with_patch_mask
+from shapadapter.backbone import (
+    Anatomy,
+    Carrier,
+    Pass,
+    evaluating,
+    evaluation_view,
+    fill_absent,
+    score,
+    with_patch_mask,
+)
 
 from .call import ModelCall, runs_by_size
 from .head import ProjectionHead
@@ -135,7 +145,11 @@ class CoalitionGame:
                 yield self
         else:
             with torch.no_grad():
-                yield replace(self, model=evaluation_view(self.model))
+                yield self._evaluated
+
+    @functools.cached_property
+    def _evaluated(self) -> CoalitionGame:
+        return replace(self, model=evaluation_view(self.model))
 
     def coalition_values(self) -> Tensor | None:
         """v(S) of every coalition of the call, (B, M, K) fp32."""

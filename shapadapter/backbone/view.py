@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -19,8 +20,13 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def evaluation_view(model: nn.Module, private: bool = False) -> nn.Module:
+# Attributes that may run a module, such as a forward that accelerate has replaced.
+_BOUND = (types.MethodType, functools.partial, nn.Module)
+
+
+def evaluation_view(model: _Model, private: bool = False) -> _Model:
     """`model` without dropout and drop path: itself if it is in evaluation mode, else other modules around the same weights.
 
     Modes are state of the modules, which other threads may be training or explaining with; so they are not switched, as
@@ -38,7 +44,7 @@ def evaluation_view(model: nn.Module, private: bool = False) -> nn.Module:
     modules = list(model.modules())
     if not private and not any(module.training for module in modules):
         return model
-    views = {id(module): _blank(module) for module in modules}
+    views: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
     for module in modules:
         _fill(views[id(module)], module, views)
     for view in views.values():
@@ -49,19 +55,18 @@ def evaluation_view(model: nn.Module, private: bool = False) -> nn.Module:
     return views[id(model)]
 
 
-def _blank(module: nn.Module) -> nn.Module:
-    return object.__new__(type(module))
-
-
 def _fill(view: nn.Module, module: nn.Module, views: dict[int, nn.Module]) -> None:
     """Give `view` the state of `module`, and in place of other modules their views."""
     state = view.__dict__
     state.update(module.__dict__)
     for name in _HOOKS:
-        state[name] = type(state[name])((key, _seen_from(hook, views)) for key, hook in state[name].items())
+        hooks = state[name]
+        state[name] = (
+            OrderedDict((key, _seen_from(hook, views)) for key, hook in hooks.items()) if hooks else OrderedDict()
+        )
     state["_modules"] = {name: child if child is None else views[id(child)] for name, child in module._modules.items()}
     for name, value in module.__dict__.items():
-        if isinstance(value, types.MethodType | functools.partial | nn.Module):
+        if isinstance(value, _BOUND):
             state[name] = _seen_from(value, views)
 
 
