@@ -225,6 +225,20 @@ def test_explaining_in_training_mode_is_explaining_in_evaluation_mode():
     assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
 
 
+@pytest.mark.parametrize("way", ["model", "in place", "a part"])
+def test_explaining_a_compiled_model_in_training_mode(way):
+    model, images = _model(hidden_dropout_prob=0.5), _images()
+    expected = explain(model, images).logits
+    if way == "in place":
+        model.compile(backend="eager")
+    elif way == "a part":
+        vit = model.get_base_model().vit
+        vit.layernorm = torch.compile(vit.layernorm, backend="eager")
+    compiled = torch.compile(model, backend="eager") if way == "model" else model
+    assert torch.allclose(explain(compiled.train(), images).logits, expected, atol=1e-6)
+    assert compiled.training
+
+
 def test_levit_forgets_what_it_computed_before_a_step():
     model, images = _model("levit"), _images("levit")
     explain(model.train(), images)

@@ -37,16 +37,16 @@ def evaluation_view(model: _Model, private: bool = False) -> _Model:
         model: any model, wrapped or not.
         private: make a view of a model in evaluation mode, too, on which hooks may be registered.
     """
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        if not any(module.training for module in model.modules()) and not private:
-            return model
-        model = model._orig_mod  # type: ignore[assignment]  # compiled code runs the modules it was compiled for
     modules = list(model.modules())
     if not private and not any(module.training for module in modules):
         return model
     views: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+    for module in reversed(modules):
+        if "_orig_mod" in module._modules:
+            views[id(module)] = views[id(module._orig_mod)]  # compiled code runs the modules it was compiled for
     for module in modules:
-        _fill(views[id(module)], module, views)
+        if "_orig_mod" not in module._modules:
+            _fill(views[id(module)], module, views)
     for view in views.values():
         if type(view).train is not nn.Module.train:
             view.train()  # LeViT forgets only there what it computed once for evaluation
@@ -58,7 +58,7 @@ def evaluation_view(model: _Model, private: bool = False) -> _Model:
 def _fill(view: nn.Module, module: nn.Module, views: dict[int, nn.Module]) -> None:
     """Give `view` the state of `module`, and in place of other modules their views."""
     state = view.__dict__
-    state.update(module.__dict__)
+    state.update(module.__dict__, _compiled_call_impl=None)
     for name in _HOOKS:
         hooks = state[name]
         state[name] = (
