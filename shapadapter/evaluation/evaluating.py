@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.backbone import evaluation_view
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
@@ -86,7 +86,8 @@ def evaluate(
     rows = Rows(dataset, processor, class_names(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.
-    model = evaluation_view(model)
+    if any(module.training for module in model.modules()):
+        model = copy.deepcopy(model).eval()  # not a view, of which the measures could make no copies of their own
     with torch.inference_mode(False), torch.no_grad():
         found = task(model, rows, batch_size, options, progress)
         result = study(model, rows, plan, found_masks, belong, cache)
