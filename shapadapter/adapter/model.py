@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from shapadapter.backbone import (
     settle,
     trainable_parts,
 )
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.errors import ShapleyError, UnsupportedModelError
 
 from .cards import note
 from .config import ShapleyConfig
@@ -41,6 +42,7 @@ from .guard import (
 from .layer import ShapleyLayer
 from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
+from .switching import MIXED, check_merged, check_one, rehearse_merge
 from .zero import whole
 
 CHILD = "shapley"
@@ -76,7 +78,7 @@ class ShapleyModel(LoraModel):
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.rules) if layer is not None else set())
-        refuse_mixture(config.tune, set(layer.tunes.values()) if layer is not None else set())
+        refuse_mixture(config.tune, {c.tune for c in layer.configs.values()} if layer is not None else set())
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
             check_apart(model)
@@ -114,29 +116,83 @@ class ShapleyModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layer = getattr(self.model, CHILD)
-        if merge:
-            check_mergeable(self.model)
-        if merge and layer.active is not None and layer.rules[layer.active].prediction == "vote":
+        layer = _layer_of(self.model)
+        names = self._check_merge(adapter_names, safe_merge) if merge else []
+        if any(layer.rules[name].prediction == "vote" for name in names):
             warnings.warn(
                 "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
                 "the merged model predicts with the base model's own classifier, which was not trained. Keep the "
                 "adapter, or train with prediction='classifier'.",
                 stacklevel=3,
             )
+        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         layer.detach()
         delattr(self.model, CHILD)
-        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return bare
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Refuse what cannot be merged before anything is; else the names of the adapters to merge."""
+        check_mergeable(self.model)
+        names = check_merged(_layer_of(self.model).active_adapters, adapter_names)
+        rehearse_merge(self.model, names, safe_merge)
+        return names
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold LoRA into the base weights, with token and head as they are; `unmerge_adapter` takes it back.
 
         Raises:
-            ShapleyError: a convolution computes with other weights than its own.
+            ShapleyError: another adapter than the active one is named, or a convolution computes with other weights than
+                its own.
         """
-        check_mergeable(self.model)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        modules = list(self.model.modules())
+        merged = next((m.merged_adapters for m in modules if isinstance(m, LoraLayer) and m.merged), [])
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.merged_adapters = merged  # the same list, which unmerging empties
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ShapleyError: several are named.
+            ValueError: there is no adapter of this name.
+        """
+        unknown = set(check_one(adapter_name)) - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"Adapter {sorted(unknown)[0]} does not exist; there are {sorted(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; in place of the active one the first of the others becomes active, in all parts.
+
+        Raises:
+            ValueError: there is no adapter of this name, or it is merged.
+        """
+        others = sorted(set(self.peft_config) - {adapter_name})
+        # Left to itself, each layer would choose among the adapters that it has.
+        if others and adapter_name in self.active_adapters and not _layer_of(self.model).merged:
+            warnings.warn(f"{adapter_name!r} is deleted; {others[0]!r} is the active adapter now.", stacklevel=2)
+            self.set_adapter(others[0])
+        super().delete_adapter(adapter_name)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Not possible.
+
+        Raises:
+            ShapleyError: always.
+        """
+        raise ShapleyError(
+            "add_weighted_adapter is not possible with Shapley adapters: LoRA can be added up, but their heads and tokens, "
+            f"which are not linear, cannot. Average the outputs of {list(adapters)}, one call for each after "
+            "model.set_adapter(name), or train one adapter on all the data."
+        )
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ShapleyError(MIXED)
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -148,9 +204,13 @@ class ShapleyModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # As the module is called, and not as PEFT names it: transformers inserts the adapter's name in front of ".weight".
+        dora = f"lora_magnitude_vector.{adapter_name}"
+        saved = {f"{key}.weight" if key.endswith(dora) else key: value for key, value in saved.items()}
         layer = _layer_of(model)
         check_restorable(model, layer, config, saved)
-        if config.problem_type is None and layer.anatomy.kind != "matching":
+        active = adapter_name in layer.active_adapters
+        if active and config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has settled it by the first labels.
             config.problem_type = model.config.problem_type
         note(model, layer, config, saved)
