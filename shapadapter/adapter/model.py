@@ -12,21 +12,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shapadapter import __version__
-from shapadapter.backbone import (
-    Anatomy,
-    choose_removal,
-    default_targets,
-    linear_layers,
-    measure_offset,
-    settle,
-    trainable_parts,
-)
-from shapadapter.errors import ShapleyError, UnsupportedModelError
+from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
+from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
 from .cards import note
 from .config import ShapleyConfig
@@ -43,12 +34,10 @@ from .layer import ShapleyLayer
 from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
 from .switching import MIXED, check_merged, check_one, rehearse_merge
+from .tuning import resolve_training
 from .zero import whole
 
 CHILD = "shapley"
-
-# Ways to initialise LoRA that take part of the base weights into the adapter.
-_REWRITING = ("pissa", "olora", "corda", "loftq")
 
 
 class ShapleyModel(LoraModel):
@@ -83,7 +72,7 @@ class ShapleyModel(LoraModel):
             # Before anything is changed, so that a refused model is as it was.
             check_apart(model)
             anatomy = _fit(model, config, layer)
-            _resolve_training(model, anatomy, config)
+            resolve_training(model, anatomy, config, CHILD)
             check_trainable(model, config)
             check_base(model, anatomy, config)
             config.shapadapter_version = __version__
@@ -217,6 +206,13 @@ class ShapleyModel(LoraModel):
         return saved
 
     @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise CheckpointError(
+            "path_initial_model_for_weight_conversion is for LoRA that has rewritten the base model's weights, which a "
+            "Shapley adapter does not. Save without it."
+        )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -230,6 +226,13 @@ def _layer_of(model: nn.Module) -> ShapleyLayer:
     if not isinstance(layer, ShapleyLayer):
         raise UnsupportedModelError(f"{type(base).__name__} has no Shapley adapter.")
     return layer
+
+
+def has_layer(model: nn.Module) -> bool:
+    """Whether a base model holds Shapley adapters that transformers knows of."""
+    return isinstance(getattr(model, CHILD, None), ShapleyLayer) and bool(
+        getattr(model, "_hf_peft_config_loaded", False)
+    )
 
 
 @contextmanager
@@ -275,31 +278,6 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
     if config.grid is not None and config.cell_offset is None:
         config.cell_offset = measure_offset(model, anatomy)
     return anatomy
-
-
-def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
-    """Say in PEFT's words what `tune` means for this model."""
-    if str(config.init_lora_weights).lower().startswith(_REWRITING):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} rewrites the base model's weights, which the checkpoint "
-            "would not contain. Use True, 'gaussian' or 'orthogonal'."
-        )
-    if config.tune != "lora":
-        if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
-            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
-        config.target_modules = DUMMY_TARGET_MODULES
-    elif config.target_modules is None:
-        config.target_modules = default_targets(model, anatomy)
-    elif config.target_modules == "all-linear":
-        # PEFT's own meaning would include the classifier.
-        config.target_modules = linear_layers(model, anatomy)
-    if config.tune == "full":
-        parts = trainable_parts(model, anatomy, config.prediction, CHILD)
-        config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
-
-
-def _is_dummy(targets: Any) -> bool:
-    return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
 
 
 def _last_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
