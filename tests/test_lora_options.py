@@ -1,13 +1,22 @@
 """Every option of LoRA works on every road with the same numbers, or is refused when a model is wrapped."""
 
+import re
+
 import pytest
 import torch
 import zoo
 from families import MAKERS, base, images, shapley, stir
-from peft import ArrowConfig, EvaConfig, KasaConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    ArrowConfig,
+    EvaConfig,
+    KasaConfig,
+    LoraGAConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora import preprocess_loraga
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyConfig
@@ -28,6 +37,9 @@ OPTIONS = {
     "mica": {"init_lora_weights": "mica"},
     "random": {"init_lora_weights": False},
 }
+
+
+EVA = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda inputs, *_: inputs[0].flatten(0, -2)}
 
 
 def run(model):
@@ -112,7 +124,7 @@ def test_eva(tmp_path):
     base("vit").save_pretrained(tmp_path / "base")
     config = ShapleyConfig(r=2, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = get_peft_model(AutoModelForImageClassification.from_pretrained(tmp_path / "base"), config)
-    initialize_lora_eva_weights(model, [{"pixel_values": images(8, seed=seed)} for seed in range(3)])
+    initialize_lora_eva_weights(model, [{"pixel_values": images(8, seed=seed)} for seed in range(3)], **EVA)
     expected = run(trained(model))
     model.save_pretrained(tmp_path / "adapter")
     assert close(run(PeftModel.from_pretrained(base("vit"), tmp_path / "adapter")), expected)
@@ -129,13 +141,13 @@ def adapted(model):
         ({"layers_to_transform": [1]}, "stages.1."),
         ({"layers_to_transform": 0}, "stages.0."),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers.0."),
-        ({"layers_to_transform": [0, 1], "layers_pattern": ["stages"]}, "stages."),
+        ({"layers_to_transform": [1, 3], "layers_pattern": ["stages"]}, "stages.[13]."),
     ],
 )
 def test_chosen_layers_of_a_convolutional_model(tmp_path, options, inside):
     everywhere = adapted(get_peft_model(zoo.base("resnet"), ShapleyConfig(r=2)))
     model = get_peft_model(zoo.base("resnet"), ShapleyConfig(r=2, **options))
-    assert adapted(model) == [name for name in everywhere if inside in name]
+    assert adapted(model) == [name for name in everywhere if re.search(inside, name)]
     model.save_pretrained(tmp_path)
     assert adapted(PeftModel.from_pretrained(zoo.base("resnet"), tmp_path)) == adapted(model)
 
@@ -184,4 +196,4 @@ def test_a_second_adapter_that_fails_leaves_the_first():
     assert set(model.peft_config) == {"default"}
     assert close(run(model), expected)
     model.add_adapter("other", ShapleyConfig(r=2))
-    assert not any(isinstance(m, nn.LayerNorm) and "lora" in n for n, m in model.named_modules() if "shapley" not in n)
+    assert "other" in shapley(model).rules

@@ -99,7 +99,9 @@ def test_full_training_can_leave_it(folder):
         assert any("classifier" in name for name in trained_parts(model)) == expected
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"target_modules": ["q_proj", "classifier"]}])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["classifier"]}, {"target_modules": ["q_proj", "classifier"]}]
+)
 def test_what_the_user_says_of_it_counts(folder, options, caplog):
     with caplog.at_level(logging.WARNING, "shapadapter"):
         model = get_peft_model(fresh(folder / "base"), ShapleyConfig(**PREDICTS, **options))

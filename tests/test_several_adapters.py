@@ -15,7 +15,12 @@ from shapadapter import ShapleyConfig, explain
 from shapadapter.errors import CheckpointError, ShapleyError
 
 CLASSIFIES = {"prediction": "classifier", "train_classifier": True}
-FORMS = {"vote": ({}, {}), "classifier": (CLASSIFIES, CLASSIFIES), "both": (CLASSIFIES, {}), "frozen": ({"tune": "frozen"}, {})}
+FORMS = {
+    "vote": ({}, {}),
+    "classifier": (CLASSIFIES, CLASSIFIES),
+    "both": (CLASSIFIES, {}),
+    "frozen": ({"tune": "frozen"}, {}),
+}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

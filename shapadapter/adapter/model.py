@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -58,8 +59,16 @@ class ShapleyModel(LoraModel):
             CheckpointError: the config was saved for another base or class count.
         """
         refuse_unloaded(model)
-        with whole(model):
-            self._inject(model, adapter_name, *args, **kwargs)
+        known = getattr(getattr(model, CHILD, None), "rules", {})
+        try:
+            with whole(model):
+                self._inject(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name not in known:
+                self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                model._hf_peft_config_loaded = False  # transformers says so before it tries
+            raise
 
     def _inject(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT hands the user's own object in; what is written here belongs to this model alone.
@@ -82,7 +91,8 @@ class ShapleyModel(LoraModel):
                     "base_model_class": type(model).__name__,
                     "parent_library": type(model).__module__,
                 }
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with _wholly_or_not(model, adapter_name, layer):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             _show_geometry(model)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -248,6 +258,40 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
     finally:
         setattr(model, CHILD, layer)
         layer.attach(model)
+
+
+@contextmanager
+def _wholly_or_not(model: nn.Module, name: str, layer: ShapleyLayer | None) -> Iterator[None]:
+    """Take LoRA and copies of modules out again if PEFT comes to a layer that it cannot adapt, or is interrupted."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if layer is None or name not in layer.rules:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # which adapter each layer chooses: see below
+                _take_out(model, name)
+                if layer is not None:
+                    set_adapter(model, layer.active_adapters)
+        for parameter, flag in trained:
+            parameter.requires_grad = flag
+        raise
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    """Delete adapter `name`, and every layer of PEFT's that holds no other."""
+    for path, module in reversed(list(model.named_modules())):  # the inner before the outer
+        if isinstance(module, LoraLayer):
+            module.delete_adapter(name)
+            bare = module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(name, new_active_adapters=None)
+            bare = module.original_module
+        else:
+            continue
+        if not module._get_available_adapters():
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, bare)
 
 
 def _show_geometry(model: nn.Module) -> None:
