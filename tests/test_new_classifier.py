@@ -85,6 +85,16 @@ def test_others_stay_as_they_are(folder, options, caplog):
     assert not [record for record in caplog.records if record.name.startswith("shapadapter")]
 
 
+def test_one_that_was_trained_since_stays_as_it_is(folder):
+    """As in a notebook that trains a model and then explains it: no checkpoint has this classifier."""
+    plain = fresh(folder / "backbone")
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    for _ in range(3):
+        plain.train()(images(), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    assert trained_parts(get_peft_model(plain, ShapleyConfig(**PREDICTS))) == []
+
+
 def test_a_pretrained_one_is_trained_when_asked(folder):
     plain = fresh(folder / "base", 5)
     assert trained_parts(get_peft_model(plain, ShapleyConfig(train_classifier=True, **PREDICTS))) == COPIES

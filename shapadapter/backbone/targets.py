@@ -87,9 +87,9 @@ def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: st
 def head_parts(model: nn.Module, anatomy: Anatomy, *, new: bool) -> list[str]:
     """The modules that lead from the final features to the scores: the classifier.
 
-    A classifier is new if the model was loaded without it: from a checkpoint of another number of classes, or of a
-    backbone. transformers marks each weight that it has read. Where no weight is marked (the model was made from a
-    configuration, or copied) new linear layers are told by their biases, which all are zero.
+    A classifier is new if the model was loaded without it, from a checkpoint of another number of classes or of a
+    backbone, and it was not trained since. transformers marks each weight that it has read; where no weight is marked,
+    the model was made from a configuration, or copied, and what its linear layers hold decides.
 
     Args:
         model: the base model.
@@ -101,22 +101,31 @@ def head_parts(model: nn.Module, anatomy: Anatomy, *, new: bool) -> list[str]:
     """
     weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n and ".modules_to_save." not in n]
     named = {original_name(name): weight for name, weight in weights}
+    read = {name for name, weight in named.items() if _is_read(weight)}
     behind = {name for name in named if name.startswith(tuple(f"{part}." for part in anatomy.behind))}
     outside = {name for name in behind if name.split(".")[0] not in anatomy.backbone}
-    if not new:
-        wanted = outside or behind
-    elif any(_is_read(weight) for weight in named.values()):
-        wanted = {name for name in behind if not _is_read(named[name])}
-    else:
-        linear = {original_name(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-        blank = {path for path in linear if f"{path}.bias" in behind and not named[f"{path}.bias"].any()}
-        wanted = {name for name in outside if name.rpartition(".")[0] in blank}
+    wanted = (outside or behind) if not new else behind - read if read else outside
+    linear = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{original_name(n)}.weight" in wanted
+    ]
+    unknown = not read and any(module.bias is None for module in linear)
+    if new and (unknown or any(map(_is_trained, linear))):
+        return []
     tops = sorted({_top(name, wanted, set(named)) for name in wanted})
     return [_unmistakable(model, top, but=tuple(tops)) for top in tops]
 
 
 def _is_read(weight: nn.Parameter) -> bool:
-    return bool(getattr(weight, "_is_hf_initialized", False))
+    return bool(getattr(weight, "_is_hf_initialized", False)) or not weight.is_floating_point()
+
+
+def _is_trained(linear: nn.Linear) -> bool:
+    """Whether a layer is not as layers start: with biases of zero, or evenly spread between torch's own bounds."""
+    if linear.bias is None or not linear.bias.any():
+        return False
+    bound, weight = linear.in_features**-0.5, linear.weight.float()
+    largest = max(weight.abs().max(), linear.bias.abs().max())
+    return bool(largest > 1.005 * bound or weight.square().mean().sqrt() < 0.5 * bound)  # an even spread has 0.58
 
 
 def _top(name: str, wanted: set[str], names: set[str]) -> str:
