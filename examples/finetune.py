@@ -44,9 +44,9 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         label2id={name: index for index, name in enumerate(names)},
         ignore_mismatched_sizes=True,
     )
-    # A new classifier that predicts has to be trained; with `vote` the adapter's own head predicts.
-    head = ["classifier"] if args.prediction == "classifier" and args.tune != "full" else None
-    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, modules_to_save=head)
+    # A checkpoint with as many other classes would leave a classifier that is not new.
+    trained = True if args.prediction == "classifier" else None
+    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, train_classifier=trained)
     trainer = ShapleyTrainer(
         get_peft_model(base, config),
         training_args,

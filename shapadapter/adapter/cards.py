@@ -72,12 +72,13 @@ def install() -> None:
     PEFT's `create_or_update_model_card` replaces tags that a user added, and `push_to_hub` of transformers puts the card
     of the repository, or an empty form, in the place of the one that was just written.
     """
-    _wrap(PeftModel, "create_or_update_model_card", _card_of_peft)
-    _wrap(PeftModel, "_upload_modified_files", _upload)
-    _wrap(PreTrainedModel, "_upload_modified_files", _upload)
+    wrap_method(PeftModel, "create_or_update_model_card", _card_of_peft)
+    wrap_method(PeftModel, "_upload_modified_files", _upload)
+    wrap_method(PreTrainedModel, "_upload_modified_files", _upload)
 
 
-def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
+def wrap_method(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Put `ours(self, theirs, ...)` in the place of a method; a second call changes nothing."""
     theirs = getattr(owner, name, None)
     # Two of these names are not public: a release without them shall cost a card at a push, not the whole package.
     if theirs is None or hasattr(theirs, "_of_shapadapter"):

@@ -28,7 +28,15 @@ class ShapleyConfig(LoraConfig):
         metadata={
             "help": "Where the logits come from. 'vote': they are the sum of the attributions, through the projection "
             "head. 'classifier': the base model's own head predicts and the attributions are projected on its logits; "
-            "with a new head, add modules_to_save=['classifier']."
+            "a new head is trained (see train_classifier)."
+        },
+    )
+    train_classifier: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the base model's own classifier is trained and saved with the adapter, where it predicts. By "
+            "default only if it is new, because the base was loaded with other classes or without a classifier; a "
+            "pretrained one stays as it is."
         },
     )
     tune: Literal["lora", "frozen", "full"] = field(
@@ -119,6 +127,11 @@ class ShapleyConfig(LoraConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        if self.train_classifier and self.prediction == "vote":
+            raise ValueError(
+                "train_classifier=True needs prediction='classifier': with 'vote' the adapter's own head predicts, which is "
+                "always trained."
+            )
         if self.task_type is not None:
             raise ValueError(
                 f"Leave task_type empty, got {self.task_type!r}: PEFT's task types are for language models, and with "

@@ -106,11 +106,6 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
         )
     if not same_fingerprint(config.base_fingerprint, fingerprint):
         raise CheckpointError(_other_base(model, config))
-    if config.id2label:
-        model.config.id2label = dict(config.id2label)
-        model.config.label2id = {label: index for index, label in config.id2label.items()}
-    if config.problem_type is not None:
-        model.config.problem_type = config.problem_type  # type: ignore[assignment]
 
 
 def _other_base(model: PreTrainedModel, config: ShapleyConfig) -> str:
@@ -123,7 +118,7 @@ def _other_base(model: PreTrainedModel, config: ShapleyConfig) -> str:
         f"{f' at revision {commit}' if commit else ''}. Load the base it was trained on: "
         f"{kind}.from_pretrained({name!r}{pinned}), then PeftModel.from_pretrained(base, adapter); or both by "
         "shapadapter.load(adapter). If that base has a new, random classifier, save the base once and load it from there, "
-        "or train the classifier with modules_to_save=['classifier']."
+        "or train the classifier with ShapleyConfig(train_classifier=True)."
     )
 
 

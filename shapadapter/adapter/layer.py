@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +34,7 @@ from .call import ModelCall, without_token
 from .coalitions import CoalitionGame, Rules, freeze_statistics
 from .config import ShapleyConfig
 from .head import ProjectionHead, new_leaves
+from .switching import MIXED, Unpaired, check_agreement, check_one
 from .zero import BareParameters
 
 # A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
@@ -57,7 +60,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(f"lora_shapley_{leaf}" for leaf in (*_PARAMETERS, *_MODULES))
-    other_param_names = ("rules", "tunes")
+    other_param_names = ("rules", "configs")
 
     def __init__(self, anatomy: Anatomy) -> None:
         super().__init__()
@@ -67,12 +70,13 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             setattr(self, f"lora_shapley_{leaf}", nn.ModuleDict({}))
         self.anatomy = anatomy
         self.rules: dict[str, Rules] = {}
-        self.tunes: dict[str, str] = {}
+        self.configs: dict[str, ShapleyConfig] = {}
         self.carrier = carrier_for(anatomy, self.active_token)
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self.merged_adapters = []
         self._forward: Any = None
+        self._parts: list[Any] = []  # LoRA and copies of `modules_to_save`, which have to be of the head's adapter
+        self._base_config: Any = None
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -90,7 +94,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         )
         for leaf, value in leaves.items():
             getattr(self, f"lora_shapley_{leaf}")[name] = _placed(value, device)
-        self.tunes[name] = config.tune
+        self.configs[name] = config
         self.read_rules(name, config)
 
     def read_rules(self, name: str, config: ShapleyConfig) -> None:
@@ -157,10 +161,38 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter; the logits can be the sum of one head's attributions only."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if len(names) > 1:
-            raise ShapleyError(f"One Shapley adapter can be active at a time, got {names}.")
+        names, before = check_one(adapter_names), self.active_adapters
         super().set_adapter(names, inference_mode)
+        if names != before and self.anatomy.kind != "matching":
+            self._change_task(*(self.configs.get("".join(adapters)) for adapters in (before, names)))
+
+    def _change_task(self, left: ShapleyConfig | None, own: ShapleyConfig | None) -> None:
+        """Give the base model's config the task and the classes of the adapter now in force."""
+        base = self._base_config
+        if left is not None and left.problem_type is None:
+            left.problem_type = base.problem_type  # settled by its first labels
+        if own is not None:
+            base.problem_type = own.problem_type
+        if own is not None and own.id2label:
+            base.id2label = dict(own.id2label)
+            base.label2id = {label: index for index, label in own.id2label.items()}
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters; copies of `modules_to_save` as well, which transformers does not enable again."""
+        super().enable_adapters(enabled)
+        for part in self._parts:
+            if isinstance(part, AuxiliaryTrainingWrapper):
+                part.enable_adapters(enabled)
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Names of the adapters whose LoRA is folded into the base weights."""
+        return next((part.merged_adapters for part in self._parts if part.merged_adapters), [])
+
+    @property
+    def scaling(self) -> Unpaired:
+        """Refuses to be asked for the scaling of an adapter, which only LoRA has."""
+        return Unpaired(self._parts)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge: token and head stay what they are."""
@@ -177,6 +209,8 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def attach(self, model: PreTrainedModel) -> None:
         """Take the place of the model's own forward and, through the carrier, hook its blocks."""
         self.carrier.attach(model)
+        self._base_config = model.config
+        self._parts = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         if self._forward is None:
             self._forward = replace_forward(model, adapted_forward)
 
@@ -195,6 +229,10 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         name = self.active
         if name is None:
             return base_forward(model)(*args, **without_token(kwargs))
+        if kwargs.get("adapter_names") is not None:
+            raise ShapleyError(MIXED)
+        if not torch.compiler.is_compiling():
+            check_agreement(self._parts, name)
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)

@@ -10,22 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shapadapter import __version__
-from shapadapter.backbone import (
-    Anatomy,
-    choose_removal,
-    default_targets,
-    linear_layers,
-    measure_offset,
-    settle,
-    trainable_parts,
-)
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
+from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
 from .cards import note
 from .config import ShapleyConfig
@@ -41,10 +34,10 @@ from .guard import (
 from .layer import CHILD, ShapleyLayer
 from .quantised import check_apart, check_trainable
 from .start import start_from_classifier
+from .switching import MIXED, check_merged, check_one, rehearse_merge
+from .tuning import resolve_training
 from .zero import whole
 
-# Ways to initialise LoRA that take part of the base weights into the adapter.
-_REWRITING = ("pissa", "olora", "corda", "loftq")
 
 
 class ShapleyModel(LoraModel):
@@ -65,8 +58,16 @@ class ShapleyModel(LoraModel):
             CheckpointError: the config was saved for another base or class count.
         """
         refuse_unloaded(model)
-        with whole(model):
-            self._inject(model, adapter_name, *args, **kwargs)
+        known = getattr(getattr(model, CHILD, None), "rules", {})
+        try:
+            with whole(model):
+                self._inject(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name not in known:
+                self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                model._hf_peft_config_loaded = False  # transformers says so before it tries
+            raise
 
     def _inject(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT hands the user's own object in; what is written here belongs to this model alone.
@@ -74,12 +75,12 @@ class ShapleyModel(LoraModel):
         self.peft_config[adapter_name] = config
         layer = getattr(model, CHILD, None)
         refuse_stacking(model, set(layer.rules) if layer is not None else set())
-        refuse_mixture(config.tune, set(layer.tunes.values()) if layer is not None else set())
+        refuse_mixture(config.tune, {c.tune for c in layer.configs.values()} if layer is not None else set())
         with _without_layer(model, layer):
             # Before anything is changed, so that a refused model is as it was.
             check_apart(model)
             anatomy = _fit(model, config, layer)
-            _resolve_training(model, anatomy, config)
+            resolve_training(model, anatomy, config, CHILD)
             check_trainable(model, config)
             check_base(model, anatomy, config)
             config.shapadapter_version = __version__
@@ -89,7 +90,8 @@ class ShapleyModel(LoraModel):
                     "base_model_class": type(model).__name__,
                     "parent_library": type(model).__module__,
                 }
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with _wholly_or_not(model, adapter_name, layer):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             _show_geometry(model)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -112,29 +114,83 @@ class ShapleyModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layer = getattr(self.model, CHILD)
-        if merge:
-            check_mergeable(self.model)
-        if merge and layer.active is not None and layer.rules[layer.active].prediction == "vote":
+        layer = _layer_of(self.model)
+        names = self._check_merge(adapter_names, safe_merge) if merge else []
+        if any(layer.rules[name].prediction == "vote" for name in names):
             warnings.warn(
                 "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
                 "the merged model predicts with the base model's own classifier, which was not trained. Keep the "
                 "adapter, or train with prediction='classifier'.",
                 stacklevel=3,
             )
+        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         layer.detach(self.model)
         delattr(self.model, CHILD)
-        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return bare
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Refuse what cannot be merged before anything is; else the names of the adapters to merge."""
+        check_mergeable(self.model)
+        names = check_merged(_layer_of(self.model).active_adapters, adapter_names)
+        rehearse_merge(self.model, names, safe_merge)
+        return names
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold LoRA into the base weights, with token and head as they are; `unmerge_adapter` takes it back.
 
         Raises:
-            ShapleyError: a convolution computes with other weights than its own.
+            ShapleyError: another adapter than the active one is named, or a convolution computes with other weights than
+                its own.
         """
-        check_mergeable(self.model)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        modules = list(self.model.modules())
+        merged = next((m.merged_adapters for m in modules if isinstance(m, LoraLayer) and m.merged), [])
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.merged_adapters = merged  # the same list, which unmerging empties
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ShapleyError: several are named.
+            ValueError: there is no adapter of this name.
+        """
+        unknown = set(check_one(adapter_name)) - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"Adapter {sorted(unknown)[0]} does not exist; there are {sorted(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; in place of the active one the first of the others becomes active, in all parts.
+
+        Raises:
+            ValueError: there is no adapter of this name, or it is merged.
+        """
+        others = sorted(set(self.peft_config) - {adapter_name})
+        # Left to itself, each layer would choose among the adapters that it has.
+        if others and adapter_name in self.active_adapters and not _layer_of(self.model).merged:
+            warnings.warn(f"{adapter_name!r} is deleted; {others[0]!r} is the active adapter now.", stacklevel=2)
+            self.set_adapter(others[0])
+        super().delete_adapter(adapter_name)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Not possible.
+
+        Raises:
+            ShapleyError: always.
+        """
+        raise ShapleyError(
+            "add_weighted_adapter is not possible with Shapley adapters: LoRA can be added up, but their heads and tokens, "
+            f"which are not linear, cannot. Average the outputs of {list(adapters)}, one call for each after "
+            "model.set_adapter(name), or train one adapter on all the data."
+        )
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ShapleyError(MIXED)
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -146,13 +202,24 @@ class ShapleyModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # As the module is called, and not as PEFT names it: transformers inserts the adapter's name in front of ".weight".
+        dora = f"lora_magnitude_vector.{adapter_name}"
+        saved = {f"{key}.weight" if key.endswith(dora) else key: value for key, value in saved.items()}
         layer = _layer_of(model)
         check_restorable(model, layer, config, saved)
-        if config.problem_type is None and layer.anatomy.kind != "matching":
+        active = adapter_name in layer.active_adapters
+        if active and config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has settled it by the first labels.
             config.problem_type = model.config.problem_type
         note(model, layer, config, saved)
         return saved
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise CheckpointError(
+            "path_initial_model_for_weight_conversion is for LoRA that has rewritten the base model's weights, which a "
+            "Shapley adapter does not. Save without it."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -170,6 +237,13 @@ def _layer_of(model: nn.Module) -> ShapleyLayer:
     return layer
 
 
+def has_layer(model: nn.Module) -> bool:
+    """Whether a base model holds Shapley adapters that transformers knows of."""
+    return isinstance(getattr(model, CHILD, None), ShapleyLayer) and bool(
+        getattr(model, "_hf_peft_config_loaded", False)
+    )
+
+
 @contextmanager
 def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterator[None]:
     """Take an existing layer and its hooks off while PEFT works: it would match target names in it and copy hooks."""
@@ -183,6 +257,40 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
     finally:
         setattr(model, CHILD, layer)
         layer.attach(model)
+
+
+@contextmanager
+def _wholly_or_not(model: nn.Module, name: str, layer: ShapleyLayer | None) -> Iterator[None]:
+    """Take LoRA and copies of modules out again if PEFT comes to a layer that it cannot adapt, or is interrupted."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if layer is None or name not in layer.rules:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # which adapter each layer chooses: see below
+                _take_out(model, name)
+                if layer is not None:
+                    set_adapter(model, layer.active_adapters)
+        for parameter, flag in trained:
+            parameter.requires_grad = flag
+        raise
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    """Delete adapter `name`, and every layer of PEFT's that holds no other."""
+    for path, module in reversed(list(model.named_modules())):  # the inner before the outer
+        if isinstance(module, LoraLayer):
+            module.delete_adapter(name)
+            bare = module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(name, new_active_adapters=None)
+            bare = module.original_module
+        else:
+            continue
+        if not module._get_available_adapters():
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, bare)
 
 
 def _show_geometry(model: nn.Module) -> None:
@@ -213,31 +321,6 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
     if config.grid is not None and config.cell_offset is None:
         config.cell_offset = measure_offset(model, anatomy)
     return anatomy
-
-
-def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
-    """Say in PEFT's words what `tune` means for this model."""
-    if str(config.init_lora_weights).lower().startswith(_REWRITING):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} rewrites the base model's weights, which the checkpoint "
-            "would not contain. Use True, 'gaussian' or 'orthogonal'."
-        )
-    if config.tune != "lora":
-        if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
-            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
-        config.target_modules = DUMMY_TARGET_MODULES
-    elif config.target_modules is None:
-        config.target_modules = default_targets(model, anatomy)
-    elif config.target_modules == "all-linear":
-        # PEFT's own meaning would include the classifier.
-        config.target_modules = linear_layers(model, anatomy)
-    if config.tune == "full":
-        parts = trainable_parts(model, anatomy, config.prediction, CHILD)
-        config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
-
-
-def _is_dummy(targets: Any) -> bool:
-    return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
 
 
 def _last_device(model: nn.Module, anatomy: Anatomy) -> torch.device:

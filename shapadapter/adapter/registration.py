@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from peft.functional import set_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers import PreTrainedModel
 
 NAME = "SHAPLEY"
 
@@ -14,14 +19,26 @@ def register() -> None:
     PEFT accepts members of its enum only, and transformers asks them for `.value`, so the member has to be real.
     """
     _extend_enum()
-    from .cards import install
+    from .cards import install, wrap_method
     from .config import ShapleyConfig
     from .model import ShapleyModel
 
     install()
+    wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")
+
+
+def _set_adapter(model: Any, theirs: Callable[..., None], adapter_name: str | list[str]) -> None:
+    """Transformers' own `set_adapter`, which would switch LoRA before a Shapley layer, or a copy of a module, refuses."""
+    from .model import has_layer
+    from .switching import check_one
+
+    if has_layer(model) and set(check_one(adapter_name)) <= set(model.peft_config):
+        set_adapter(model, adapter_name)
+    else:
+        theirs(model, adapter_name)
 
 
 def _extend_enum() -> None:

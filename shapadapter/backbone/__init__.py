@@ -13,7 +13,7 @@ from .offset import measure_offset
 from .pixels import fill_absent, sum_over_tiles
 from .scoring import named_fields, normalised, score
 from .selftest import carrier_for, choose_removal, settle
-from .targets import default_targets, linear_layers, trainable_parts
+from .targets import default_targets, head_parts, linear_layers, trainable_parts
 from .tiling import Tiling, tile
 from .view import evaluation_view
 
@@ -36,6 +36,7 @@ __all__ = [
     "evaluation_view",
     "fill_absent",
     "first_tensor",
+    "head_parts",
     "linear_layers",
     "measure_offset",
     "named_fields",

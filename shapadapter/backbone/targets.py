@@ -84,11 +84,62 @@ def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: st
     return [_unmistakable(model, name) for name in (*backbone, *(heads if prediction == "classifier" else []))]
 
 
-def _unmistakable(model: nn.Module, name: str) -> str:
-    """A child's name such that PEFT, which compares the ends of names, finds no other module by it.
+def head_parts(model: nn.Module, anatomy: Anatomy, *, new: bool) -> list[str]:
+    """The modules that lead from the final features to the scores: the classifier.
+
+    A classifier is new if the model was loaded without it, from a checkpoint of another number of classes or of a
+    backbone, and it was not trained since. transformers marks each weight that it has read; where no weight is marked,
+    the model was made from a configuration, or copied, and what its linear layers hold decides.
+
+    Args:
+        model: the base model.
+        anatomy: its parts.
+        new: whether to return the new modules only.
+
+    Returns:
+        Names by which PEFT finds them and no others.
+    """
+    weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n and ".modules_to_save." not in n]
+    named = {original_name(name): weight for name, weight in weights}
+    read = {name for name, weight in named.items() if _is_read(weight)}
+    behind = {name for name in named if name.startswith(tuple(f"{part}." for part in anatomy.behind))}
+    outside = {name for name in behind if name.split(".")[0] not in anatomy.backbone}
+    wanted = (outside or behind) if not new else behind - read if read else outside
+    linear = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{original_name(n)}.weight" in wanted
+    ]
+    unknown = not read and any(module.bias is None for module in linear)
+    if new and (unknown or any(map(_is_trained, linear))):
+        return []
+    tops = sorted({_top(name, wanted, set(named)) for name in wanted})
+    return [_unmistakable(model, top, but=tuple(tops)) for top in tops]
+
+
+def _is_read(weight: nn.Parameter) -> bool:
+    return bool(getattr(weight, "_is_hf_initialized", False)) or not weight.is_floating_point()
+
+
+def _is_trained(linear: nn.Linear) -> bool:
+    """Whether a layer is not as layers start: with biases of zero, or evenly spread between torch's own bounds."""
+    if linear.bias is None or not linear.bias.any():
+        return False
+    bound, weight = linear.in_features**-0.5, linear.weight.float()
+    largest = max(weight.abs().max(), linear.bias.abs().max())
+    return bool(largest > 1.005 * bound or weight.square().mean().sqrt() < 0.5 * bound)  # an even spread has 0.58
+
+
+def _top(name: str, wanted: set[str], names: set[str]) -> str:
+    """The largest module around a parameter all of whose parameters are `wanted`."""
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+    return next(path for path in paths if {n for n in names if n.startswith(f"{path}.")} <= wanted)
+
+
+def _unmistakable(model: nn.Module, name: str, but: tuple[str, ...] = ()) -> str:
+    """A module's name such that PEFT, which compares the ends of names, finds no other module by it than those in `but`.
 
     With a part of the name that PEFT's wrapper puts in front, if need be; such a model cannot take the adapter without
     the wrapper, by `add_adapter`.
     """
-    others = (path for path, _ in model.named_modules() if path not in ("", name))
+    others = (path for path, _ in model.named_modules() if path not in ("", name, *but))
     return f"model.{name}" if name == "model" or any(path.endswith(name) for path in others) else name

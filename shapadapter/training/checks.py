@@ -90,7 +90,8 @@ def check_game(layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool
         raise ShapleyError(
             "coalition_task_weight is for classes; a model that matches images with texts has none. Set it to 0."
         )
-    if trains and layer.tunes.get(name or "") == "full" and args.learning_rate == LORA_LEARNING_RATE:
+    config = layer.configs.get(name or "")
+    if trains and config is not None and config.tune == "full" and args.learning_rate == LORA_LEARNING_RATE:
         warnings.warn(
             f"learning_rate={args.learning_rate} is the default for LoRA; with tune='full' it may overwrite what the "
             "model was pretrained for. Pass a smaller one, such as learning_rate=5e-5.",

@@ -111,9 +111,9 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
         if trouble is None:
             raise
         raise trouble from error
-    # A new classifier that predicts has to be trained; with `vote` the adapter's own head predicts.
-    head = ["classifier"] if args.prediction == "classifier" and args.tune != "full" else None
-    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, modules_to_save=head)
+    # A checkpoint with as many other classes would leave a classifier that is not new.
+    trained = True if args.prediction == "classifier" else None
+    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, train_classifier=trained)
     return get_peft_model(base, config)
 
 

@@ -1,0 +1,132 @@
+"""What an adapter trains, in PEFT's words: layers that LoRA adapts, and modules that are trained in full."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from shapadapter.backbone import (
+    Anatomy,
+    default_targets,
+    head_parts,
+    linear_layers,
+    original_name,
+    trainable_parts,
+)
+
+from .config import ShapleyConfig
+
+_log = logging.getLogger(__name__)
+
+# What to start LoRA from that leaves the base model's weights alone; others take part of them into the adapter.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Options of LoRA that speak of tokens, or of layers, of language models.
+_FOR_TEXTS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config")
+
+
+def resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig, own: str) -> None:
+    """Say in PEFT's words what `tune` and `train_classifier` mean for this model.
+
+    Args:
+        model: the base model.
+        anatomy: its parts.
+        config: which gets `target_modules` and `modules_to_save`.
+        own: name of the adapter's own child of the model.
+
+    Raises:
+        ValueError: options that exclude each other, or with which the adapter could not be restored.
+    """
+    _check_lora(config)
+    if config.tune != "lora":
+        if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
+            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
+        config.target_modules = DUMMY_TARGET_MODULES
+    elif config.target_modules is None:
+        config.target_modules = _in_chosen_layers(default_targets(model, anatomy), config)
+    elif config.target_modules == "all-linear":
+        # PEFT's own meaning would include the classifier.
+        config.target_modules = linear_layers(model, anatomy)
+    if config.tune == "full":
+        predicts = "vote" if config.train_classifier is False else config.prediction
+        parts = trainable_parts(model, anatomy, predicts, own)
+    elif config.prediction == "classifier" and anatomy.kind == "classifier" and config.train_classifier is not False:
+        if config.num_classes is not None:
+            return  # the adapter was made before: `modules_to_save` says it
+        parts = _classifier(model, anatomy, config)
+    else:
+        return
+    if parts:
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
+
+
+def _classifier(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> list[str]:
+    """The parts of the base model's classifier to train, without those of which the user has said how they are trained."""
+    heads = head_parts(model, anatomy, new=config.train_classifier is None)
+    paths = [original_name(path) for path, _ in model.named_modules()]
+    parts = []
+    for head in heads:
+        inside = [path for path in paths if f"{path}.".startswith(f"{head}.")]
+        around = [path for path in paths if head.startswith(f"{path}.")]
+        saved = any(path.endswith(name) for path in (*inside, *around) for name in config.modules_to_save or [])
+        if not saved and not any(check_target_module_exists(config, path) for path in inside):
+            parts.append(head)
+    if parts and config.train_classifier is None:
+        _log.warning(
+            "%s predicts with a new classifier, which is not in the checkpoint it was loaded from: it is trained, and saved "
+            "in the adapter (modules_to_save=%s). ShapleyConfig(train_classifier=False) leaves it as it is.",
+            type(model).__name__,
+            parts,
+        )
+    return parts
+
+
+def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
+    """The default targets in the layers of `layers_to_transform`, which PEFT does not apply to whole names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if config.layers_to_transform is None or not any("." in name for name in names):
+        return names
+    chosen = []
+    for name in names:
+        probe = copy.copy(config)
+        probe.target_modules = {name.rpartition(".")[2]}
+        if "." in name and check_target_module_exists(probe, name):
+            chosen.append(name)
+    if not chosen:
+        raise ValueError(
+            f"No layer to adapt is left by layers_to_transform={config.layers_to_transform} with layers_pattern="
+            f"{config.layers_pattern}, of {', '.join(names[:3])}, ... Name others, or the layers: target_modules=[...]."
+        )
+    return chosen
+
+
+def _is_dummy(targets: Any) -> bool:
+    return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
+
+
+def _check_lora(config: ShapleyConfig) -> None:
+    """Refuse options of LoRA with which an adapter could not be restored, or that do nothing for images.
+
+    Raises:
+        ValueError: with the option.
+    """
+    if config.init_lora_weights == "lora_ga" and config.num_classes is not None:
+        # Saved before it was refused, and then without gradients; the weights come from the file.
+        config.init_lora_weights = True
+    start = config.init_lora_weights
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS or config.kasa_config is not None:
+        option = f"init_lora_weights={start!r}" if config.kasa_config is None else "kasa_config"
+        raise ValueError(
+            f"{option} is not possible: it rewrites the base model's weights, which the checkpoint would not contain, or is "
+            "unknown. Use init_lora_weights=True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
+        )
+    for option in _FOR_TEXTS:
+        if getattr(config, option) is not None:
+            raise ValueError(f"{option} is for language models; leave it out.")
