@@ -15,10 +15,11 @@ def register() -> None:
     """
     _extend_enum()
     from .cards import install
-    from .config import ShapleyConfig
+    from .config import ShapleyConfig, check_files_when_read
     from .model import ShapleyModel
 
     install()
+    check_files_when_read()
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")
