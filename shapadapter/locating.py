@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -15,7 +14,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
-from .errors import CheckpointError, ShapleyError
+from .errors import ShapleyError
+from .reading import read_json
+from .schema import shown
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
 _NAMED = 5
@@ -65,13 +66,10 @@ class AdapterFiles:
             raise ShapleyError(
                 f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
             )
-        try:
-            kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{CONFIG_NAME} of {self.name} is damaged: {error}") from error
+        kind = read_json(file).get("peft_type")
         if kind != NAME:
             raise ShapleyError(
-                f"{self.name} is an adapter of type {kind}, not one of shapadapter. Load it with peft.AutoPeftModel."
+                f"{self.name} is an adapter of type {shown(kind)}, not one of shapadapter. Load it with peft.AutoPeftModel."
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")

@@ -17,7 +17,7 @@ from torch import nn
 from shapadapter.card import read_pictures, settled, write_card
 from shapadapter.errors import CheckpointError, FieldError
 from shapadapter.reading import checked, open_tensors, read_json
-from shapadapter.schema import Between, FileName, fault
+from shapadapter.schema import Between, FileName, fault, shown
 
 from .head import new_leaves
 
@@ -42,7 +42,7 @@ class AutoMapping(TypedDict):
 # What PEFT's own type hints leave open, or say too narrowly.
 _PEFT_FIELDS: dict[str, Any] = {
     "auto_mapping": AutoMapping | None,
-    "base_model_name_or_path": Annotated[str, FileName] | None,
+    "base_model_name_or_path": Annotated[str, FileName, Between(0, 4096)] | None,
     "r": Count,
     "lora_alpha": float,
     "lora_dropout": Annotated[float, Between(0, 1)],
@@ -125,8 +125,9 @@ class ShapleyConfig(LoraConfig):
             "'sequence' of patch tokens, does a 'readout' of the final feature map, or of 'latents' without a place."
         },
     )
-    problem_type: str | None = field(
-        default=None, metadata={"help": "The base model's problem_type, written when a model is wrapped."}
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = field(
+        default=None,
+        metadata={"help": "The base model's problem_type, written when a model is wrapped."}
     )
     num_classes: Count | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
     id2label: dict[Annotated[int, Between(0)], str] | None = field(
@@ -155,6 +156,8 @@ class ShapleyConfig(LoraConfig):
         self.model_tags: list[str] = []
         self.weights: str | None = None
         self.written_card: tuple[Path, str] | None = None
+        # Of the weight file that it was read with: names and shapes.
+        self.saved: dict[str, tuple[int, ...]] | None = None
         # LoraConfig sets its own type there.
         self.peft_type = PeftType.SHAPLEY  # type: ignore[attr-defined]
         for name in ("grid", "cell_offset"):
@@ -177,7 +180,7 @@ class ShapleyConfig(LoraConfig):
             )
         if self.task_type is not None:
             raise FieldError(
-                f"Leave task_type empty, got {self.task_type!r}: PEFT's task types are for language models, and with "
+                f"Leave task_type empty, got {shown(self.task_type)}: PEFT's task types are for language models, and with "
                 "one set AutoPeftModel could not load the adapter."
             )
 
@@ -191,6 +194,7 @@ class ShapleyConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            config.saved = check_weights(folder / SAFETENSORS_WEIGHTS_NAME, config)
             config.pictures = read_pictures(folder, config.to_dict())
         return config
 
@@ -286,8 +290,11 @@ def check_files(path: Path, content: Mapping[str, Any]) -> None:
         check_weights(weights, config)
 
 
-def check_weights(path: Path, config: ShapleyConfig) -> None:
+def check_weights(path: Path, config: ShapleyConfig) -> dict[str, tuple[int, ...]]:
     """Refuse a safetensors file that is damaged, or in which part of token and head is missing or of another shape.
+
+    Returns:
+        The shape of each tensor in it.
 
     Raises:
         CheckpointError: the file is not what its header announces, or not of this configuration, or holds numbers that no
@@ -303,6 +310,7 @@ def check_weights(path: Path, config: ShapleyConfig) -> None:
                 raise CheckpointError(f"{path} holds {key} as {kind}; expected one of {', '.join(_FLOATS)}.")
             if not file.get_tensor(key).isfinite().all():
                 raise CheckpointError(not_finite(path, key))
+    return saved
 
 
 def not_finite(where: Path | str, key: str) -> str:

@@ -31,8 +31,9 @@ from .cards import note
 from .config import ShapleyConfig
 from .guard import (
     check_base,
-    check_complete,
+    check_fits,
     check_mergeable,
+    check_modules,
     check_restorable,
     refuse_mixture,
     refuse_stacking,
@@ -84,6 +85,8 @@ class ShapleyModel(LoraModel):
             _resolve_training(model, anatomy, config)
             check_trainable(model, config)
             check_base(model, anatomy, config)
+            check_modules(model, config)
+            config.check()  # what was written into it, too, must be such as can be loaded again
             config.shapadapter_version = __version__
             if config.auto_mapping is None:
                 # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
@@ -160,8 +163,9 @@ class ShapleyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_complete(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_fits(model, adapter_name, state)
+        return state
 
 
 def _layer_of(model: nn.Module) -> ShapleyLayer:
