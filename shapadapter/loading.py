@@ -75,7 +75,7 @@ def load(
     except ShapleyError:
         raise
     except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
-        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {_told(error)}") from error
+        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
     found = str(own or root)
@@ -160,7 +160,7 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
         )
     if "trust_remote_code" in str(error):
         return comes_with_code(root)
-    return f"The base model {root} of the adapter {name} cannot be loaded: {_told(error)}"
+    return f"The base model {root} of the adapter {name} cannot be loaded: {told(error)}"
 
 
 def comes_with_code(base: str) -> str:
@@ -184,12 +184,12 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
         if "trust_remote_code" in str(error):
             raise ShapleyError(of_code) from error
         raise ShapleyError(
-            f"There is no image processor with the adapter or in {place}: {_told(error)} Save one with the "
+            f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
             "adapter: processor.save_pretrained(folder)."
         ) from error
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """The first line of an error, or its kind."""
     return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
 

@@ -16,8 +16,8 @@ from .adapter import ShapleyConfig
 from .adapter.registration import NAME
 from .errors import ShapleyError
 from .reading import read_json
-from .schema import shown
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
+from .schema import shown
 
 _NAMED = 5
 """Folders with an adapter that an error names."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from safetensors import SafetensorError, safe_open
 
@@ -44,7 +45,16 @@ def reading(path: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{path} is damaged: what it announces does not fit into memory.") from error
     except RecursionError as error:
         raise CheckpointError(f"{path} is damaged: it is nested too deeply.") from error
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+        BadZipFile,
+    ) as error:
         raise CheckpointError(
             f"{path} is damaged ({_told(error)}): the copy or download was cut off, or it was changed. Fetch or make the "
             "file again."

@@ -121,7 +121,9 @@ def _is(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
         return isinstance(value, bool if kind is bool else NoneType)
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return number and -LARGEST < value < LARGEST if isinstance(value, Integral) else number and math.isfinite(value)
+        return (
+            number and -LARGEST < value < LARGEST if isinstance(value, Integral) else number and math.isfinite(value)
+        )
     if kind is str:
         return isinstance(value, str) and not _LONE.search(value)
     # What is a dataclass in Python is a mapping in a file.

@@ -48,8 +48,8 @@ _PEFT_FIELDS: dict[str, Any] = {
     "lora_dropout": Annotated[float, Between(0, 1)],
     "init_lora_weights": bool | str | None,
     "layers_to_transform": list[Annotated[int, Between(0)]] | Annotated[int, Between(0)] | None,
-    "rank_pattern": dict[str, Count] | None,
-    "alpha_pattern": dict[str, float] | None,
+    "rank_pattern": dict[str, Count],
+    "alpha_pattern": dict[str, float],
     "qalora_group_size": Count,
 }
 
@@ -126,8 +126,7 @@ class ShapleyConfig(LoraConfig):
         },
     )
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = field(
-        default=None,
-        metadata={"help": "The base model's problem_type, written when a model is wrapped."}
+        default=None, metadata={"help": "The base model's problem_type, written when a model is wrapped."}
     )
     num_classes: Count | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
     id2label: dict[Annotated[int, Between(0)], str] | None = field(

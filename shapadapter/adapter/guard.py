@@ -21,7 +21,6 @@ from .layer import ShapleyLayer
 from .origin import commit_of
 from .quantised import is_quantised
 
-
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

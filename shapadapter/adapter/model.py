@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from shapadapter.backbone import (
     settle,
     trainable_parts,
 )
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.errors import FieldError, UnsupportedModelError
 
 from .cards import note
 from .config import ShapleyConfig
@@ -48,6 +49,10 @@ CHILD = "shapley"
 
 # Ways to initialise LoRA that take part of the base weights into the adapter.
 _REWRITING = ("pissa", "olora", "corda", "loftq")
+
+
+# What PEFT makes of names and options that are of the right kind and mean nothing to it.
+_NO_SENSE = (ValueError, TypeError, LookupError, AttributeError, re.error)
 
 
 class ShapleyModel(LoraModel):
@@ -94,7 +99,12 @@ class ShapleyModel(LoraModel):
                     "base_model_class": type(model).__name__,
                     "parent_library": type(model).__module__,
                 }
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except _NO_SENSE as error:
+                raise UnsupportedModelError(
+                    f"PEFT cannot put this adapter on {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+                ) from error
             _show_geometry(model)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -212,7 +222,7 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
             "a head of its own, or load the model with AutoModelForImageClassification."
         )
     if config.fill_color is not None and len(config.fill_color) != anatomy.channels:
-        raise ValueError(
+        raise FieldError(
             f"fill_color needs one number for each of {anatomy.channels} channels, got {list(config.fill_color)}."
         )
     config.mechanism = anatomy.mechanism
@@ -224,13 +234,13 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
 def _resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> None:
     """Say in PEFT's words what `tune` means for this model."""
     if str(config.init_lora_weights).lower().startswith(_REWRITING):
-        raise ValueError(
+        raise FieldError(
             f"init_lora_weights={config.init_lora_weights!r} rewrites the base model's weights, which the checkpoint "
             "would not contain. Use True, 'gaussian' or 'orthogonal'."
         )
     if config.tune != "lora":
         if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
-            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
+            raise FieldError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
         config.target_modules = DUMMY_TARGET_MODULES
     elif config.target_modules is None:
         config.target_modules = default_targets(model, anatomy)

@@ -9,20 +9,35 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, TypedDict
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.card import CARD, PICTURES
+from shapadapter.errors import CheckpointError
 from shapadapter.files import to_disk, write_together
+from shapadapter.reading import open_tensors, read_json, reading
+from shapadapter.schema import Between, FileName, shown
 
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""
 
 _FORMAT = "shapadapter.checkpoint"
+
+
+class Entry(TypedDict):
+    """What a file must be."""
+
+    bytes: Annotated[int, Between(0)]
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What `complete.json` holds."""
+
+    files: Annotated[dict[Annotated[str, FileName], Entry], Between(1)]
 
 
 def seal(folder: Path) -> None:
@@ -58,7 +73,7 @@ def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
     # An adapter that is not called "default" is in a folder of the checkpoint.
     whole = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
     if whole is not None and trouble_with(whole) is None:
-        about = json.loads((whole / MANIFEST).read_text(encoding="utf-8"))
+        about = read_json(whole / MANIFEST)
         inside = (folder / name).relative_to(whole).as_posix()
         about["files"][inside] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         found[whole / MANIFEST] = json.dumps(about, indent=2).encode()
@@ -72,14 +87,17 @@ def trouble_with(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return f"{MANIFEST} is missing, so it was not saved to its end"
     try:
-        expected: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = read_json(folder / MANIFEST, Manifest)["files"]
+        strangers = [name for name in expected if not _is_inside(name)]
+        if strangers:
+            return f"{MANIFEST} names {shown(strangers[0])}, which is no file of the checkpoint"
         # Sizes first: a file that was cut off is found without reading the large ones before it.
         for check in (_length_trouble, _content_trouble):
             for name, about in expected.items():
                 if not _is_card(Path(name)) and (trouble := check(folder / name, about)):
                     return f"{name} {trouble}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} or a file that it names cannot be read ({type(error).__name__}: {error})"
+    except (OSError, CheckpointError) as error:
+        return f"{MANIFEST} or a file that it names cannot be read ({error})"
     return None
 
 
@@ -95,8 +113,8 @@ def unreadable_in(folder: Path) -> str | None:
     for path in _files(folder):
         try:
             _read(path)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return f"{path.relative_to(folder).as_posix()} cannot be read ({type(error).__name__}: {error})"
+        except (OSError, CheckpointError) as error:
+            return f"{path.relative_to(folder).as_posix()} cannot be read ({error})"
     return None
 
 
@@ -170,6 +188,12 @@ def _is_card(path: Path) -> bool:
     return path.name == CARD or path.parent.name == PICTURES
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name in a manifest is that of a file below the checkpoint, whatever system wrote it."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -190,15 +214,17 @@ def _read(path: Path) -> None:
     """Read a file as far as its format shows damage.
 
     Raises:
-        ValueError: It is damaged; or OSError, SafetensorError, BadZipFile.
+        CheckpointError: It is damaged, or cannot be read.
     """
     if path.suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":
-        with safe_open(path, framework="pt"):  # compares the header with the file's length
+        with open_tensors(path):  # compares the header with the file's length
             pass
     elif path.suffix in (".bin", ".pt", ".pth"):
-        with zipfile.ZipFile(path) as file:  # what torch.save writes, with a checksum for each part
+        # What torch.save writes, with a checksum for each part.
+        with reading(path), zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
