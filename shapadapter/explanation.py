@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from shapadapter.classes import find_class, some
+from shapadapter.classes import check_names, find_class, some
 from shapadapter.errors import CheckpointError, FieldError
 from shapadapter.exchange import as_dict, as_numpy, as_shap
 from shapadapter.files import read_explanation, write_explanation
 from shapadapter.refinement import relative_error
-from shapadapter.schema import fault
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,11 +76,12 @@ class Explanation:
     method: str = "shapadapter"
 
     def __post_init__(self) -> None:
+        check_names(self.labels, "labels")
+        check_names([self.method], "method")
         for field in fields(self):
             value = getattr(self, field.name)
-            wanted = {"labels": tuple[str, ...], "method": str}.get(field.name, Tensor)
-            if (trouble := fault(value, wanted, field.name)) and not (value is None and field.default is None):
-                raise FieldError(f"{trouble}.")
+            if field.name not in ("labels", "method") and not isinstance(value, Tensor) and value is not field.default:
+                raise FieldError(f"Expected {field.name} to be a tensor, but got a {type(value).__name__}.")
         shapes = [tuple(value.shape) for value in (self.attributions, self.logits, self.images)]
         if [len(shape) for shape in shapes] != [4, 2, 4]:
             raise FieldError(

@@ -14,8 +14,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from shapadapter.errors import CheckpointError
-from shapadapter.reading import checked, open_tensors, read_bytes, read_json, reading
-from shapadapter.schema import shown
+from shapadapter.reading import open_tensors, read_bytes, read_json, reading
+from shapadapter.schema import fault, shown
 
 FORMAT = "shapadapter.explanation"
 FORMAT_VERSION = 2
@@ -75,18 +75,21 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: If a file is missing, damaged, of a newer version or does not belong to the other.
     """
     named, path = directory / JSON_NAME, directory / TENSORS_NAME
-    about = read_json(named) if named.exists() else {}
+    expected = f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
+    try:
+        about = read_json(named)
+    except CheckpointError as error:
+        raise CheckpointError(f"{expected} {error}") from error
     if about.get("format") != FORMAT or not path.exists():
-        raise CheckpointError(
-            f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
-        )
+        raise CheckpointError(expected)
     version, writer = about.get("format_version"), about.get("shapadapter_version")
-    if type(version) is int and version > FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {shown(writer)} wrote "
-            f"{version!r}: pip install --upgrade shapadapter"
+            f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {shown(writer).strip(chr(39))} wrote "
+            f"{shown(version)}: pip install --upgrade shapadapter"
         )
-    checked(about, Words, named)
+    if trouble := fault(about, Words, ""):
+        raise CheckpointError(f"The Explanation in {directory} is incomplete: of {JSON_NAME} {trouble}.")
     with open_tensors(path):  # a header that announces more than there is, before anything is read
         data = read_bytes(path, path.stat().st_size)
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
-from .errors import ShapleyError
+from .errors import CheckpointError, ShapleyError
 from .reading import read_json
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 from .schema import shown
@@ -66,10 +66,14 @@ class AdapterFiles:
             raise ShapleyError(
                 f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
             )
-        kind = read_json(file).get("peft_type")
+        try:
+            kind = read_json(file).get("peft_type")
+        except CheckpointError as error:
+            raise CheckpointError(f"{CONFIG_NAME} of {self.name} is damaged: {error}") from error
         if kind != NAME:
+            other = shown(kind).strip("'")
             raise ShapleyError(
-                f"{self.name} is an adapter of type {shown(kind)}, not one of shapadapter. Load it with peft.AutoPeftModel."
+                f"{self.name} is an adapter of type {other}, not one of shapadapter. Load it with peft.AutoPeftModel."
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")

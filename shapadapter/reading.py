@@ -42,9 +42,11 @@ def reading(path: Path | str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except MemoryError as error:
-        raise CheckpointError(f"{path} is damaged: what it announces does not fit into memory.") from error
+        raise CheckpointError(
+            f"{path} is damaged and cannot be read: what it announces does not fit into memory."
+        ) from error
     except RecursionError as error:
-        raise CheckpointError(f"{path} is damaged: it is nested too deeply.") from error
+        raise CheckpointError(f"{path} is damaged and cannot be read: it is nested too deeply.") from error
     except (
         OSError,
         ValueError,
@@ -56,8 +58,7 @@ def reading(path: Path | str) -> Iterator[None]:
         BadZipFile,
     ) as error:
         raise CheckpointError(
-            f"{path} is damaged ({_told(error)}): the copy or download was cut off, or it was changed. Fetch or make the "
-            "file again."
+            f"{path} is damaged and cannot be read ({_told(error)}): it was cut short or changed. Fetch or make it again."
         ) from error
 
 
@@ -71,7 +72,7 @@ def check_regular(path: Path) -> None:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = next((words for test, words in _KINDS.items() if test(mode)), "a device")
-            raise CheckpointError(f"{path} is {kind}, and not a file.")
+            raise CheckpointError(f"{path} is {kind} and cannot be read: expected a file.")
 
 
 def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
@@ -84,7 +85,7 @@ def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
     with reading(path), path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise CheckpointError(f"{path} is longer than {limit / 1e6:,.0f} MB, which no file of its kind is.")
+        raise CheckpointError(f"{path} cannot be read: no file of its kind is longer than {limit / 1e6:,.0f} MB.")
     return content
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 LARGEST = 2**64
 """Whole numbers beyond it are no counts, sizes or seeds."""
@@ -150,11 +150,12 @@ def _one_of(value: Any, parts: tuple[Any, ...], name: str) -> str | None:
 def _document(value: Any, kind: Any, name: str) -> str | None:
     if not isinstance(value, Mapping):
         return _wrong(value, kind, name)
-    missing = sorted(kind.__required_keys__ - set(value))
+    hints = _hints(kind)
+    missing = [key for key, (_, required) in hints.items() if required and key not in value]
     if missing:
         return f"{name or 'it'} lacks {missing[0]!r}"
-    hints = _hints(kind)
-    return _first(fault(value[key], hints[key], f"{name}[{key!r}]" if name else key) for key in hints if key in value)
+    inside = {key: f"{name}[{key!r}]" if name else key for key in hints}
+    return _first(fault(value[key], of, inside[key]) for key, (of, _) in hints.items() if key in value)
 
 
 def _items(value: Any, parts: tuple[Any, ...], name: str) -> str | None:
@@ -187,5 +188,8 @@ def _first(troubles: Any) -> str | None:
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _hints(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """The fields of a document: what each is, and whether it has to be there."""
+    hints = get_type_hints(kind, include_extras=True)
+    optional = {key: get_args(hint)[0] for key, hint in hints.items() if get_origin(hint) is NotRequired}
+    return {key: (optional.get(key, hint), key not in optional) for key, hint in hints.items()}

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -24,7 +24,7 @@ from shapadapter.schema import Between, FileName, shown
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""
 
-_FORMAT = "shapadapter.checkpoint"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class Entry(TypedDict):
@@ -37,6 +37,8 @@ class Entry(TypedDict):
 class Manifest(TypedDict):
     """What `complete.json` holds."""
 
+    format: Literal["shapadapter.checkpoint"]
+    format_version: Literal[1]
     files: Annotated[dict[Annotated[str, FileName], Entry], Between(1)]
 
 
@@ -48,14 +50,14 @@ def seal(folder: Path) -> None:
     Raises:
         OSError: If a file cannot be brought to the disk; there is no `complete.json` then.
     """
-    about = {}
+    about: dict[str, Entry] = {}
     for path in _files(folder):
         to_disk(path)
         if _is_card(path.relative_to(folder)):
             continue
         about[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    content = json.dumps({"format": _FORMAT, "format_version": 1, "files": about}, indent=2)
-    write_together({folder / MANIFEST: content.encode()})
+    whole: Manifest = {"format": "shapadapter.checkpoint", "format_version": 1, "files": about}
+    write_together({folder / MANIFEST: json.dumps(whole, indent=2).encode()})
 
 
 def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
@@ -91,6 +93,10 @@ def trouble_with(folder: Path) -> str | None:
         strangers = [name for name in expected if not _is_inside(name)]
         if strangers:
             return f"{MANIFEST} names {shown(strangers[0])}, which is no file of the checkpoint"
+        names = (path.relative_to(folder).as_posix() for path in _files(folder) if path.suffix in _WEIGHTS)
+        unnamed = [name for name in names if name not in expected]
+        if unnamed:
+            return f"{MANIFEST} says nothing of {unnamed[0]}, which was put there or changed later"
         # Sizes first: a file that was cut off is found without reading the large ones before it.
         for check in (_length_trouble, _content_trouble):
             for name, about in expected.items():
@@ -222,7 +228,7 @@ def _read(path: Path) -> None:
     elif path.suffix == ".safetensors":
         with open_tensors(path):  # compares the header with the file's length
             pass
-    elif path.suffix in (".bin", ".pt", ".pth"):
+    elif path.suffix in _WEIGHTS:
         # What torch.save writes, with a checksum for each part.
         with reading(path), zipfile.ZipFile(path) as file:
             damaged = file.testzip()
