@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +19,9 @@ from .schema import LARGEST, fault
 
 DOCUMENT_BYTES = 64_000_000
 """More than any json or yaml that belongs to an adapter: class names, numbers and words, no pictures."""
+
+_YAML_BYTES = 1_000_000
+"""Options that a person wrote."""
 
 _DEPTH = 64
 """Nested deeper is nothing that we write; what copies or compares it would run out of stack."""
@@ -113,10 +117,14 @@ def read_yaml(path: Path) -> Any:
     """
     import yaml
 
-    content = read_bytes(path)
+    content = read_bytes(path, _YAML_BYTES)
     with reading(path):
+        text = content.decode("utf-8-sig")
+        # The parser's time grows with the square of what is open.
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > _DEPTH:
+            raise RecursionError
         try:
-            return checked(yaml.safe_load(content.decode("utf-8-sig")), Any, path)
+            return checked(yaml.safe_load(text), Any, path)
         except yaml.constructor.ConstructorError:
             raise
         except yaml.YAMLError as error:

@@ -116,7 +116,8 @@ def _is(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     if kind is Any:
         return True
     if origin is Literal:
-        return any(isinstance(value, type(part)) and value == part for part in parts)
+        plain = [part for part in parts if isinstance(part, bool) == isinstance(value, bool)]  # True is 1
+        return any(isinstance(value, type(part)) and value == part for part in plain)
     if kind is bool or kind is NoneType or kind is None:
         return isinstance(value, bool if kind is bool else NoneType)
     if kind in (int, float):

@@ -87,6 +87,8 @@ class About(TypedDict):
 class Saved(TypedDict):
     """What a file with an evaluation holds."""
 
+    format: Literal["shapadapter.evaluation"]
+    format_version: Literal[1]
     about: dict[str, Any]
     task: dict[str, SavedInterval]
     methods: dict[str, dict[str, SavedInterval]]

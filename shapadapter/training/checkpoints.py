@@ -205,14 +205,14 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _length_trouble(path: Path, about: dict[str, Any]) -> str | None:
+def _length_trouble(path: Path, about: Entry) -> str | None:
     if not path.is_file():
         return "is missing"
     length = path.stat().st_size
     return None if length == about["bytes"] else f"has {length:,} bytes instead of {about['bytes']:,}"
 
 
-def _content_trouble(path: Path, about: dict[str, Any]) -> str | None:
+def _content_trouble(path: Path, about: Entry) -> str | None:
     return None if _hash(path) == about["sha256"] else "holds other bytes than were saved"
 
 
