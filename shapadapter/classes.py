@@ -3,8 +3,20 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from shapadapter.errors import ClassNotFoundError
+from shapadapter.errors import ClassNotFoundError, FieldError
+from shapadapter.schema import fault
+
+
+def check_names(names: Any, field: str) -> None:
+    """Refuse names that are no texts, or none that can be written as UTF-8.
+
+    Raises:
+        FieldError: naming the field and the first of them.
+    """
+    if trouble := fault(names, list[str], field):
+        raise FieldError(f"{trouble}.")
 
 
 def find_class(labels: Sequence[str], name_or_id: str | int) -> int:

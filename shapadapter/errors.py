@@ -13,6 +13,10 @@ class CheckpointError(ShapleyError, ValueError):
     """An adapter does not fit its base model, or its state could not be restored from what would be saved."""
 
 
+class FieldError(ShapleyError, ValueError):
+    """A field of a configuration or an explanation holds what it cannot hold: another type, a number out of range, ..."""
+
+
 class ExportError(ShapleyError, RuntimeError):
     """A model could not be exported, or what came out computes something else."""
 

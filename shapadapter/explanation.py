@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from shapadapter.classes import find_class, some
-from shapadapter.errors import CheckpointError
+from shapadapter.classes import check_names, find_class, some
+from shapadapter.errors import CheckpointError, FieldError
 from shapadapter.exchange import as_dict, as_numpy, as_shap
 from shapadapter.files import read_explanation, write_explanation
 from shapadapter.refinement import relative_error
@@ -61,7 +61,7 @@ class Explanation:
         method: What made the attributions: "shapadapter", "refined" or the name of another method.
 
     Raises:
-        ValueError: If a shape, dtype or class index does not fit the others.
+        FieldError: If a field is of another type, or a shape, dtype or class index does not fit the others.
     """
 
     attributions: Tensor
@@ -76,9 +76,15 @@ class Explanation:
     method: str = "shapadapter"
 
     def __post_init__(self) -> None:
+        check_names(self.labels, "labels")
+        check_names([self.method], "method")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("labels", "method") and not isinstance(value, Tensor) and value is not field.default:
+                raise FieldError(f"Expected {field.name} to be a tensor, but got a {type(value).__name__}.")
         shapes = [tuple(value.shape) for value in (self.attributions, self.logits, self.images)]
         if [len(shape) for shape in shapes] != [4, 2, 4]:
-            raise ValueError(
+            raise FieldError(
                 "Expected attributions (B, rows, cols, C), logits (B, K) and images (B, H, W, 3), but got shapes "
                 f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
             )
@@ -93,12 +99,12 @@ class Explanation:
         if self.evaluations is not None:
             _check("evaluations", self.evaluations, (batch,), torch.int64)
         if len(self.labels) != classes:
-            raise ValueError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
+            raise FieldError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
         if 0 in (*players, shown, *pixels):
-            raise ValueError("Expected at least one player, one shown class and one pixel.")
+            raise FieldError("Expected at least one player, one shown class and one pixel.")
         ordered = self.classes.sort(dim=1).values  # (B, C)
         if ((ordered < 0) | (ordered >= classes)).any() or (ordered.diff(dim=1) == 0).any():
-            raise ValueError(f"Expected different classes in 0..{classes - 1}, but got {some(ordered.tolist())}.")
+            raise FieldError(f"Expected different classes in 0..{classes - 1}, but got {some(ordered.tolist())}.")
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -327,14 +333,19 @@ class Explanation:
         tensors, words = read_explanation(Path(directory))
         try:
             return cls(**tensors, labels=tuple(words["labels"]), method=words.get("method", "shapadapter"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, FieldError) as error:  # a tensor that is none of an explanation's, or is missing
             raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    plain = value.dtype == dtype and value.device.type == "cpu" and not value.requires_grad
+    plain = (
+        value.dtype == dtype
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.requires_grad
+    )
     if tuple(value.shape) != shape or not plain:
-        raise ValueError(
+        raise FieldError(
             f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {value.dtype} on "
             f"{value.device} of shape {tuple(value.shape)}{', requiring grad' if value.requires_grad else ''}."
         )

@@ -7,14 +7,15 @@ import secrets
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from shapadapter.errors import CheckpointError
+from shapadapter.reading import open_tensors, read_bytes, read_json, reading
+from shapadapter.schema import fault, shown
 
 FORMAT = "shapadapter.explanation"
 FORMAT_VERSION = 2
@@ -22,6 +23,16 @@ FORMAT_VERSION = 2
 
 TENSORS_NAME = "explanation.safetensors"
 JSON_NAME = "explanation.json"
+
+
+class Words(TypedDict):
+    """What `explanation.json` holds."""
+
+    format_version: int
+    sha256: str
+    labels: list[str]
+    method: NotRequired[str]
+    shapadapter_version: NotRequired[str | None]
 
 
 def write_explanation(directory: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
@@ -36,7 +47,7 @@ def write_explanation(directory: Path, tensors: Mapping[str, Tensor], words: Map
         FileExistsError: If a file of one of the two names is there that is not part of an explanation.
     """
     taken = [name for name in (TENSORS_NAME, JSON_NAME) if (directory / name).exists()]
-    if taken and _read_json(directory / JSON_NAME).get("format") != FORMAT:
+    if taken and _about(directory / JSON_NAME).get("format") != FORMAT:
         raise FileExistsError(f"{directory / taken[0]} is not part of an Explanation: move it or save elsewhere.")
     # Cloned, because safetensors refuses tensors that share memory.
     data = save_tensors({name: value.clone().contiguous() for name, value in tensors.items()})
@@ -63,27 +74,31 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         CheckpointError: If a file is missing, damaged, of a newer version or does not belong to the other.
     """
-    about, path = _read_json(directory / JSON_NAME), directory / TENSORS_NAME
-    if about.get("format") != FORMAT or not path.is_file():
-        raise CheckpointError(
-            f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
-        )
+    named, path = directory / JSON_NAME, directory / TENSORS_NAME
+    expected = f"Expected {JSON_NAME} and {TENSORS_NAME} of an Explanation in {directory}: missing or unreadable."
+    try:
+        about = read_json(named)
+    except CheckpointError as error:
+        raise CheckpointError(f"{expected} {error}") from error
+    if about.get("format") != FORMAT or not path.exists():
+        raise CheckpointError(expected)
     version, writer = about.get("format_version"), about.get("shapadapter_version")
     if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {writer} wrote "
-            f"{version!r}: pip install --upgrade shapadapter"
+            f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {shown(writer).strip(chr(39))} wrote "
+            f"{shown(version)}: pip install --upgrade shapadapter"
         )
-    data = path.read_bytes()
+    if trouble := fault(about, Words, ""):
+        raise CheckpointError(f"The Explanation in {directory} is incomplete: of {JSON_NAME} {trouble}.")
+    with open_tensors(path):  # a header that announces more than there is, before anything is read
+        data = read_bytes(path, path.stat().st_size)
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):
         raise CheckpointError(
             f"{path} ({len(data)} bytes) is not the file that {JSON_NAME} describes: it was cut short, changed or "
             "belongs to another explanation."
         )
-    try:
+    with reading(path):
         return load_tensors(data), about
-    except SafetensorError as error:
-        raise CheckpointError(f"The Explanation in {directory} is incomplete: {error}") from error
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
@@ -117,12 +132,12 @@ def to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _about(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = read_json(path)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return found
 
 
 def _version() -> str | None:

@@ -29,7 +29,7 @@ from .errors import ImageError, ShapleyError, UnsupportedModelError
 from .explaining import base_of
 from .game import active_layer
 from .images import prepare_images
-from .loading import comes_with_code, load
+from .loading import comes_with_code, load, told
 from .locating import called, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
 
@@ -166,17 +166,17 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         model = maker.from_pretrained(name, use_safetensors=True, **options)
     except ImportError as error:
         raise UnsupportedModelError(str(error)) from error
-    except (*HUB_ERRORS, ValueError) as error:
+    except Exception as error:  # of a damaged file transformers says what its parsers say, of many kinds
         if "trust_remote_code" in str(error):
             raise ShapleyError(comes_with_code(name)) from error
         trouble = None if Path(name).is_dir() else hub_trouble(error, name, options["revision"])
         if trouble is None:
             below = locate(name, None, options["revision"], options["token"]).elsewhere()
-            trouble = f"{str(error).splitlines()[0]}{below}"
+            trouble = f"{told(error)}{below}"
         raise ShapleyError(f"{name} cannot be loaded. {trouble}") from error
     try:
         return model, AutoImageProcessor.from_pretrained(name, **options)
-    except (*HUB_ERRORS, ValueError):
+    except Exception:  # as above
         return model, None
 
 

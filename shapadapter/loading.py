@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
-from .errors import ShapleyError
+from .errors import CheckpointError, ShapleyError
 from .game import active_layer
 from .locating import AdapterFiles, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
@@ -70,7 +70,12 @@ def load(
         "trust_remote_code": trust_remote_code,
     }
     bare = _base_model(files.name, root, config, {**options, "dtype": kind})
-    model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
+    try:
+        model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
+    except ShapleyError:
+        raise
+    except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
+        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
     found = str(own or root)
@@ -134,7 +139,7 @@ def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> A
         maker = AutoModelForImageClassification
     try:
         return maker.from_pretrained(root, use_safetensors=True, **room, **options)
-    except (*HUB_ERRORS, ValueError) as error:
+    except Exception as error:  # of a damaged file transformers says what its parsers say, of many kinds
         raise ShapleyError(_why_no_base(name, root, options["revision"], error)) from error
 
 
@@ -155,7 +160,7 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
         )
     if "trust_remote_code" in str(error):
         return comes_with_code(root)
-    return f"The base model {root} of the adapter {name} cannot be loaded: {str(error).splitlines()[0]}"
+    return f"The base model {root} of the adapter {name} cannot be loaded: {told(error)}"
 
 
 def comes_with_code(base: str) -> str:
@@ -175,13 +180,18 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
     maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
     try:
         return maker.from_pretrained(place, **options)
-    except (*HUB_ERRORS, ValueError) as error:
+    except Exception as error:  # as above
         if "trust_remote_code" in str(error):
             raise ShapleyError(of_code) from error
         raise ShapleyError(
-            f"There is no image processor with the adapter or in {place}: {str(error).splitlines()[0]} Save one with the "
+            f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
             "adapter: processor.save_pretrained(folder)."
         ) from error
+
+
+def told(error: BaseException) -> str:
+    """The first line of an error, or its kind."""
+    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
 
 
 def find_base(folder: Path, name: str) -> str:
@@ -196,7 +206,7 @@ def find_base(folder: Path, name: str) -> str:
     places = [path, *(above / path for above in (folder, *folder.parents))]
     # What may be a Hub id is not taken for a folder that happens to be called alike.
     places += [folder.parent / path.name] if is_path(name) else []
-    found = next((place for place in places if (place / "config.json").is_file()), None)
+    found = next((place for place in places if _is_model(place)), None)
     if found is not None:
         return name if found == path else str(found)
     if is_path(name):
@@ -205,6 +215,13 @@ def find_base(folder: Path, name: str) -> str:
             f"{folder.parent / path.name}."
         )
     return name
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _device(device: str | torch.device | None) -> torch.device:

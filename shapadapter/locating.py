@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -16,7 +15,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
 from .errors import CheckpointError, ShapleyError
+from .reading import read_json
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
+from .schema import shown
 
 _NAMED = 5
 """Folders with an adapter that an error names."""
@@ -66,12 +67,13 @@ class AdapterFiles:
                 f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
             )
         try:
-            kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-        except (ValueError, AttributeError) as error:
+            kind = read_json(file).get("peft_type")
+        except CheckpointError as error:
             raise CheckpointError(f"{CONFIG_NAME} of {self.name} is damaged: {error}") from error
         if kind != NAME:
+            other = shown(kind).strip("'")
             raise ShapleyError(
-                f"{self.name} is an adapter of type {kind}, not one of shapadapter. Load it with peft.AutoPeftModel."
+                f"{self.name} is an adapter of type {other}, not one of shapadapter. Load it with peft.AutoPeftModel."
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")

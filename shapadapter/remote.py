@@ -20,7 +20,9 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from .errors import CheckpointError
 from .files import write_together
+from .reading import read_json
 
 _UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)
 
@@ -79,10 +81,10 @@ def forget_places(folder: Path) -> None:
     """
     file = folder / "evaluation.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         about = found["about"]
         about |= {name: Path(about[name]).name for name in ("checkpoint", "folder") if name in about}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         return
     write_together({file: json.dumps(found, indent=1).encode()})
 

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
+import torch
 from peft import LoraConfig
+from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from shapadapter.card import read_pictures, settled, write_card
-from shapadapter.errors import CheckpointError
+from shapadapter.errors import CheckpointError, FieldError
+from shapadapter.reading import checked, open_tensors, read_json
+from shapadapter.schema import Between, FileName, fault, shown
+
+from .head import new_leaves
+
+Count = Annotated[int, Between(1, 2**24)]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Fingerprint(TypedDict):
+    """Numbers of a base model: of each part the norm, that of a sample of its weights, and the sample's projection."""
+
+    dtype: str
+    values: list[tuple[float, float, float]]
+
+
+class AutoMapping(TypedDict):
+    """Where PEFT finds the class of the base model."""
+
+    base_model_class: str
+    parent_library: str
+
+
+# What PEFT's own type hints leave open, or say too narrowly.
+_PEFT_FIELDS: dict[str, Any] = {
+    "auto_mapping": AutoMapping | None,
+    "base_model_name_or_path": Annotated[str, FileName, Between(0, 4096)] | None,
+    "r": Count,
+    "lora_alpha": float,
+    "lora_dropout": Annotated[float, Between(0, 1)],
+    "init_lora_weights": bool | str | None,
+    "layers_to_transform": list[Annotated[int, Between(0)]] | Annotated[int, Between(0)] | None,
+    "rank_pattern": dict[str, Count],
+    "alpha_pattern": dict[str, float],
+    "qalora_group_size": Count,
+}
 
 
 @dataclass
@@ -53,7 +93,7 @@ class ShapleyConfig(LoraConfig):
             "'pixels', or 'auto': drop where that equals masking, else mask, and pixels where there are no tokens."
         },
     )
-    grid: tuple[int, int] | None = field(
+    grid: tuple[Count, Count] | None = field(
         default=None,
         metadata={
             "help": "(rows, cols) of the players; by default the patches, or the cells of the final feature map."
@@ -78,7 +118,7 @@ class ShapleyConfig(LoraConfig):
         default=True,
         metadata={"help": "Whether a learned read-only token conditions how attributions are shared among players."},
     )
-    head_width: int = field(default=256, metadata={"help": "Width of the head's token-conditioned branch."})
+    head_width: Count = field(default=256, metadata={"help": "Width of the head's token-conditioned branch."})
     cell_offset: tuple[float, float] | None = field(
         default=None,
         metadata={
@@ -93,12 +133,14 @@ class ShapleyConfig(LoraConfig):
             "'sequence' of patch tokens, does a 'readout' of the final feature map, or of 'latents' without a place."
         },
     )
-    problem_type: str | None = field(
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = field(
         default=None, metadata={"help": "The base model's problem_type, written when a model is wrapped."}
     )
-    num_classes: int | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
-    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Class names, written likewise."})
-    base_fingerprint: dict[str, Any] | None = field(
+    num_classes: Count | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
+    id2label: dict[Annotated[int, Between(0)], str] | None = field(
+        default=None, metadata={"help": "Class names, written likewise."}
+    )
+    base_fingerprint: Fingerprint | None = field(
         default=None, metadata={"help": "Numbers by which another base model is recognised, written likewise."}
     )
     shapadapter_version: str | None = field(default=None, metadata={"help": "The version that wrote the adapter."})
@@ -111,43 +153,48 @@ class ShapleyConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.id2label, Mapping):
+            # json turns the keys into strings.
+            self.id2label = {_as_index(index): label for index, label in self.id2label.items()}
+        self.check()
         super().__post_init__()
         # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
         self.pictures: dict[str, bytes] = {}
         self.model_tags: list[str] = []
         self.weights: str | None = None
         self.written_card: tuple[Path, str] | None = None
+        # Of the weight file that it was read with: names and shapes.
+        self.saved: dict[str, tuple[int, ...]] | None = None
         # LoraConfig sets its own type there.
         self.peft_type = PeftType.SHAPLEY  # type: ignore[attr-defined]
-        for name, allowed in (
-            ("prediction", ("vote", "classifier")),
-            ("tune", ("lora", "frozen", "full")),
-            ("removal", ("auto", "drop", "mask", "pixels")),
-            ("fill", ("mean", "blur", "learned")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         if self.train_classifier and self.prediction == "vote":
-            raise ValueError(
+            raise FieldError(
                 "train_classifier=True needs prediction='classifier': with 'vote' the adapter's own head predicts, which is "
                 "always trained."
-            )
-        if self.task_type is not None:
-            raise ValueError(
-                f"Leave task_type empty, got {self.task_type!r}: PEFT's task types are for language models, and with "
-                "one set AutoPeftModel could not load the adapter."
             )
         for name in ("grid", "cell_offset"):
             # json knows no tuples.
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
-        if self.grid is not None and not _is_grid(self.grid):
-            raise ValueError(
+
+    def check(self) -> None:
+        """Refuse what a field cannot hold.
+
+        Raises:
+            FieldError: naming the field, what was expected, and what came.
+        """
+        for name, kind in _kinds().items():
+            if trouble := fault(getattr(self, name), kind, name):
+                raise FieldError(f"{trouble}.")
+        if self.grid is not None and self.grid[0] * self.grid[1] < 2:
+            raise FieldError(
                 f"grid must be (rows, cols), two whole numbers, of at least two players; got {self.grid!r}."
             )
-        if self.id2label is not None:
-            # json turns the keys into strings.
-            self.id2label = {int(index): label for index, label in self.id2label.items()}
+        if self.task_type is not None:
+            raise FieldError(
+                f"Leave task_type empty, got {shown(self.task_type)}: PEFT's task types are for language models, and with "
+                "one set AutoPeftModel could not load the adapter."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -157,14 +204,19 @@ class ShapleyConfig(LoraConfig):
             CheckpointError: it is damaged or incomplete.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        path = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
-        if path.is_file():
-            check_weights(path, config.tensors())
-            config.pictures = read_pictures(path.parent, config.to_dict())
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            config.saved = check_weights(folder / SAFETENSORS_WEIGHTS_NAME, config)
+            config.pictures = read_pictures(folder, config.to_dict())
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and the model card with its pictures."""
+        """Write `adapter_config.json`, and the model card with its pictures.
+
+        Raises:
+            FieldError: a field holds what could not be loaded again.
+        """
+        self.check()
         self.record = settled(self.record, self.weights, Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         self.write_card(save_directory)
@@ -176,40 +228,129 @@ class ShapleyConfig(LoraConfig):
 
     def tensors(self) -> list[str]:
         """Names, as saved, of the tensors of token and head that an adapter of this configuration has."""
-        names = ["norm.weight", "norm.bias", "vote.weight", "patch.weight", "patch.bias", "share.weight"]
-        names += ["null"] if self.prediction == "vote" else []
-        if self.shapley_token:
-            names += ["token", "token_norm.weight", "token_norm.bias", "gate.weight", "gate.bias"]
-        if self.shapley_token and self.mechanism in ("readout", "latents"):
-            names += ["key.weight", "key.bias", "value.weight", "value.bias"]
-        if self.mechanism == "latents":
-            names += ["place.weight", "place.bias", "place_key.weight"]
-        if self.fill == "learned":
-            names += ["fill"]
-        return [f"lora_shapley_{name}" for name in names]
+        return list(self.shapes(1, 1))
+
+    def shapes(self, width: int, classes: int) -> dict[str, tuple[int, ...]]:
+        """The same with their shapes, for features of `width` numbers and so many classes."""
+        with torch.device("meta"):
+            leaves = new_leaves(
+                width,
+                classes,
+                self.head_width,
+                null=self.prediction == "vote",
+                token=self.shapley_token,
+                mechanism=self.mechanism or "sequence",
+                fill=(self.fill_color or [0.0] * 3) if self.fill == "learned" else None,
+            )
+        found: dict[str, tuple[int, ...]] = {}
+        for leaf, value in leaves.items():
+            parts = {"": value} if isinstance(value, nn.Parameter) else value.state_dict(prefix=".")
+            found |= {f"lora_shapley_{leaf}{name}": tuple(part.shape) for name, part in parts.items()}
+        return found
 
 
-def _is_grid(grid: Any) -> bool:
-    whole = isinstance(grid, tuple) and len(grid) == 2 and all(type(count) is int and count > 0 for count in grid)
-    return whole and grid[0] * grid[1] > 1
+def _as_index(key: Any) -> Any:
+    """The key of a class as a number, where it is one."""
+    return int(key) if isinstance(key, str) and len(key) < 10 and key.isascii() and key.isdigit() else key
 
 
-def check_weights(path: Path, expected: list[str]) -> None:
-    """Refuse a safetensors file that is damaged, or lacks part of token and head, which would stay random.
+@cache
+def _kinds() -> dict[str, Any]:
+    """What each field of a `ShapleyConfig` may hold."""
+    hints = get_type_hints(ShapleyConfig, include_extras=True) | _PEFT_FIELDS
+    return {own.name: hints[own.name] for own in fields(ShapleyConfig)}
+
+
+def check_files_when_read() -> None:
+    """Have PEFT read `adapter_config.json` through our reader on every road; a second call changes nothing.
+
+    PEFT reads the file before it knows whose adapter it is, and AutoPeftModel and transformers build the configuration
+    without asking its class. What can be read and is no adapter of ours is left to PEFT.
+    """
+    theirs: Any = PeftConfigMixin.from_json_file.__func__  # type: ignore[attr-defined]
+    if hasattr(theirs, "_of_shapadapter"):
+        return
+
+    @wraps(theirs)
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
+        """The content of the file, after a look at it and at the weights beside it."""
+        path = Path(path_json_file)
+        check_files(path, read_json(path))
+        return theirs(cls, path_json_file, **kwargs)
+
+    from_json_file._of_shapadapter = True  # type: ignore[attr-defined]
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[assignment,method-assign]
+
+
+def check_files(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a configuration of ours with values that cannot be, and weights beside it that do not fit it.
 
     Raises:
-        CheckpointError: the file is not what its header announces, or a part is missing.
+        CheckpointError: naming the file and what is wrong.
     """
+    if content.get("peft_type") != PeftType.SHAPLEY.value:  # type: ignore[attr-defined]
+        if "shapadapter_version" in content:
+            checked(content, TypedDict("Adapter", {"peft_type": Literal["SHAPLEY"]}), path)
+        return
+    known = {own.name for own in fields(ShapleyConfig)} - {"peft_type", "runtime_config"}
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}): the copy or download was cut off, or it was changed. Fetch the file again."
-        ) from error
-    missing = [name for name in expected if not any(key.endswith(f".{name}") for key in keys)]
+        config = ShapleyConfig(**{name: value for name, value in content.items() if name in known})
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    weights = path.parent / SAFETENSORS_WEIGHTS_NAME
+    if weights.exists():
+        check_weights(weights, config)
+
+
+def check_weights(path: Path, config: ShapleyConfig) -> dict[str, tuple[int, ...]]:
+    """Refuse a safetensors file that is damaged, or in which part of token and head is missing or of another shape.
+
+    Returns:
+        The shape of each tensor in it.
+
+    Raises:
+        CheckpointError: the file is not what its header announces, or not of this configuration, or holds numbers that no
+            training gives.
+    """
+    with open_tensors(path) as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        own = {key[key.rindex("lora_shapley_") :]: shape for key, shape in saved.items() if "lora_shapley_" in key}
+        _check_shapes(path, own, config)
+        for key in (key for key in saved if "lora_" in key):
+            kind = file.get_slice(key).get_dtype()
+            if kind not in _FLOATS:
+                raise CheckpointError(f"{path} holds {key} as {kind}; expected one of {', '.join(_FLOATS)}.")
+            if not file.get_tensor(key).isfinite().all():
+                raise CheckpointError(not_finite(path, key))
+    return saved
+
+
+def not_finite(where: Path | str, key: str) -> str:
+    """What to say of weights with which nothing can be computed."""
+    return (
+        f"{where} holds numbers in {key} that are not finite: the training diverged, or the file was changed. Take an earlier "
+        "checkpoint."
+    )
+
+
+def _check_shapes(path: Path, saved: Mapping[str, tuple[int, ...]], config: ShapleyConfig) -> None:
+    """Compare the tensors of token and head with the configuration; the width of the features is theirs to say.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape.
+    """
+    width = (saved.get("lora_shapley_norm.weight") or (1,))[0]
+    classes = config.num_classes or (saved.get("lora_shapley_vote.weight") or (1,))[0]
+    expected = config.shapes(width, classes)
+    missing = [name for name in expected if name not in saved]
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} of {len(expected)} tensors of token and head, e.g. {missing[0]}. It was not "
             "written by shapadapter, or not with the configuration beside it."
+        )
+    other = next((name for name, shape in expected.items() if saved[name] != shape), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} holds {other} of shape {saved[other]}, and the configuration beside it asks for {expected[other]}: the "
+            "two were not saved together."
         )

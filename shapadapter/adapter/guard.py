@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,11 +15,14 @@ from transformers import PreTrainedModel
 from shapadapter.backbone import Anatomy
 from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
-from .config import ShapleyConfig
+from .config import ShapleyConfig, not_finite
 from .fingerprint import base_fingerprint, same_fingerprint
 from .layer import ShapleyLayer
 from .origin import commit_of
 from .quantised import is_quantised
+
+_PREFIX = "base_model.model."
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def refuse_stacking(model: nn.Module, known: set[str]) -> None:
@@ -188,25 +192,70 @@ def check_mergeable(model: nn.Module) -> None:
             )
 
 
-def check_complete(model: nn.Module, config: ShapleyConfig, name: str, state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint in which part of token, head or LoRA is missing: it would stay random, silently.
+def check_modules(model: nn.Module, config: ShapleyConfig) -> None:
+    """Refuse a weight file without all of the modules that it should bring along, before PEFT looks for them.
 
     Raises:
-        CheckpointError: with the missing names.
+        CheckpointError: a tensor of one is missing, or has another shape.
     """
-    expected = {*config.tensors(), *_lora_keys(model, name)}
-    missing = sorted(key for key in expected if not any(own.endswith(key) for own in state))
+    whole = tuple(config.modules_to_save or ())
+    if config.saved is None or not whole:
+        return
+    for path, module in model.named_modules():
+        if not path.endswith(whole):
+            continue
+        bare = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for key, value in bare.state_dict().items():
+            shape = config.saved.get(f"{_PREFIX}{path}.{key}")
+            if shape != tuple(value.shape) and ".original_module." not in f".{path}.{key}":
+                came = "lacks it" if shape is None else f"holds one of shape {shape}"
+                raise CheckpointError(
+                    f"The adapter brings {path} along, with {key} of shape {tuple(value.shape)}, and its weight file {came}: "
+                    "it was changed, or made for another base model."
+                )
+
+
+@torch.no_grad()
+def check_fits(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """Refuse a weight file that lacks part of token, head or LoRA, which would stay random, or holds what does not fit.
+
+    Args:
+        model: with the adapter, before its weights are loaded.
+        name: of the adapter.
+        state: the tensors by their names in the model.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place in the model, is of another kind or shape, or not finite.
+    """
+    places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any("_fsdp_wrapped_module" in place or "_flat_param" in place for place in places):
+        return  # they have other names and shapes there
+    places = {place.removeprefix(_PREFIX): value for place, value in places.items()}
+    saved = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    expected = [place for place in places if "lora_" in place and name in place.split(".")]
+    missing = sorted(set(expected) - set(saved))
     if missing:
         raise CheckpointError(
             f"The adapter's weight file lacks {len(missing)} of {len(expected)} tensors of token, head and LoRA, e.g. "
             f"{missing[0]}. It was not written by shapadapter, or not with this configuration."
         )
-
-
-def _lora_keys(model: nn.Module, name: str) -> list[str]:
-    return [
-        f"{path}.{part}.weight"
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and name in module.lora_A
-        for part in ("lora_A", "lora_B")
-    ]
+    for key, value in saved.items():
+        place = places.get(key)
+        if place is None:
+            raise CheckpointError(
+                f"The adapter's weight file holds {key}, for which the model has no place: it was not saved with this "
+                "configuration, or not for this base model."
+            )
+        shape = tuple(getattr(place, "ds_shape", place.shape))  # DeepSpeed leaves an empty tensor in its place
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"The adapter's weight file holds {key} of shape {tuple(value.shape)}, the model expects {shape}: it was not "
+                "saved with this configuration, or not for this base model."
+            )
+        if value.dtype != place.dtype and not (value.dtype in _FLOATS and place.is_floating_point()):
+            raise CheckpointError(
+                f"The adapter's weight file holds {key} as {value.dtype}, and {place.dtype} or another precision of it "
+                "was expected."
+            )
+        if isinstance(place, nn.Parameter) and not value.isfinite().all():
+            raise CheckpointError(not_finite("The adapter's weight file", key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from transformers import PreTrainedModel
 
 from shapadapter import __version__
 from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
-from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
+from shapadapter.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
 
 from .cards import note
 from .config import ShapleyConfig
 from .guard import (
     check_base,
-    check_complete,
+    check_fits,
     check_mergeable,
+    check_modules,
     check_restorable,
     refuse_mixture,
     refuse_stacking,
@@ -38,6 +40,8 @@ from .switching import MIXED, check_merged, check_one, rehearse_merge
 from .tuning import resolve_training
 from .zero import whole
 
+# What PEFT makes of names and options that are of the right kind and mean nothing to it.
+_NO_SENSE = (ValueError, TypeError, LookupError, AttributeError, re.error)
 
 
 class ShapleyModel(LoraModel):
@@ -83,6 +87,8 @@ class ShapleyModel(LoraModel):
             resolve_training(model, anatomy, config, CHILD)
             check_trainable(model, config)
             check_base(model, anatomy, config)
+            check_modules(model, config)
+            config.check()  # what was written into it, too, must be such as can be loaded again
             config.shapadapter_version = __version__
             if config.auto_mapping is None:
                 # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
@@ -90,8 +96,13 @@ class ShapleyModel(LoraModel):
                     "base_model_class": type(model).__name__,
                     "parent_library": type(model).__module__,
                 }
-            with _wholly_or_not(model, adapter_name, layer):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            try:
+                with _wholly_or_not(model, adapter_name, layer):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except _NO_SENSE as error:
+                raise UnsupportedModelError(
+                    f"PEFT cannot put this adapter on {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+                ) from error
             _show_geometry(model)
         if layer is None:
             # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
@@ -225,8 +236,9 @@ class ShapleyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_complete(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_fits(model, adapter_name, state)
+        return state
 
 
 def _layer_of(model: nn.Module) -> ShapleyLayer:
@@ -314,7 +326,7 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
             "a head of its own, or load the model with AutoModelForImageClassification."
         )
     if config.fill_color is not None and len(config.fill_color) != anatomy.channels:
-        raise ValueError(
+        raise FieldError(
             f"fill_color needs one number for each of {anatomy.channels} channels, got {list(config.fill_color)}."
         )
     config.mechanism = anatomy.mechanism

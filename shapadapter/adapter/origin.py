@@ -35,7 +35,7 @@ def commit_of(model: PreTrainedModel) -> str | None:
         return None
     store = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=constants.REPO_TYPE_MODEL)
     main = store / "refs" / constants.DEFAULT_REVISION
-    first = main.read_text().strip() if main.is_file() else ""
+    first = main.read_text(errors="replace").strip() if main.is_file() else ""
     commits = [folder for folder in store.glob("snapshots/*") if any(folder.glob("*.safetensors"))]
     commits.sort(key=lambda folder: (folder.name == first, folder.stat().st_mtime), reverse=True)
     own = _weights(model)

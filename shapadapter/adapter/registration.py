@@ -20,10 +20,11 @@ def register() -> None:
     """
     _extend_enum()
     from .cards import install, wrap_method
-    from .config import ShapleyConfig
+    from .config import ShapleyConfig, check_files_when_read
     from .model import ShapleyModel
 
     install()
+    check_files_when_read()
     wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.

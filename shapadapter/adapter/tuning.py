@@ -18,6 +18,7 @@ from shapadapter.backbone import (
     original_name,
     trainable_parts,
 )
+from shapadapter.errors import FieldError
 
 from .config import ShapleyConfig
 
@@ -39,12 +40,12 @@ def resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig, 
         own: name of the adapter's own child of the model.
 
     Raises:
-        ValueError: options that exclude each other, or with which the adapter could not be restored.
+        FieldError: options that exclude each other, or with which the adapter could not be restored.
     """
     _check_lora(config)
     if config.tune != "lora":
         if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
-            raise ValueError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
+            raise FieldError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
         config.target_modules = DUMMY_TARGET_MODULES
     elif config.target_modules is None:
         config.target_modules = _in_chosen_layers(default_targets(model, anatomy), config)
@@ -89,7 +90,7 @@ def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
     """The default targets in the layers of `layers_to_transform`, which PEFT does not apply to whole names.
 
     Raises:
-        ValueError: there are none.
+        FieldError: there are none.
     """
     if config.layers_to_transform is None or not any("." in name for name in names):
         return names
@@ -100,7 +101,7 @@ def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
         if "." in name and check_target_module_exists(probe, name):
             chosen.append(name)
     if not chosen:
-        raise ValueError(
+        raise FieldError(
             f"No layer to adapt is left by layers_to_transform={config.layers_to_transform} with layers_pattern="
             f"{config.layers_pattern}, of {', '.join(names[:3])}, ... Name others, or the layers: target_modules=[...]."
         )
@@ -115,7 +116,7 @@ def _check_lora(config: ShapleyConfig) -> None:
     """Refuse options of LoRA with which an adapter could not be restored, or that do nothing for images.
 
     Raises:
-        ValueError: with the option.
+        FieldError: with the option.
     """
     if config.init_lora_weights == "lora_ga" and config.num_classes is not None:
         # Saved before it was refused, and then without gradients; the weights come from the file.
@@ -123,10 +124,10 @@ def _check_lora(config: ShapleyConfig) -> None:
     start = config.init_lora_weights
     if (start.lower() if isinstance(start, str) else start) not in _STARTS or config.kasa_config is not None:
         option = f"init_lora_weights={start!r}" if config.kasa_config is None else "kasa_config"
-        raise ValueError(
+        raise FieldError(
             f"{option} is not possible: it rewrites the base model's weights, which the checkpoint would not contain, or is "
             "unknown. Use init_lora_weights=True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
         )
     for option in _FOR_TEXTS:
         if getattr(config, option) is not None:
-            raise ValueError(f"{option} is for language models; leave it out.")
+            raise FieldError(f"{option} is for language models; leave it out.")

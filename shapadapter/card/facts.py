@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from shapadapter.schema import fault
 
 # As huggingface_hub allows names of repositories.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
@@ -136,5 +137,4 @@ def texts(value: Any) -> list[str]:
 
 def number(value: Any) -> float | None:
     """The value if it is a finite number."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if plain else None
+    return float(value) if fault(value, float, "it") is None else None

@@ -43,7 +43,7 @@ def written(text: str) -> dict[str, Any]:
     match = _WRITTEN.search(text)
     try:
         found = json.loads(match[1]) if match else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from shapadapter.errors import CheckpointError
 from shapadapter.files import write_together
+from shapadapter.reading import read_json
 
 from .facts import mapping
 
@@ -38,7 +40,7 @@ def settled(record: Mapping[str, Any] | None, weights: str | None, folder: Path)
         weights: the digest of what is saved, None if it is not known.
         folder: where it is saved.
     """
-    found = dict(record or {})
+    found = dict(mapping(record))
     if weights is None:
         return found or None
     if found.get("weights") not in (None, weights):
@@ -54,10 +56,10 @@ def settled(record: Mapping[str, Any] | None, weights: str | None, folder: Path)
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's `adapter_config.json`; empty where there is none that can be read."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = read_json(folder / CONFIG)
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def write_record(folder: Path, record: Mapping[str, Any] | None) -> None:

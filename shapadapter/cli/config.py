@@ -51,14 +51,17 @@ def unknown(name: str, known: Iterable[str], where: str) -> str:
 def _load(path: Path) -> dict[str, Any]:
     import yaml
 
+    from shapadapter.errors import CheckpointError
+    from shapadapter.reading import read_yaml
+
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path)
     except yaml.constructor.ConstructorError as error:
         raise typer.BadParameter(
             f"{path} asks for more than plain yaml ({error.problem}), which could run code. Write plain names and values."
         ) from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from error
     found = {} if found is None else found
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise typer.BadParameter(f"Expected options in {path}, a line each, such as 'top-k: 3'.")

@@ -34,7 +34,8 @@ class Say:
 
     def __call__(self, data: Any, text: str) -> None:
         """Print a result: what json takes, or the text for people."""
-        typer.echo(json.dumps(data, allow_nan=False) if self.as_json else text, file=self.stream)
+        whole = text.encode("utf-8", "backslashreplace").decode()  # it may name files, and classes called as folders
+        typer.echo(json.dumps(data, allow_nan=False) if self.as_json else whole, file=self.stream)
 
 
 @contextmanager

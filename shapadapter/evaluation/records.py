@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from shapadapter.errors import CheckpointError
 from shapadapter.files import write_together
+from shapadapter.reading import read_json
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""
@@ -30,6 +32,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Kept(TypedDict):
+    sha256: str
+    record: Record
 
 
 class Records:
@@ -51,14 +58,26 @@ class Records:
             write_together({self.folder / "settings.json": json.dumps(plain(settings), indent=2).encode()})
 
     def find(self, name: str) -> Record | None:
-        """The record of this name, if it is there and whole."""
-        path = None if self.folder is None else self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+        """The record of this name, if it is there and whole; of a damaged one nothing, so that it is measured again."""
+        if self.folder is None:
+            return None
+        try:
+            kept = read_json(self.folder / f"{name}.json", _Kept)
+        except CheckpointError:
+            return None
+        record: Record = kept["record"]
+        return record if kept["sha256"] == _sign(record) else None
 
     def keep(self, name: str, record: Record) -> None:
         """Write a record; it is never seen half-written."""
         if self.folder is not None:
-            write_together({self.folder / f"{name}.json": json.dumps(record).encode()})
+            content = {"sha256": _sign(record), "record": record}
+            write_together({self.folder / f"{name}.json": json.dumps(content).encode()})
+
+
+def _sign(record: Record) -> str:
+    """By which a record is known that nobody and nothing has changed."""
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def digest(tensors: Mapping[str, Any]) -> bytes:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
-from shapadapter.errors import CheckpointError
+from shapadapter.errors import CheckpointError, FieldError
 from shapadapter.files import write_together
 from shapadapter.metrics import EquivalentEvaluations, Interval
+from shapadapter.reading import checked, read_json, reading
+from shapadapter.schema import Between, FileName, fault, shown
 
 from .blocks import blocks
 from .notes import summary
@@ -37,6 +39,65 @@ class Equivalent(EquivalentEvaluations):
     high: float = float("nan")
 
 
+class SavedInterval(TypedDict):
+    """An `Interval` in json, which knows no nan."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: Annotated[int, Between(0)]
+
+
+class SavedEquivalent(TypedDict):
+    """An `Equivalent` in json."""
+
+    evaluations: float | None
+    bound: Literal["<", "=", ">"]
+    low: float | None
+    high: float | None
+
+
+class About(TypedDict):
+    """What is known of every evaluation."""
+
+    model: str
+    prediction: str
+    removal: str
+    players: tuple[Annotated[int, Between(1)], Annotated[int, Between(1)]]
+    explained: str
+    value: str
+    curves_read: str
+    truth: str
+    truth_evaluations: int
+    truth_error: float | None
+    top_k: int
+    removed_counts: list[int]
+    removal_draws: int
+    seed: int
+    data: int
+    images: int
+    groups: int | None
+    area: float | None
+    methods: NotRequired[list[str]]
+    checkpoint: NotRequired[Annotated[str, FileName]]
+    folder: NotRequired[Annotated[str, FileName]]
+    weights: NotRequired[str | None]
+
+
+class Saved(TypedDict):
+    """What a file with an evaluation holds."""
+
+    format: Literal["shapadapter.evaluation"]
+    format_version: Literal[1]
+    about: dict[str, Any]
+    task: dict[str, SavedInterval]
+    methods: dict[str, dict[str, SavedInterval]]
+    kernel_shap: dict[str, SavedInterval]
+    equivalents: dict[str, SavedEquivalent]
+    curves: dict[str, dict[str, list[SavedInterval]]]
+    notes: list[str]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Everything `evaluate` found. Means are over images, with 95 % bootstrap intervals over images or groups.
@@ -59,12 +120,25 @@ class Evaluation:
     curves: Mapping[str, Mapping[str, tuple[Interval, ...]]]
     notes: tuple[str, ...] = ()
 
+    def check_whole(self) -> None:
+        """Refuse what lacks a part that every evaluation has, or holds another thing in its place.
+
+        Raises:
+            FieldError: naming it.
+        """
+        trouble = fault(self.about, About, "about")
+        trouble = trouble or (None if "shapadapter" in self.methods else "methods lacks 'shapadapter'")
+        if trouble is not None:
+            raise FieldError(f"This is no whole evaluation: {trouble}. Run `shapadapter evaluate` again.")
+
     def table(self) -> str:
         """The results as text, 120 columns wide at most: blocks with a row for each method."""
+        self.check_whole()
         return as_text(blocks(self), [_headline(self), summary(self.about)], self.notes)
 
     def markdown(self) -> str:
         """The same as Markdown tables."""
+        self.check_whole()
         return as_markdown(blocks(self), [_headline(self), summary(self.about)], self.notes)
 
     def metrics(self) -> dict[str, float]:
@@ -74,6 +148,7 @@ class Evaluation:
         `equivalent_evaluations`, which ends at the smallest and the largest of the budgets: beyond them
         `equivalent_evaluations_is_bound` is 1, else 0. A measure that could not be taken is left out.
         """
+        self.check_whole()
         means = {**self.task, **self.methods["shapadapter"]}
         found = {name: interval.mean for name, interval in means.items()}
         found["truth_error"] = float(self.about["truth_error"])
@@ -86,7 +161,7 @@ class Evaluation:
         """The curves with their bands as a matplotlib figure; see `shapadapter.visual.draw_curves`."""
         from shapadapter.visual import draw_curves
 
-        return draw_curves(self.curves, value=self.about["curves_read"])
+        return draw_curves(self.curves, value=str(self.about.get("curves_read")))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, with None for what is not finite."""
@@ -106,10 +181,13 @@ class Evaluation:
         Raises:
             CheckpointError: the file is missing, damaged or of a newer version.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found["format"] != FORMAT or found["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {found['format']} {found['format_version']}")
+        path = Path(path)
+        found = read_json(path)
+        if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
+            written = f"format {shown(found.get('format'))} {shown(found.get('format_version'))}"
+            raise CheckpointError(f"{path} is no evaluation that this version of shapadapter wrote: {written}.")
+        checked(found, Saved, path)
+        with reading(path):
             return cls(
                 about=found["about"],
                 task=_intervals(found["task"]),
@@ -122,10 +200,6 @@ class Evaluation:
                 },
                 notes=tuple(found["notes"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is no evaluation that this version of shapadapter wrote: {error}"
-            ) from error
 
 
 def _headline(evaluation: Evaluation) -> str:

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
-from shapadapter.card import CARD, compact, read_config, read_pictures, settled, weights_digest, write_card
+from shapadapter.adapter.config import check_files
+from shapadapter.card import CARD, compact, read_pictures, settled, weights_digest, write_card
 from shapadapter.card.record import CONFIG
 from shapadapter.errors import ShapleyError
 from shapadapter.evaluation import Evaluation
 from shapadapter.explaining import explain
 from shapadapter.files import write_together
 from shapadapter.loading import load
+from shapadapter.reading import read_json, read_tensors
 from shapadapter.training.checkpoints import resealed
 from shapadapter.visual import sample_pictures
 
@@ -56,11 +56,12 @@ def update_card(
         CheckpointError: the evaluation cannot be read, or the adapter cannot be loaded.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    if config.get("peft_type") != "SHAPLEY" or not (folder / _WEIGHTS).is_file():
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if config.get("peft_type") != "SHAPLEY" or not (folder / _WEIGHTS).exists():
         raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {CONFIG} and {_WEIGHTS}.")
+    check_files(folder / CONFIG, config)
     found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
-    digest = weights_digest(load_file(folder / _WEIGHTS))
+    digest = weights_digest(read_tensors(folder / _WEIGHTS))
     other = None if found is None else found.about.get("weights")
     if other not in (None, digest):
         raise ShapleyError(
@@ -69,8 +70,9 @@ def update_card(
     record = settled(config.get("record"), digest, folder) or {}
     pictures = read_pictures(folder, config)
     if found is not None:
+        found.check_whole()
         record["evaluation"] = compact(found.to_dict())
-        record["players"] = found.about["players"]
+        record["players"] = list(found.about["players"])
     if images is not None:
         drawn = _drawn(folder, images, processor, texts, trust_remote_code) if len(images) else ({}, [])
         pictures, record["pictures"] = drawn

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from shapadapter.errors import CheckpointError
+from shapadapter.reading import read_json
 
 
 def copy_files(folder: Path | None, target: Path, patterns: Sequence[str]) -> None:
@@ -26,8 +25,5 @@ def own_code(base: Path) -> list[str]:
     Raises:
         CheckpointError: its configuration is damaged.
     """
-    try:
-        named = str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("auto_map"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"config.json of the base model {base} is damaged: {error}") from error
+    named = str(read_json(base / "config.json").get("auto_map"))
     return sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)

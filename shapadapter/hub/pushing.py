@@ -17,6 +17,7 @@ from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError
 from shapadapter.loading import find_base, load
 from shapadapter.locating import AdapterFiles
+from shapadapter.reading import read_json
 from shapadapter.remote import (
     ADAPTER_FILES,
     BASE_FILES,
@@ -126,7 +127,7 @@ def _push_base(api: HfApi, folder: Path, base: Path, repo_id: str, private: bool
 
 
 def _rename_base(file: Path, name: str, commit: str) -> None:
-    about = json.loads(file.read_text(encoding="utf-8"))
+    about = read_json(file)
     about |= {"base_model_name_or_path": name, "revision": commit}
     file.write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -9,20 +9,37 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Literal, TypedDict
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.card import CARD, PICTURES
+from shapadapter.errors import CheckpointError
 from shapadapter.files import to_disk, write_together
+from shapadapter.reading import open_tensors, read_json, reading
+from shapadapter.schema import Between, FileName, shown
 
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""
 
-_FORMAT = "shapadapter.checkpoint"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+class Entry(TypedDict):
+    """What a file must be."""
+
+    bytes: Annotated[int, Between(0)]
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What `complete.json` holds."""
+
+    format: Literal["shapadapter.checkpoint"]
+    format_version: Literal[1]
+    files: Annotated[dict[Annotated[str, FileName], Entry], Between(1)]
 
 
 def seal(folder: Path) -> None:
@@ -33,14 +50,14 @@ def seal(folder: Path) -> None:
     Raises:
         OSError: If a file cannot be brought to the disk; there is no `complete.json` then.
     """
-    about = {}
+    about: dict[str, Entry] = {}
     for path in _files(folder):
         to_disk(path)
         if _is_card(path.relative_to(folder)):
             continue
         about[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    content = json.dumps({"format": _FORMAT, "format_version": 1, "files": about}, indent=2)
-    write_together({folder / MANIFEST: content.encode()})
+    whole: Manifest = {"format": "shapadapter.checkpoint", "format_version": 1, "files": about}
+    write_together({folder / MANIFEST: json.dumps(whole, indent=2).encode()})
 
 
 def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
@@ -58,7 +75,7 @@ def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
     # An adapter that is not called "default" is in a folder of the checkpoint.
     whole = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
     if whole is not None and trouble_with(whole) is None:
-        about = json.loads((whole / MANIFEST).read_text(encoding="utf-8"))
+        about = read_json(whole / MANIFEST)
         inside = (folder / name).relative_to(whole).as_posix()
         about["files"][inside] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         found[whole / MANIFEST] = json.dumps(about, indent=2).encode()
@@ -72,14 +89,21 @@ def trouble_with(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return f"{MANIFEST} is missing, so it was not saved to its end"
     try:
-        expected: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = read_json(folder / MANIFEST, Manifest)["files"]
+        strangers = [name for name in expected if not _is_inside(name)]
+        if strangers:
+            return f"{MANIFEST} names {shown(strangers[0])}, which is no file of the checkpoint"
+        names = (path.relative_to(folder).as_posix() for path in _files(folder) if path.suffix in _WEIGHTS)
+        unnamed = [name for name in names if name not in expected]
+        if unnamed:
+            return f"{MANIFEST} says nothing of {unnamed[0]}, which was put there or changed later"
         # Sizes first: a file that was cut off is found without reading the large ones before it.
         for check in (_length_trouble, _content_trouble):
             for name, about in expected.items():
                 if not _is_card(Path(name)) and (trouble := check(folder / name, about)):
                     return f"{name} {trouble}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} or a file that it names cannot be read ({type(error).__name__}: {error})"
+    except (OSError, CheckpointError) as error:
+        return f"{MANIFEST} or a file that it names cannot be read ({error})"
     return None
 
 
@@ -95,8 +119,8 @@ def unreadable_in(folder: Path) -> str | None:
     for path in _files(folder):
         try:
             _read(path)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return f"{path.relative_to(folder).as_posix()} cannot be read ({type(error).__name__}: {error})"
+        except (OSError, CheckpointError) as error:
+            return f"{path.relative_to(folder).as_posix()} cannot be read ({error})"
     return None
 
 
@@ -170,19 +194,25 @@ def _is_card(path: Path) -> bool:
     return path.name == CARD or path.parent.name == PICTURES
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name in a manifest is that of a file below the checkpoint, whatever system wrote it."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _length_trouble(path: Path, about: dict[str, Any]) -> str | None:
+def _length_trouble(path: Path, about: Entry) -> str | None:
     if not path.is_file():
         return "is missing"
     length = path.stat().st_size
     return None if length == about["bytes"] else f"has {length:,} bytes instead of {about['bytes']:,}"
 
 
-def _content_trouble(path: Path, about: dict[str, Any]) -> str | None:
+def _content_trouble(path: Path, about: Entry) -> str | None:
     return None if _hash(path) == about["sha256"] else "holds other bytes than were saved"
 
 
@@ -190,15 +220,17 @@ def _read(path: Path) -> None:
     """Read a file as far as its format shows damage.
 
     Raises:
-        ValueError: It is damaged; or OSError, SafetensorError, BadZipFile.
+        CheckpointError: It is damaged, or cannot be read.
     """
     if path.suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":
-        with safe_open(path, framework="pt"):  # compares the header with the file's length
+        with open_tensors(path):  # compares the header with the file's length
             pass
-    elif path.suffix in (".bin", ".pt", ".pth"):
-        with zipfile.ZipFile(path) as file:  # what torch.save writes, with a checksum for each part
+    elif path.suffix in _WEIGHTS:
+        # What torch.save writes, with a checksum for each part.
+        with reading(path), zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")

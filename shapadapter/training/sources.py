@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from datasets import ClassLabel, Image
 from peft.utils import CONFIG_NAME
 
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import CheckpointError, ShapleyError
 from shapadapter.loading import find_base
+from shapadapter.reading import read_json
 from shapadapter.remote import hub_trouble, is_path
 
 
@@ -30,8 +30,8 @@ def check_model(name: str) -> None:
     if not file.is_file():
         return
     base = None
-    with suppress(OSError, ValueError, AttributeError):
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    with suppress(CheckpointError):
+        base = read_json(file).get("base_model_name_or_path")
     if base:
         with suppress(ShapleyError):  # else as the adapter names it
             base = find_base(folder, str(base))

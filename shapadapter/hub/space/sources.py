@@ -12,11 +12,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from shapadapter.adapter.config import check_files
 from shapadapter.adapter.registration import NAME
 from shapadapter.errors import ShapleyError
 from shapadapter.hub.copying import copy_files, own_code
 from shapadapter.loading import find_base
 from shapadapter.locating import AdapterFiles
+from shapadapter.reading import read_json
 from shapadapter.remote import BASE_FILES, PROCESSOR_FILES, is_path
 
 
@@ -103,16 +105,16 @@ def _config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration.
 
     Raises:
-        ShapleyError: it is missing, unreadable or of another kind of adapter, or there are no safetensors beside it.
+        CheckpointError: it is damaged, or the weights beside it are.
+        ShapleyError: it is missing or of another kind of adapter, or there are no safetensors beside it.
     """
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or config.get("peft_type") != NAME or not config.get("base_model_name_or_path"):
+    file = folder / CONFIG_NAME
+    config: dict[str, Any] = read_json(file) if file.exists() else {}
+    if config.get("peft_type") != NAME or not config.get("base_model_name_or_path"):
         raise ShapleyError(f"{folder} holds no adapter of shapadapter that names its base model in {CONFIG_NAME}.")
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ShapleyError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; other weights are not read.")
+    check_files(file, config)
     return config
 
 
