@@ -56,11 +56,10 @@ class CheckpointLoader:
             return LoadedCheckpoint(
                 *load(name, revision=commit, token=token, device="cpu", dtype=wanted, trust_remote_code=trust)
             )
-        except ShapleyError:
-            raise
         except (OSError, ValueError, TypeError, RuntimeError) as error:
-            # Of these pipeline() would make a long list of all it tried.
-            raise ShapleyError(f"{name} cannot be loaded: {error}") from error
+            # Of these, a CheckpointError among them, pipeline() would make a long list of all it tried.
+            said = str(error) if isinstance(error, ShapleyError) else f"{name} cannot be loaded: {error}"
+            raise ShapleyError(said) from error
 
 
 def register_task() -> None:

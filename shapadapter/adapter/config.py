@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from shapadapter.card import read_pictures, settled, write_card
+from shapadapter.card.escaping import code, one_line
 from shapadapter.errors import CheckpointError
+
+MEGATRON = "megatron.core"
+"""What PEFT writes as megatron_core of every adapter."""
 
 
 @dataclass
@@ -102,7 +107,29 @@ class ShapleyConfig(LoraConfig):
         },
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> ShapleyConfig:
+        """Refuse fields of a file that are not known here; PEFT would drop them, and load another adapter than was saved.
+
+        Every road hands the content of a file over as keywords, with `peft_type` among them, `PeftConfig` itself included.
+
+        Raises:
+            CheckpointError: there is one.
+        """
+        if "peft_type" in kwargs and (unknown := sorted(set(kwargs) - {one.name for one in fields(cls)})):
+            versions = [one_line(kwargs.get(name), 20) for name in ("shapadapter_version", "peft_version")]
+            raise CheckpointError(
+                f"adapter_config.json holds {', '.join(code(name, 40) for name in unknown[:5])}, which ShapleyConfig does not "
+                f"know with PEFT {metadata.version('peft')}. It was written by shapadapter {versions[0]} and PEFT "
+                f"{versions[1]}: if they are newer, pip install --upgrade shapadapter peft; else delete it from the file."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if self.megatron_config is not None or self.megatron_core not in (None, MEGATRON):
+            raise CheckpointError(
+                f"megatron_config and megatron_core must be left as they are, null and {MEGATRON!r}, in code and in "
+                "adapter_config.json: with others, PEFT imports the module that they name."
+            )
         super().__post_init__()
         # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
         self.pictures: dict[str, bytes] = {}
