@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 from .errors import ShapleyError
+from .files import refuse_link
 from .game import active_layer
 from .locating import AdapterFiles, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
@@ -58,12 +59,17 @@ def load(
     Raises:
         ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
             safetensors.
-        CheckpointError: a file is damaged, or the base is not the one the adapter was made for.
+        CheckpointError: a file is damaged, or a link that leads out of its folder, or the base is not the one the adapter
+            was made for.
     """
     place, kind = _device(device), _dtype(dtype)
     files = locate(str(checkpoint), subfolder, revision, token)
     config = files.config()
     root, recorded = _root(files, config, base)
+    if Path(root).is_dir():
+        for path in Path(root).iterdir():
+            if path.suffix != ".safetensors" and not path.is_dir():  # weights are nobody's secret if the adapter was made for them
+                refuse_link(path, Path(root))
     options = {
         "revision": _pinned(files.name, root, recorded, token),
         "token": token,

@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
 from .errors import CheckpointError, ShapleyError
+from .files import refuse_links
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
 _NAMED = 5
@@ -58,8 +59,9 @@ class AdapterFiles:
 
         Raises:
             ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
-            CheckpointError: its configuration is damaged.
+            CheckpointError: its configuration is damaged, or a file is a link out of the folder.
         """
+        refuse_links(self.root, self.subfolder)
         file = self.folder / CONFIG_NAME
         if not file.is_file():
             raise ShapleyError(
@@ -75,17 +77,23 @@ class AdapterFiles:
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")
-        return ShapleyConfig.from_pretrained(str(self.folder))
+        return ShapleyConfig.from_pretrained(str(self.root), subfolder=self.subfolder or None)
 
     def processor(self) -> Path | None:
         """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
 
         A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
+
+        Raises:
+            CheckpointError: a file in that folder is a link out of it.
         """
         above = self.root.resolve().parent
         alone = self.fetched or self.subfolder or (above / "config.json").is_file()
-        places = (self.folder, self.root) if alone else (self.folder, above)
-        return next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        places = (self.folder, self.root if alone else above)
+        found = next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        if found == places[1]:  # the folder itself has been looked at
+            refuse_links(found)
+        return found
 
     def _why_no_weights(self) -> str:
         inside = f"{self.subfolder}/" if self.subfolder else ""

@@ -26,9 +26,10 @@ from shapadapter.card import (
     write_card,
 )
 from shapadapter.errors import ImageError
+from shapadapter.files import break_links
 from shapadapter.remote import warn_of_local_base
 
-from .config import ShapleyConfig
+from .config import WRITTEN, ShapleyConfig
 from .layer import ShapleyLayer
 
 _NAME = "SHAPLEY"
@@ -93,6 +94,9 @@ def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
 
 
 def _card_of_peft(model: Any, theirs: Callable[..., None], output_dir: str) -> None:
+    if any(isinstance(config, ShapleyConfig) for config in model.peft_config.values()):
+        for folder in (output_dir, *(Path(output_dir) / name for name in model.peft_config)):
+            break_links(Path(folder), (*WRITTEN, *model.peft_config))
     config = model.peft_config.get("default")  # the one that is saved into this folder; others have folders in it
     if not isinstance(config, ShapleyConfig):
         theirs(model, output_dir)

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from shapadapter.card import read_pictures, settled, write_card
 from shapadapter.card.escaping import code, one_line
 from shapadapter.errors import CheckpointError
+from shapadapter.files import break_links, refuse_links
+from shapadapter.remote import PROCESSOR_FILES
+
+WRITTEN = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+"""Names of files that are written when an adapter and its processor are saved."""
 
 MEGATRON = "megatron.core"
 """What PEFT writes as megatron_core of every adapter."""
@@ -168,8 +173,9 @@ class ShapleyConfig(LoraConfig):
         """Load the configuration; for a local folder, the weights beside it are checked for damage as well.
 
         Raises:
-            CheckpointError: it is damaged or incomplete.
+            CheckpointError: it is damaged or incomplete, or a file in the folder is a link out of it.
         """
+        refuse_links(Path(pretrained_model_name_or_path), subfolder or "")
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
         if path.is_file():
@@ -179,6 +185,7 @@ class ShapleyConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the model card with its pictures."""
+        break_links(Path(save_directory), WRITTEN)
         self.record = settled(self.record, self.weights, Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         self.write_card(save_directory)

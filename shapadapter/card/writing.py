@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
+from shapadapter.files import break_links, write_together
 
 from . import metadata, sections
 from .content import sections as content
@@ -54,6 +54,7 @@ def write_card(
         The text of the card; None where the one that is there cannot be read and was left as it is.
     """
     path = folder / CARD
+    break_links(folder, [CARD])
     here = read_card(path) if start is None else start
     listed = _listed(config)
     if pictures is not None:

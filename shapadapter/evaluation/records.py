@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.files import write_together
+from shapadapter.files import refuse_link, write_together
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""
@@ -47,13 +47,14 @@ class Records:
             key = hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode())
             key.update(digest(dict(model.state_dict())))
             self.folder = Path(folder) / key.hexdigest()[:16]
+            refuse_link(self.folder, Path(folder))
             self.folder.mkdir(parents=True, exist_ok=True)
             write_together({self.folder / "settings.json": json.dumps(plain(settings), indent=2).encode()})
 
     def find(self, name: str) -> Record | None:
         """The record of this name, if it is there and whole."""
         path = None if self.folder is None else self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+        return json.loads(path.read_text()) if path is not None and path.is_file() and not path.is_symlink() else None
 
     def keep(self, name: str, record: Record) -> None:
         """Write a record; it is never seen half-written."""

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.registration import NAME
 from shapadapter.errors import ShapleyError
+from shapadapter.files import refuse_links
 from shapadapter.hub.copying import copy_files, own_code
 from shapadapter.loading import find_base
 from shapadapter.locating import AdapterFiles
@@ -46,11 +47,14 @@ class Source:
 
         Raises:
             ShapleyError: there is no such folder, it holds no adapter of ours, or its base is not there.
+            CheckpointError: its files are damaged, or links out of the folder.
         """
         folder, name = Path(checkpoint), str(checkpoint)
         if not folder.is_dir():
             return cls(_hub_name(name), None, None, (name,))
+        refuse_links(folder)
         config = _config(folder)
+        AdapterFiles(str(folder), folder).config()  # what could not be loaded is not shown
         base = find_base(folder, str(config["base_model_name_or_path"]))
         local = Path(base) if (Path(base) / "config.json").is_file() else None
         if local is not None and not any(local.glob("model*.safetensors")):
