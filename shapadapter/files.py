@@ -157,7 +157,9 @@ def break_links(folder: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if path.is_symlink() and leads_out(path, folder):
             path.unlink()
-            warnings.warn(f"{path} was a link that led out of {folder}: what is saved now takes its place.", stacklevel=3)
+            warnings.warn(
+                f"{path} was a link that led out of {folder}: what is saved now takes its place.", stacklevel=3
+            )
 
 
 def leads_out(path: Path, folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -68,7 +68,9 @@ def load(
     root, recorded = _root(files, config, base)
     if Path(root).is_dir():
         for path in Path(root).iterdir():
-            if path.suffix != ".safetensors" and not path.is_dir():  # weights are nobody's secret if the adapter was made for them
+            if (
+                path.suffix != ".safetensors" and not path.is_dir()
+            ):  # weights are nobody's secret if the adapter was made for them
                 refuse_link(path, Path(root))
     options = {
         "revision": _pinned(files.name, root, recorded, token),
@@ -193,22 +195,25 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
 def find_base(folder: Path, name: str) -> str:
     """The folder of the base model, whose path was saved as it was seen from wherever the training ran, or its name on the Hub.
 
-    Looked for here, from the adapter's folder and those above it, and beside the adapter.
+    Looked for here, from the adapter's folder and those above it, and beside the adapter; with the slashes of either system.
 
     Raises:
         ShapleyError: the name is a path, and leads nowhere.
     """
-    folder, path = folder.resolve(), Path(name)
+    folder, path, windows = folder.resolve(), Path(name), PureWindowsPath(name)
+    last = windows.name or path.name
     places = [path, *(above / path for above in (folder, *folder.parents))]
+    if "\\" in name and not windows.anchor:
+        places += [above.joinpath(*windows.parts) for above in (Path(), folder, *folder.parents)]
     # What may be a Hub id is not taken for a folder that happens to be called alike.
-    places += [folder.parent / path.name] if is_path(name) else []
+    places += [folder.parent / last] if is_path(name) else []
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is not None:
         return name if found == path else str(found)
     if is_path(name):
         raise ShapleyError(
             f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
-            f"{folder.parent / path.name}."
+            f"{folder.parent / last}."
         )
     return name
 

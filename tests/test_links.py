@@ -89,7 +89,9 @@ def test_a_link_out_of_the_folder_is_named(road, name, root):
     if Path(name).suffix in (".safetensors", ".json", ".png") and (adapter / name).exists():
         target = Path(shutil.copy(adapter / name, root / f"whole-{Path(name).name}"))  # which could be read
     link(adapter / name, target)
-    with pytest.raises(CheckpointError, match=rf"adapter/{name} is a link that leads out of .*adapter, .*delete the link"):
+    with pytest.raises(
+        CheckpointError, match=rf"adapter/{name} is a link that leads out of .*adapter, .*delete the link"
+    ):
         ROADS[road](adapter)
     assert not (root / "space").exists()
 
@@ -206,7 +208,10 @@ def test_a_trainer_pushes_no_link(root, monkeypatch):
         (out / name).parent.mkdir(exist_ok=True)
         link(out / name, root / "secret")
         link(out / "README.md", root / "secret")
-        with pytest.raises(CheckpointError, match=f"out/{name} is a link"), pytest.warns(UserWarning, match="was a link"):
+        with (
+            pytest.raises(CheckpointError, match=f"out/{name} is a link"),
+            pytest.warns(UserWarning, match="was a link"),
+        ):
             trainer.push_to_hub()
         (out / name).unlink()
     assert not holding(out)

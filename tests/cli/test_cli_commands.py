@@ -95,7 +95,9 @@ def test_export_prints_how_far_it_differs(tmp_path):
 
 def test_a_space_is_a_folder(tmp_path):
     more = ("--license", "mit", "--example", "photos/ant/0.png")
-    found = json.loads(run("space", "out", tmp_path / "space", "--copy-base", "--title", "<b>Ants</b>", "--json", *more).stdout)
+    found = json.loads(
+        run("space", "out", tmp_path / "space", "--copy-base", "--title", "<b>Ants</b>", "--json", *more).stdout
+    )
     assert (Path(found["folder"]) / "app.py").is_file()
     assert "license: mit" in (Path(found["folder"]) / "README.md").read_text()
     assert list(Path(found["folder"], "examples").iterdir())
