@@ -184,6 +184,7 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
     try:
         return maker.from_pretrained(place, **options)
     except (*HUB_ERRORS, ValueError) as error:
+        hub_trouble(error, place)  # for the credentials in it
         if "trust_remote_code" in str(error):
             raise ShapleyError(of_code) from error
         raise ShapleyError(

@@ -10,7 +10,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter import ShapleyConfig
@@ -119,7 +118,7 @@ class AdapterFiles:
     def _listed(self) -> list[str]:
         """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
         if self.fetched:
-            with suppress(*HUB_ERRORS, httpx.HTTPError):
+            with suppress(*HUB_ERRORS):
                 # The root is called like the commit.
                 return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
         files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from shapadapter.card import (
     CARD,
     PICTURES,
     card_for_push,
+    card_metadata,
     has_adapter,
     is_ours,
     read_card,
@@ -119,8 +119,7 @@ def _upload(model: Any, theirs: Callable[..., Any], working_dir: Any, repo_id: s
 
 def _tags(folder: Path) -> list[str]:
     """What stands there is the repository's card or a form, with the tags that the caller asked for."""
-    path = folder / CARD
-    return (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
+    return card_metadata(folder).get("tags") or []
 
 
 def _cards_below(model: PeftModel, folder: Path, repo_id: str, where: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from shapadapter.card import card_for_push
+from shapadapter.errors import redacted
 from shapadapter.files import refuse_link
 from shapadapter.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
 
@@ -145,7 +146,7 @@ class PushingTrainer(Trainer):
             if error := job.exception():
                 trouble = hub_trouble(error, str(self.hub_model_id), self.args.hub_revision)
                 # Logged, because warnings of several threads get in each other's way.
-                _log.warning("A checkpoint was not pushed. %s", trouble or error)
+                _log.warning("A checkpoint was not pushed. %s", trouble or redacted(error))
 
 
 def own_folder(trainer: Any, folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import ShapleyError, redacted
 from shapadapter.files import refuse_link
 from shapadapter.remote import HUB_ERRORS, hub_trouble
 
@@ -54,4 +54,4 @@ def push_space(
         if trouble is None:
             raise
         raise ShapleyError(trouble) from error
-    return str(url)
+    return redacted(url)

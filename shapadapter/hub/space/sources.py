@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.registration import NAME
+from shapadapter.card import card_metadata
+from shapadapter.card.facts import text
 from shapadapter.errors import ShapleyError
 from shapadapter.files import refuse_links
 from shapadapter.hub.copying import copy_files, own_code
@@ -69,7 +70,7 @@ class Source:
             adapter=folder,
             base=local,
             models=() if local is not None else (_hub_name(base),),
-            license=_license(folder / "README.md"),
+            license=text(card_metadata(folder).get("license")),
             timm="timm" in str((config.get("auto_mapping") or {}).get("parent_library")),
         )
 
@@ -118,13 +119,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ShapleyError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; other weights are not read.")
     return config
-
-
-def _license(card: Path) -> str | None:
-    """The license in a card's header."""
-    try:
-        _, header, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-        value = yaml.safe_load(header)["license"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
-    return value if isinstance(value, str) else None
