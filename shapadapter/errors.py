@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 _SECRETS = (
-    (re.compile(r"(://)[^\s/?#@]{0,300}(?::[^\s@]{0,300})?@(?:[^\s/@]{0,300}@)*"), r"\1"),  # before the host
+    (re.compile(r"(://)[^\s/?#@:]{0,300}(?::[^\s@]{0,300})?@(?:[^\s/@]{0,300}@)*"), r"\1"),  # before the host
     (re.compile(r"\?[\w.~%+-]+=[^\s'\"`)>]*"), ""),  # a query, which may be signed
     (re.compile(r"\b(?:hf|api)_(?:oauth_|org_)?[A-Za-z0-9]{10,}(?:[.-][\w.-]+)?"), "hf_..."),  # a token of the Hub
 )
