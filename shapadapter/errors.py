@@ -1,8 +1,31 @@
 """The errors and warnings a user of shapadapter can meet, each with a name of its own."""
 
+import re
+from typing import Any
+
+_SECRETS = (
+    (re.compile(r"(://)[^\s/?#@:]{0,300}(?::[^\s@]{0,300})?@(?:[^\s/@]{0,300}@)*"), r"\1"),  # before the host
+    (re.compile(r"\?[\w.~%+-]+=[^\s'\"`)>]*"), ""),  # a query, which may be signed
+    (re.compile(r"\b(?:hf|api)_(?:oauth_|org_)?[A-Za-z0-9]{10,}(?:[.-][\w.-]+)?"), "hf_..."),  # a token of the Hub
+)
+
+
+def redacted(text: Any) -> str:
+    """A text without what may be secret in the addresses in it: names, passwords, queries and tokens of the Hub."""
+    said = str(text)
+    for pattern, instead in _SECRETS:
+        said = pattern.sub(instead, said)
+    return said
+
 
 class ShapleyError(Exception):
-    """Base class: something shapadapter refuses, with what was expected, what came and what to type."""
+    """Base class: something shapadapter refuses, with what was expected, what came and what to type.
+
+    No message holds credentials, whatever names and other errors it quotes.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in args))
 
 
 class UnsupportedModelError(ShapleyError, ValueError):

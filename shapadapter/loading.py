@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 from .errors import CheckpointError, ShapleyError
+from .files import refuse_link
 from .game import active_layer
 from .locating import AdapterFiles, locate
 from .remote import HUB_ERRORS, hub_trouble, is_path
@@ -58,12 +59,19 @@ def load(
     Raises:
         ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
             safetensors.
-        CheckpointError: a file is damaged, or the base is not the one the adapter was made for.
+        CheckpointError: a file is damaged, or a link that leads out of its folder, or the base is not the one the adapter
+            was made for.
     """
     place, kind = _device(device), _dtype(dtype)
     files = locate(str(checkpoint), subfolder, revision, token)
     config = files.config()
     root, recorded = _root(files, config, base)
+    if Path(root).is_dir():
+        for path in Path(root).iterdir():
+            if (
+                path.suffix != ".safetensors" and not path.is_dir()
+            ):  # weights are nobody's secret if the adapter was made for them
+                refuse_link(path, Path(root))
     options = {
         "revision": _pinned(files.name, root, recorded, token),
         "token": token,
@@ -181,6 +189,7 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
     try:
         return maker.from_pretrained(place, **options)
     except Exception as error:  # as above
+        hub_trouble(error, place)  # for the credentials in it
         if "trust_remote_code" in str(error):
             raise ShapleyError(of_code) from error
         raise ShapleyError(
@@ -197,22 +206,25 @@ def told(error: BaseException) -> str:
 def find_base(folder: Path, name: str) -> str:
     """The folder of the base model, whose path was saved as it was seen from wherever the training ran, or its name on the Hub.
 
-    Looked for here, from the adapter's folder and those above it, and beside the adapter.
+    Looked for here, from the adapter's folder and those above it, and beside the adapter; with the slashes of either system.
 
     Raises:
         ShapleyError: the name is a path, and leads nowhere.
     """
-    folder, path = folder.resolve(), Path(name)
+    folder, path, windows = folder.resolve(), Path(name), PureWindowsPath(name)
+    last = windows.name or path.name
     places = [path, *(above / path for above in (folder, *folder.parents))]
+    if "\\" in name and not windows.anchor:
+        places += [above.joinpath(*windows.parts) for above in (Path(), folder, *folder.parents)]
     # What may be a Hub id is not taken for a folder that happens to be called alike.
-    places += [folder.parent / path.name] if is_path(name) else []
+    places += [folder.parent / last] if is_path(name) else []
     found = next((place for place in places if _is_model(place)), None)
     if found is not None:
         return name if found == path else str(found)
     if is_path(name):
         raise ShapleyError(
             f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
-            f"{folder.parent / path.name}."
+            f"{folder.parent / last}."
         )
     return name
 

@@ -9,12 +9,12 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter import ShapleyConfig
 from .adapter.registration import NAME
 from .errors import CheckpointError, ShapleyError
+from .files import refuse_links
 from .reading import read_json
 from .remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 from .schema import shown
@@ -59,8 +59,9 @@ class AdapterFiles:
 
         Raises:
             ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
-            CheckpointError: its configuration is damaged.
+            CheckpointError: its configuration is damaged, or a file is a link out of the folder.
         """
+        refuse_links(self.root, self.subfolder)
         file = self.folder / CONFIG_NAME
         if not file.is_file():
             raise ShapleyError(
@@ -77,17 +78,23 @@ class AdapterFiles:
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")
-        return ShapleyConfig.from_pretrained(str(self.folder))
+        return ShapleyConfig.from_pretrained(str(self.root), subfolder=self.subfolder or None)
 
     def processor(self) -> Path | None:
         """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
 
         A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
+
+        Raises:
+            CheckpointError: a file in that folder is a link out of it.
         """
         above = self.root.resolve().parent
         alone = self.fetched or self.subfolder or (above / "config.json").is_file()
-        places = (self.folder, self.root) if alone else (self.folder, above)
-        return next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        places = (self.folder, self.root if alone else above)
+        found = next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        if found == places[1]:  # the folder itself has been looked at
+            refuse_links(found)
+        return found
 
     def _why_no_weights(self) -> str:
         inside = f"{self.subfolder}/" if self.subfolder else ""
@@ -113,7 +120,7 @@ class AdapterFiles:
     def _listed(self) -> list[str]:
         """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
         if self.fetched:
-            with suppress(*HUB_ERRORS, httpx.HTTPError):
+            with suppress(*HUB_ERRORS):
                 # The root is called like the commit.
                 return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
         files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)

@@ -12,9 +12,10 @@ from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
 
 from .classes import find_class
-from .errors import ImageError, ShapleyError
+from .errors import ShapleyError
 from .explaining import explain
 from .explanation import Explanation
+from .fetching import fetch
 from .game import active_layer
 from .images import image_side, open_image, prepare_images
 from .tasks import TASK, LoadedCheckpoint
@@ -63,12 +64,13 @@ class ImageAttributionPipeline(Pipeline):
 
         Args:
             inputs: an image (PIL image, path, address that begins with http:// or https://, array) or a list, generator
-                or data set of them, such as `KeyDataset`.
+                or data set of them, such as `KeyDataset`. An address is one of the public network, with at most 50 MB.
             **kwargs: `top_k`: how many classes, the likeliest first, 5 by default. `targets`: names or indices of the
                 classes to explain instead. `overlay`: whether to add each map as a picture. `function_to_apply`:
                 "softmax", "sigmoid" or "none", by default what the model was trained with. `candidate_labels`: for a
                 model that matches images with texts, what takes the place of classes, and `hypothesis_template`: the
-                text around each. `timeout`: seconds to wait for an image from the web. `batch_size`: images in a pass.
+                text around each. `timeout`: seconds that an image from the web may take in all, 60 by default.
+                `batch_size`: images in a pass.
 
         Returns:
             For each image a list with a dict for each class: `label`; `score`, the probability; `logit`;
@@ -199,22 +201,6 @@ def _scores(one: Explanation, function: str | None) -> Tensor:
 
 def _opened(image: Any, timeout: float | None) -> Any:
     """An image as `open_image` gives it, fetched first if it is an address."""
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        image = _fetched(image, timeout)
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        image = fetch(image, timeout)
     return open_image(image)
-
-
-def _fetched(address: str, timeout: float | None) -> bytes:
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    # What follows a question mark may be a signature, and what stands before the host a password.
-    scheme, _, rest = address.split("?")[0].partition("//")
-    host, slash, path = rest.partition("/")
-    shown = f"{scheme}//{host.rpartition('@')[2]}{slash}{path}"
-    try:
-        response = httpx.get(address, timeout=timeout, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageError(f"Cannot fetch image {shown}: {type(error).__name__}.") from None
-    if response.status_code != 200:
-        raise ImageError(f"Cannot fetch image {shown}: the server answered {response.status_code}.")
-    return response.content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from .errors import CheckpointError
+from .errors import CheckpointError, redacted
 from .files import write_together
 from .reading import read_json
 
@@ -53,8 +55,21 @@ ADAPTER_FILES = (
 BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES, "README.md")
 """The same of a base model's folder."""
 
-HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
+HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError, httpx.HTTPError)
 """What the client and transformers raise when something at the Hub is not as it should be."""
+
+
+def _discreet(record: logging.LogRecord) -> bool:
+    """Take credentials out of what is logged."""
+    record.msg, record.args = redacted(record.getMessage()), None
+    return True
+
+
+if "@" in constants.ENDPOINT:
+    for _name in ("huggingface_hub.utils._http", "httpx", "httpx2"):  # which log every address that they ask
+        logging.getLogger(_name).addFilter(_discreet)
+    # PEFT's warning when it saves an adapter whose base it cannot look up quotes the address, too.
+    warnings.filterwarnings("ignore", message="Unable to fetch remote file", module="peft")
 
 
 def warn_of_local_base(name: str | None) -> None:
@@ -65,7 +80,7 @@ def warn_of_local_base(name: str | None) -> None:
     """
     if name and not Path(name).exists() and not is_path(name):
         return
-    where = f"{name} is a folder on this computer" if name else "has no name"
+    where = f"{redacted(name)} is a folder on this computer" if name else "has no name"
     warnings.warn(
         f"The adapter is pushed, but its base model {where}: nobody else can load it. Push both from a saved folder: from "
         "shapadapter.hub import push; push(folder, repo_id, base_repo_id='user/name-of-the-base').",
@@ -104,9 +119,12 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
         revision: the branch, tag or commit that was asked for.
 
     Returns:
-        Sentences without a token in them, or None if the error is of another kind.
+        Sentences without a token in them, or None if the error is of another kind. Credentials in the error itself, which
+        a traceback shows, are gone.
     """
     causes = list(_causes(error))
+    for cause in causes:
+        cause.args = tuple(redacted(one) if isinstance(one, str) else one for one in cause.args)
     for kind, words in (
         (
             GatedRepoError,
@@ -128,6 +146,7 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
             f"{repo_id} was not loaded before, and the Hub at {constants.ENDPOINT} cannot be asked: there is no "
             "connection to it, or HF_HUB_OFFLINE=1 forbids it.",
         ),
+        (httpx.TransportError, f"There is no connection to the Hub at {constants.ENDPOINT}."),
     ):
         if any(isinstance(cause, kind) for cause in causes):
             return words

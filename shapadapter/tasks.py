@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import pipelines
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .card import read_config
 from .errors import ShapleyError
 
 TASK = "image-attribution"
@@ -56,21 +63,47 @@ class CheckpointLoader:
             return LoadedCheckpoint(
                 *load(name, revision=commit, token=token, device="cpu", dtype=wanted, trust_remote_code=trust)
             )
-        except ShapleyError:
-            raise
         except (OSError, ValueError, TypeError, RuntimeError) as error:
-            # Of these pipeline() would make a long list of all it tried.
-            raise ShapleyError(f"{name} cannot be loaded: {error}") from error
+            # Of these, a CheckpointError among them, pipeline() would make a long list of all it tried.
+            said = str(error) if isinstance(error, ShapleyError) else f"{name} cannot be loaded: {error}"
+            raise ShapleyError(said) from error
 
 
 def register_task() -> None:
-    """Let `pipeline("image-attribution", model=...)` find its class, which is imported when it is used."""
+    """Let `pipeline("image-attribution", model=...)` find its class, which is imported when it is used, and the base model."""
     # Not by `register_pipeline`, which takes a class, and lets `save_pretrained` copy its code into the checkpoint.
     PIPELINE_REGISTRY.supported_tasks[TASK] = {
         "impl": "shapadapter.pipeline.ImageAttributionPipeline",
         "pt": (CheckpointLoader,),
         "type": "image",
     }
+    theirs = pipelines.find_adapter_config_file
+    if not hasattr(theirs, "_of_shapadapter"):
+        pipelines.find_adapter_config_file = wraps(theirs)(partial(_find_adapter_config_file, theirs))
+        pipelines.find_adapter_config_file._of_shapadapter = True
+
+
+def _find_adapter_config_file(theirs: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `pipeline()` opens and reads an adapter's base model from, with the base's folder as it is found from here.
+
+    It would look for the folder under the name that was saved, and a relative one is relative to where the training ran.
+
+    Raises:
+        ShapleyError: there is no such folder.
+    """
+    found, folder = theirs(model, *args, **kwargs), Path(str(model))
+    about = read_config(folder) if found is not None else {}
+    name = about.get("base_model_name_or_path")
+    if about.get("peft_type") != "SHAPLEY" or not isinstance(name, str) or (folder / "config.json").is_file():
+        return found
+    from .loading import find_base
+
+    if (base := find_base(folder, name)) == name:
+        return found
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        json.dump({**about, "base_model_name_or_path": base}, file)
+        file.seek(0)
+        return os.dup(file.fileno())  # which it opens and closes as it would a file by its name
 
 
 register_task()

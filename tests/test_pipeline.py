@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers import ViTImageProcessorPil as Processor
 from transformers.pipelines.pt_utils import KeyDataset
 
-from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain
+from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain, fetching
 
 TASK = "image-attribution"
 SIZE = {"height": families.SIDE, "width": families.SIDE}
@@ -202,7 +202,9 @@ def web(tmp_path_factory):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Web)
     server.folder = folder
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+        yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
@@ -225,8 +227,10 @@ def test_what_cannot_be_fetched_or_read_is_named(pipe, web, tmp_path):
     with pytest.raises(ImageError, match=r"Cannot fetch image .*/none\.png: the server answered 404") as caught:
         pipe(f"{url}/none.png?signature=secret")
     assert "secret" not in str(caught.value)
-    with pytest.raises(ImageError, match=r"Cannot fetch image http://127\.0\.0\.1:9/a\.png: ConnectError"):
+    with pytest.raises(ImageError, match=r"Cannot fetch image http://127\.0\.0\.1:9/a\.png: Connection refused"):
         pipe("http://me:secret@127.0.0.1:9/a.png", timeout=5)
+    with pytest.raises(ImageError, match=r"127\.0\.0\.2.*: it is on this computer or in a private network"):
+        pipe(f"{url}/0.png".replace("127.0.0.1", "127.0.0.2"))
     with pytest.raises(ImageError, match="Cannot read image"):
         pipe(f"{url}/page.html")
     with pytest.raises(ImageError, match=r"none\.png"):

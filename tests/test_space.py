@@ -67,7 +67,7 @@ def call(folder):
 
 
 def test_a_folder_is_copied_with_its_base_and_nothing_else(checkpoint, picture, tmp_path):
-    folder = write_space(checkpoint, tmp_path / "deep" / "space", title="Birds", examples=[picture])
+    folder = write_space(checkpoint, tmp_path / "deep" / "space", title="Birds", copy_base=True, examples=[picture])
     assert folder == tmp_path / "deep" / "space"
     assert files(folder) == [
         "README.md",
@@ -121,7 +121,7 @@ def test_a_base_on_the_hub_is_named(checkpoint, tmp_path):
 
 
 def test_written_again_it_keeps_what_is_not_ours(checkpoint, picture, tmp_path, monkeypatch):
-    folder = write_space(checkpoint, tmp_path / "space", examples=[picture])
+    folder = write_space(checkpoint, tmp_path / "space", copy_base=True, examples=[picture])
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("ref")
     before = {name: (folder / name).read_bytes() for name in files(folder)}
@@ -132,7 +132,7 @@ def test_written_again_it_keeps_what_is_not_ours(checkpoint, picture, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(writing, "_copy_examples", broken)
         with pytest.raises(OSError, match="full"):
-            write_space(checkpoint, folder, title="Other")
+            write_space(checkpoint, folder, title="Other", copy_base=True)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     write_space("ada/birds", folder)
     assert files(folder) == [".git/HEAD", "README.md", "app.py", "requirements.txt"]
@@ -156,10 +156,11 @@ def test_what_cannot_become_a_space_is_refused(checkpoint, picture, tmp_path):
         (("./nowhere", space), {}, "There is no folder ./nowhere"),
         (("one/two/three", space), {}, "There is no folder one/two/three"),
         ((checkpoint, space), {"revision": "main"}, "is a folder here"),
+        ((checkpoint, space), {"copy_base": False}, r"base-model, a folder on this computer, .* pass copy_base=True"),
         ((checkpoint, space), {"examples": [picture, text]}, "not a PNG, JPEG or WebP"),
     ):
         with pytest.raises(ShapleyError, match=reason):
-            write_space(*arguments, **more)
+            write_space(*arguments, **{"copy_base": True, **more})
     assert (foreign / "app.py").read_text() == "print('mine')"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "notes.png", "pickled"]
     with pytest.raises(ShapleyError, match="not a Space that shapadapter wrote"):
@@ -173,7 +174,7 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
 
     from shapadapter.hub.space import pushing
 
-    folder = write_space(checkpoint, tmp_path / "space")
+    folder = write_space(checkpoint, tmp_path / "space", copy_base=True)
     (folder / "notes.txt").write_text("mine")
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "app.pyc").write_text("")
@@ -353,7 +354,7 @@ def test_the_space_of_a_matching_model_has_its_tokenizer(tmp_path):
     model = get_peft_model(AutoModel.from_pretrained(tmp_path / "clip"), ShapleyConfig(r=4, prediction="classifier"))
     model.save_pretrained(str(tmp_path / "adapter"))
     matching.processor("clip").save_pretrained(tmp_path / "adapter")
-    folder = write_space(tmp_path / "adapter", tmp_path / "space")
+    folder = write_space(tmp_path / "adapter", tmp_path / "space", copy_base=True)
     shutil.rmtree(tmp_path / "clip")
     app = build_app(folder / "adapter", base=folder / "base")
     (texts,) = [block for block in app.blocks.values() if isinstance(block, gradio.Textbox)]

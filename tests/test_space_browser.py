@@ -84,7 +84,7 @@ def visit(tmp_path_factory):
     checkpoint = write_checkpoint(root)
     noise().save(root / "picture.png")
     noise(seed=1).save(root / "sample.png")
-    folder = write_space(checkpoint, root / "out", title=NAMES[0], examples=[root / "sample.png"])
+    folder = write_space(checkpoint, root / "out", title=NAMES[0], copy_base=True, examples=[root / "sample.png"])
     shutil.rmtree(root / "base-model")  # the Space has all it needs
     shutil.rmtree(checkpoint)
     with running(folder, root) as address, playwright.sync_playwright() as play:

@@ -37,12 +37,15 @@ def test_every_block_runs(tmp_path, monkeypatch):
 def test_its_numbers_are_true():
     pytest.importorskip("gradio")
     from shapadapter.hub.space.app import MAX_TEXTS, MAX_WAITING, SHOWN
+    from shapadapter.hub.space.limits import MAX_DISK, MAX_REQUEST
     from shapadapter.hub.space.page import KEPT
 
     text = " ".join((DOCS / "space.md").read_text().split())
     assert KEPT == 30 * 60
     for words in (
         f"at most {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels",
+        f"{MAX_REQUEST // 2**20} MB in all and take two minutes",
+        f"{MAX_DISK // 2**30} GB of the disk",
         f"at most {MAX_WAITING} visitors wait",
         f"The likeliest {SHOWN} classes are on offer, or up to {MAX_TEXTS} texts",
     ):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from shapadapter.card import (
     CARD,
     PICTURES,
     card_for_push,
+    card_metadata,
     has_adapter,
     is_ours,
     read_card,
@@ -26,9 +26,10 @@ from shapadapter.card import (
     write_card,
 )
 from shapadapter.errors import ImageError
+from shapadapter.files import break_links
 from shapadapter.remote import warn_of_local_base
 
-from .config import ShapleyConfig
+from .config import WRITTEN, ShapleyConfig
 from .layer import ShapleyLayer
 
 _NAME = "SHAPLEY"
@@ -94,6 +95,9 @@ def wrap_method(owner: type, name: str, ours: Callable[..., Any]) -> None:
 
 
 def _card_of_peft(model: Any, theirs: Callable[..., None], output_dir: str) -> None:
+    if any(isinstance(config, ShapleyConfig) for config in model.peft_config.values()):
+        for folder in (output_dir, *(Path(output_dir) / name for name in model.peft_config)):
+            break_links(Path(folder), (*WRITTEN, *model.peft_config))
     config = model.peft_config.get("default")  # the one that is saved into this folder; others have folders in it
     if not isinstance(config, ShapleyConfig):
         theirs(model, output_dir)
@@ -116,8 +120,7 @@ def _upload(model: Any, theirs: Callable[..., Any], working_dir: Any, repo_id: s
 
 def _tags(folder: Path) -> list[str]:
     """What stands there is the repository's card or a form, with the tags that the caller asked for."""
-    path = folder / CARD
-    return (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
+    return card_metadata(folder).get("tags") or []
 
 
 def _cards_below(model: PeftModel, folder: Path, repo_id: str, where: dict[str, Any]) -> None:

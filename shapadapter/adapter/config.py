@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import torch
 from peft import LoraConfig
 from peft.config import PeftConfigMixin
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
 from shapadapter.card import read_pictures, settled, write_card
+from shapadapter.card.escaping import code, one_line
 from shapadapter.errors import CheckpointError, FieldError
+from shapadapter.files import break_links, refuse_links
 from shapadapter.reading import checked, open_tensors, read_json
+from shapadapter.remote import PROCESSOR_FILES
 from shapadapter.schema import Between, FileName, fault, shown
 
 from .head import new_leaves
@@ -52,6 +56,12 @@ _PEFT_FIELDS: dict[str, Any] = {
     "alpha_pattern": dict[str, float],
     "qalora_group_size": Count,
 }
+
+WRITTEN = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+"""Names of files that are written when an adapter and its processor are saved."""
+
+MEGATRON = "megatron.core"
+"""What PEFT writes as megatron_core of every adapter."""
 
 
 @dataclass
@@ -152,11 +162,33 @@ class ShapleyConfig(LoraConfig):
         },
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> ShapleyConfig:
+        """Refuse fields of a file that are not known here; PEFT would drop them, and load another adapter than was saved.
+
+        Every road hands the content of a file over as keywords, with `peft_type` among them, `PeftConfig` itself included.
+
+        Raises:
+            CheckpointError: there is one.
+        """
+        if "peft_type" in kwargs and (unknown := sorted(set(kwargs) - {one.name for one in fields(cls)})):
+            versions = [one_line(kwargs.get(name), 20) for name in ("shapadapter_version", "peft_version")]
+            raise CheckpointError(
+                f"adapter_config.json holds {', '.join(code(name, 40) for name in unknown[:5])}, which ShapleyConfig does not "
+                f"know with PEFT {metadata.version('peft')}. It was written by shapadapter {versions[0]} and PEFT "
+                f"{versions[1]}: if they are newer, pip install --upgrade shapadapter peft; else delete it from the file."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.id2label, Mapping):
             # json turns the keys into strings.
             self.id2label = {_as_index(index): label for index, label in self.id2label.items()}
         self.check()
+        if self.megatron_config is not None or self.megatron_core not in (None, MEGATRON):
+            raise CheckpointError(
+                f"megatron_config and megatron_core must be left as they are, null and {MEGATRON!r}, in code and in "
+                "adapter_config.json: with others, PEFT imports the module that they name."
+            )
         super().__post_init__()
         # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
         self.pictures: dict[str, bytes] = {}
@@ -201,8 +233,9 @@ class ShapleyConfig(LoraConfig):
         """Load the configuration; for a local folder, the weights beside it are checked for damage as well.
 
         Raises:
-            CheckpointError: it is damaged or incomplete.
+            CheckpointError: it is damaged or incomplete, or a file in the folder is a link out of it.
         """
+        refuse_links(Path(pretrained_model_name_or_path), subfolder or "")
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
@@ -217,6 +250,7 @@ class ShapleyConfig(LoraConfig):
             FieldError: a field holds what could not be loaded again.
         """
         self.check()
+        break_links(Path(save_directory), WRITTEN)
         self.record = settled(self.record, self.weights, Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         self.write_card(save_directory)

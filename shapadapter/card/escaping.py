@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from shapadapter.errors import redacted
+
 # What orders the direction of writing can make a name read as another one.
 _DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 _BAR = "\N{DIVIDES}"
@@ -14,8 +16,8 @@ _LONG = 80
 
 
 def one_line(text: Any, limit: int = _LONG) -> str:
-    """Any value as one line of ordinary characters, cut where it is long."""
-    characters = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in str(text))
+    """Any value as one line of ordinary characters, without credentials, cut where it is long."""
+    characters = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in redacted(text))
     known = "".join(characters).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
     line = " ".join(_DIRECTION.sub("", known).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -12,8 +13,15 @@ import yaml
 from .sections import digest
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-_WRITTEN = re.compile(r"<!-- shapadapter:metadata (\{.*?\}) -->\n?")
+_WRITTEN = re.compile(
+    r"<!-- shapadapter:metadata (\{(?:(?!<!--).)*?\}) -->\n?"
+)  # from the last opening, not from each
 _KEY = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)  # where a line begins that names a key
+_LONGEST = 50_000
+"""Characters of yaml that are read, and values in it."""
+
+_DEEPEST = 100
+
 _LISTS = ("tags", "datasets", "metrics", "model-index")
 
 
@@ -29,13 +37,38 @@ def read(block: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no yaml, or no mapping.
     """
+    if len(block) > _LONGEST:
+        raise ValueError(f"the yaml at its top has more than {_LONGEST:,} characters")
+    if max(accumulate((sign in "[{") - (sign in "]}") for sign in block), default=0) > _DEEPEST:
+        raise ValueError(
+            f"the yaml at its top is nested more than {_DEEPEST} deep"
+        )  # which takes the parser long to find
     try:
-        found = yaml.safe_load(block)
-    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
+        loader = yaml.SafeLoader(block)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > _LONGEST:
+            raise ValueError("its aliases make it too large")
+        found = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ValueError(f"the yaml at its top cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict | None):
         raise ValueError("the yaml at its top is no mapping")
     return found or {}
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values there are below a node of yaml, with each alias counted as what it stands for.
+
+    Raises:
+        ValueError: it is part of itself.
+    """
+    if known.setdefault(node, 0) < 0:
+        raise ValueError("an alias in it stands for itself")
+    if not known[node]:
+        known[node] = -1
+        below = [one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,))]
+        known[node] = 1 + sum(_size(one, known) for one in below if isinstance(one, yaml.Node))
+    return known[node]
 
 
 def written(text: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 
 _BEGIN = re.compile(r"^<!-- shapadapter:begin (\w+)", re.MULTILINE)
-_SECTION = re.compile(
-    r"^<!-- shapadapter:begin (\w+) ([0-9a-f]{12}) -->\n(.*?)^<!-- shapadapter:end \1 -->$", re.MULTILINE | re.DOTALL
+_SECTION = re.compile(  # line by line, and not past the next beginning: the time grows with the text, not with its square
+    r"^<!-- shapadapter:begin (\w+) ([0-9a-f]{12}) -->\n((?:(?!<!-- shapadapter:begin ).*\n)*?)<!-- shapadapter:end \1 -->$",
+    re.MULTILINE,
 )
 
 
@@ -52,7 +53,7 @@ def untouched(text: str) -> bool:
     return (
         is_ours(text)
         and whole
-        and not re.sub(r"<!-- shapadapter:metadata .*? -->", "", _SECTION.sub("", text)).strip()
+        and not re.sub(r"<!-- shapadapter:metadata (?:(?!<!--).)*? -->", "", _SECTION.sub("", text)).strip()
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
+from shapadapter.files import break_links, write_together
 
 from . import metadata, sections
 from .content import sections as content
@@ -20,6 +20,9 @@ from .results import model_index
 
 CARD = "README.md"
 PICTURES = "explanations"
+LONGEST = 1_000_000
+"""Characters of a card that is renewed; a longer one is left as it is."""
+
 _BY_TOOLS = ("library_name", "base_model")
 _TAGS = ("shapadapter", "explainability", "shapley-values", "attribution")
 
@@ -54,6 +57,7 @@ def write_card(
         The text of the card; None where the one that is there cannot be read and was left as it is.
     """
     path = folder / CARD
+    break_links(folder, [CARD])
     here = read_card(path) if start is None else start
     listed = _listed(config)
     if pictures is not None:
@@ -93,8 +97,19 @@ def read_pictures(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a card; None where there is none."""
-    return path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.is_file() else None
+    """The text of a card, or so much of it as shows that it is too long; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(4 * LONGEST + 4).decode("utf-8-sig", "surrogateescape")
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The yaml of the card in a folder; empty where it cannot be read."""
+    try:
+        return metadata.read(metadata.split(read_card(folder / CARD) or "")[0])
+    except ValueError:
+        return {}
 
 
 def updated(card: str | None, facts: Facts, tags: Sequence[str] = ()) -> str:
@@ -112,6 +127,8 @@ def updated(card: str | None, facts: Facts, tags: Sequence[str] = ()) -> str:
         ValueError: its yaml or its text cannot be read.
     """
     whole = card or ""
+    if len(whole) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST:,} characters")
     if any("\udc80" <= character <= "\udcff" for character in whole):
         raise ValueError("it is not in UTF-8")
     plain = whole.replace("\r\n", "\n")
@@ -175,4 +192,9 @@ def _bare(form: str) -> str:
     """A form without what its makers fill in: PEFT its version, transformers a sentence."""
     form = re.sub(r"### Framework versions\s+- PEFT \S+", "", form)
     form = re.sub(r"This is the model card of a 🤗 transformers model that has been pushed on the Hub\..*", "", form)
-    return " ".join(re.sub(r"<!--.*?-->", "", form, flags=re.DOTALL).split())
+    kept, place = [], 0
+    # No pattern: it would look for the end of a comment from every opening of one that has none.
+    while (start := form.find("<!--", place)) >= 0 and (end := form.find("-->", start + 4)) >= 0:
+        kept.append(form[place:start])
+        place = end + 3
+    return " ".join("".join([*kept, form[place:]]).split())

@@ -110,8 +110,10 @@ def warn(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks and without anything that a terminal would act upon."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    """A text without line breaks, without anything that a terminal would act upon, and without credentials."""
+    from shapadapter.errors import redacted
+
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(redacted(text).split()))
 
 
 def quiet() -> None:

@@ -25,6 +25,9 @@ def command(
     license_: Annotated[
         str | None, typer.Option("--license", help="Such as apache-2.0; by default that of the adapter's card.")
     ] = None,
+    copy_base: Annotated[
+        bool, typer.Option("--copy-base", help="Copy the base model into it where that is a folder of your own.")
+    ] = False,
     revision: Revision = None,
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Push it as this Space, too, e.g. you/vit-beans.")
@@ -40,7 +43,13 @@ def command(
         from shapadapter.hub.space import push_space, write_space
 
         folder = write_space(
-            checkpoint, output, revision=revision, title=title, license=license_, examples=examples or ()
+            checkpoint,
+            output,
+            revision=revision,
+            title=title,
+            license=license_,
+            copy_base=copy_base,
+            examples=examples or (),
         )
         url = push_space(folder, push, private=private) if push else None
         say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: {_start(folder)}'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.card import weights_digest
 from shapadapter.errors import ShapleyError
-from shapadapter.files import write_together
+from shapadapter.files import refuse_link, write_together
 from shapadapter.game import active_layer
 from shapadapter.loading import load
 from shapadapter.locating import called
@@ -69,6 +70,7 @@ def evaluate_checkpoint(
             raise ShapleyError(unknown(name))
     if output is not None:
         _check_output(output, shown)
+        refuse_link(output / "records", output)
     place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
     model, processor = load(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
     names = model.config.id2label
@@ -80,12 +82,10 @@ def evaluate_checkpoint(
     known = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(_adapter(model))}
     result = replace(result, about={**result.about, **known})
     if output is not None:
-        unfinished = output / ".curves.png"
-        result.figure().savefig(unfinished, format="png")
-        picture = unfinished.read_bytes()
-        unfinished.unlink()
+        picture = io.BytesIO()
+        result.figure().savefig(picture, format="png")
         result.save(output / "evaluation.json")
-        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture})
+        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture.getvalue()})
     return result
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
+from shapadapter.files import refuse_link, write_together
 from shapadapter.reading import read_json
 
 Record = dict[str, Any]
@@ -54,15 +54,17 @@ class Records:
             key = hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode())
             key.update(digest(dict(model.state_dict())))
             self.folder = Path(folder) / key.hexdigest()[:16]
+            refuse_link(self.folder, Path(folder))
             self.folder.mkdir(parents=True, exist_ok=True)
             write_together({self.folder / "settings.json": json.dumps(plain(settings), indent=2).encode()})
 
     def find(self, name: str) -> Record | None:
         """The record of this name, if it is there and whole; of a damaged one nothing, so that it is measured again."""
-        if self.folder is None:
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        if path is None or path.is_symlink():
             return None
         try:
-            kept = read_json(self.folder / f"{name}.json", _Kept)
+            kept = read_json(path, _Kept)
         except CheckpointError:
             return None
         record: Record = kept["record"]

@@ -12,7 +12,7 @@ from shapadapter.card.record import CONFIG
 from shapadapter.errors import ShapleyError
 from shapadapter.evaluation import Evaluation
 from shapadapter.explaining import explain
-from shapadapter.files import write_together
+from shapadapter.files import refuse_links, write_together
 from shapadapter.loading import load
 from shapadapter.reading import read_json, read_tensors
 from shapadapter.training.checkpoints import resealed
@@ -53,9 +53,11 @@ def update_card(
     Raises:
         ShapleyError: the folder holds no adapter of ours, the evaluation is of another one, or the images cannot be
             explained.
-        CheckpointError: the evaluation cannot be read, or the adapter cannot be loaded.
+        CheckpointError: the evaluation cannot be read, the adapter cannot be loaded, or a file in its folder is a link
+            out of it.
     """
     folder = Path(folder)
+    refuse_links(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if config.get("peft_type") != "SHAPLEY" or not (folder / _WEIGHTS).exists():
         raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {CONFIG} and {_WEIGHTS}.")

@@ -6,14 +6,20 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from shapadapter.files import refuse_link
 from shapadapter.reading import read_json
 
 
 def copy_files(folder: Path | None, target: Path, patterns: Sequence[str]) -> None:
-    """Copy those files of a folder that match a pattern; of no folder none."""
+    """Copy those files of a folder that match a pattern; of no folder none.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder.
+    """
     if folder is None:
         return
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        refuse_link(path, folder)
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

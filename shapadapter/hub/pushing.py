@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from peft.utils import CONFIG_NAME
 
 from shapadapter.card import card_for_push
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import ShapleyError, redacted
 from shapadapter.loading import find_base, load
 from shapadapter.locating import AdapterFiles
 from shapadapter.reading import read_json
@@ -153,7 +153,7 @@ def _upload(
         raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
     if create_pr:
         return str(info.pr_url)
-    return f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision is not None else "")
+    return redacted(f"{constants.ENDPOINT}/{name}") + (f"/tree/{revision}" if revision is not None else "")
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from shapadapter.card import card_for_push
+from shapadapter.errors import redacted
+from shapadapter.files import refuse_link
 from shapadapter.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
 
 _log = logging.getLogger(__name__)
@@ -112,12 +114,19 @@ class PushingTrainer(Trainer):
     ) -> Any:
         """One commit in the background; a future of it."""
         run = Path(str(self.args.output_dir))
-        # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
-        copy = Path(tempfile.mkdtemp(prefix="_push-", dir=run))
         own = folder if path_in_repo is not None else own_folder(self, folder)
         sources = {folder: patterns} if own == folder else {folder: PROCESSOR_FILES, own: patterns}
-        for source, wanted in sources.items():
-            for path in {path for pattern in wanted for path in source.glob(pattern) if path.is_file()}:
+        found = {
+            source: {path for pattern in wanted for path in source.glob(pattern) if path.is_file()}
+            for source, wanted in sources.items()
+        }
+        for source, paths in found.items():
+            for path in paths:
+                refuse_link(path, source)
+        # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
+        copy = Path(tempfile.mkdtemp(prefix="_push-", dir=run))
+        for source, paths in found.items():
+            for path in paths:
                 place = copy / path.relative_to(source)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.unlink(missing_ok=True)  # a second name of a file that must stay as it is
@@ -137,7 +146,7 @@ class PushingTrainer(Trainer):
             if error := job.exception():
                 trouble = hub_trouble(error, str(self.hub_model_id), self.args.hub_revision)
                 # Logged, because warnings of several threads get in each other's way.
-                _log.warning("A checkpoint was not pushed. %s", trouble or error)
+                _log.warning("A checkpoint was not pushed. %s", trouble or redacted(error))
 
 
 def own_folder(trainer: Any, folder: Path) -> Path:

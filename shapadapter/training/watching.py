@@ -19,6 +19,7 @@ from shapadapter.augmenting import seeded
 from shapadapter.collator import TEXT_COLUMNS, find_column
 from shapadapter.explaining import explain
 from shapadapter.explanation import Explanation
+from shapadapter.files import write_together
 from shapadapter.visual import gallery
 
 from .glance import some_rows
@@ -77,7 +78,9 @@ class AttributionMaps(TrainerCallback):
                 taken = True
         if not taken:
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{name}-{step:06d}.png")
+            content = io.BytesIO()
+            picture.save(content, format="png")
+            write_together({folder / f"{name}-{step:06d}.png": content.getvalue()})
 
 
 def explained(trainer: Any, dataset: Any, images: int) -> tuple[Explanation, Any]:

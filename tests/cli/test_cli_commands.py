@@ -95,7 +95,9 @@ def test_export_prints_how_far_it_differs(tmp_path):
 
 def test_a_space_is_a_folder(tmp_path):
     more = ("--license", "mit", "--example", "photos/ant/0.png")
-    found = json.loads(run("space", "out", tmp_path / "space", "--title", "<b>Ants</b>", "--json", *more).stdout)
+    found = json.loads(
+        run("space", "out", tmp_path / "space", "--copy-base", "--title", "<b>Ants</b>", "--json", *more).stdout
+    )
     assert (Path(found["folder"]) / "app.py").is_file()
     assert "license: mit" in (Path(found["folder"]) / "README.md").read_text()
     assert list(Path(found["folder"], "examples").iterdir())
@@ -105,10 +107,10 @@ def test_a_space_is_a_folder(tmp_path):
 def test_a_space_says_what_starts_it_and_what_installs_gradio(tmp_path, monkeypatch):
     app = tmp_path / "space"
     monkeypatch.setattr(space, "find_spec", lambda _: None)
-    said = run("space", "out", app).stdout
+    said = run("space", "out", app, "--copy-base").stdout
     assert said == f"Wrote {app}. Try it: pip install -r {app}/requirements.txt && python {app}/app.py\n"
     monkeypatch.setattr(space, "find_spec", lambda _: True)
-    assert f"Try it: python {app}/app.py" in run("space", "out", app).stdout
+    assert f"Try it: python {app}/app.py" in run("space", "out", app, "--copy-base").stdout
 
 
 def test_push_has_no_option_for_a_token():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from importlib import resources
@@ -48,6 +52,9 @@ def build_app(
         ShapleyError: the checkpoint cannot be loaded.
         ImportError: gradio is missing.
     """
+    if "GRADIO_TEMP_DIR" not in os.environ:  # gradio's own is one folder for all its apps
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="shapadapter-space-")
+        atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     model, processor = load(checkpoint, base=base, revision=revision)
     matching = active_layer(model).anatomy.kind == "matching"
     return Page(partial(see, model, processor), title or Path(checkpoint).name, matching, examples).app
@@ -56,15 +63,20 @@ def build_app(
 def launch(app: Blocks) -> None:
     """Run an app until it is stopped, on the port that GRADIO_SERVER_PORT names, 7860 by default.
 
-    Nothing is recorded or sent anywhere, no file of the machine is served, and what a stranger uploads is limited in size.
+    Nothing is recorded or sent anywhere, no file of the machine is served, and what strangers upload is limited in size, for
+    each request and in all.
     """
     from gradio.themes import Default
+    from starlette.middleware import Middleware
+
+    from .limits import Limits
 
     system = ("system-ui", "sans-serif")  # nothing to fetch
     app.queue(max_size=MAX_WAITING).launch(
         share=False,
         show_error=False,
         max_file_size=MAX_BYTES,
+        app_kwargs={"middleware": [Middleware(Limits, folder=Path(app.GRADIO_CACHE))]},
         state_session_capacity=200,
         run_history=False,
         enable_monitoring=False,

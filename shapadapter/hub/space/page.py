@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,9 @@ except ImportError as error:
 
 from shapadapter.errors import ShapleyError
 
+from .limits import KEPT
 from .uploads import MAX_BYTES, MAX_PIXELS
 from .view import View, class_list, map_picture, message, original, reading, scale_bar, sum_check
-
-KEPT = 1800
-"""Seconds after which an upload, its pictures and its explanation are gone."""
 
 INTRODUCTION = "Upload a picture. The model says what it sees, and which patches of the picture speak for that and which against it."
 HOW_TO_READ = (
@@ -63,6 +62,9 @@ class Page:
     def _questions(self, examples: Sequence[str | Path]) -> None:
         self.upload = gr.Image(
             label="Picture", sources=["upload", "clipboard"], height=260, buttons=[], placeholder=INVITATION
+        )
+        self.upload.async_move_resource_to_block_cache = partial(
+            _local, self.upload.async_move_resource_to_block_cache
         )
         self.texts = gr.Textbox(
             "a photo of a cat\na photo of a dog", lines=3, label="Texts, one on each line", visible=self.matching
@@ -115,6 +117,13 @@ class Page:
         except ShapleyError as error:
             return message(str(error)), *nothing
         return "", gr.update(visible=True), original(view), *_shown(view, share, opacity)
+
+
+async def _local(theirs: Callable[[Any], Awaitable[Any]], place: Any) -> Any:
+    """What gradio does with an upload, without fetching one from another server."""
+    if str(place).lower().startswith(("http:", "https:")):
+        raise gr.Error("Upload the picture itself.")
+    return await theirs(place)
 
 
 _PICTURE: dict[str, Any] = {

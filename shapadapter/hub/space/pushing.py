@@ -6,7 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import ShapleyError, redacted
+from shapadapter.files import refuse_link
 from shapadapter.remote import HUB_ERRORS, hub_trouble
 
 from .writing import FILES, FOLDERS, is_space
@@ -28,12 +29,16 @@ def push_space(
 
     Raises:
         ShapleyError: the folder is no Space of ours, or the Hub refuses it.
+        CheckpointError: a file in it is a link out of it.
     """
     folder = Path(folder)
     if not is_space(folder):
         raise ShapleyError(
             f"{folder} is not a Space that shapadapter wrote. Write one first: write_space(checkpoint, folder)."
         )
+    below = (path for name in FOLDERS for path in (folder / name, *(folder / name).rglob("*")))
+    for path in (*(folder / name for name in FILES), *below):
+        refuse_link(path, folder)
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
@@ -49,4 +54,4 @@ def push_space(
         if trouble is None:
             raise
         raise ShapleyError(trouble) from error
-    return str(url)
+    return redacted(url)

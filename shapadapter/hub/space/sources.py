@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.config import check_files
 from shapadapter.adapter.registration import NAME
+from shapadapter.card import card_metadata
+from shapadapter.card.facts import text
 from shapadapter.errors import ShapleyError
+from shapadapter.files import refuse_links
 from shapadapter.hub.copying import copy_files, own_code
 from shapadapter.loading import find_base
 from shapadapter.locating import AdapterFiles
@@ -48,11 +50,14 @@ class Source:
 
         Raises:
             ShapleyError: there is no such folder, it holds no adapter of ours, or its base is not there.
+            CheckpointError: its files are damaged, or links out of the folder.
         """
         folder, name = Path(checkpoint), str(checkpoint)
         if not folder.is_dir():
             return cls(_hub_name(name), None, None, (name,))
+        refuse_links(folder)
         config = _config(folder)
+        AdapterFiles(str(folder), folder).config()  # what could not be loaded is not shown
         base = find_base(folder, str(config["base_model_name_or_path"]))
         local = Path(base) if (Path(base) / "config.json").is_file() else None
         if local is not None and not any(local.glob("model*.safetensors")):
@@ -67,7 +72,7 @@ class Source:
             adapter=folder,
             base=local,
             models=() if local is not None else (_hub_name(base),),
-            license=_license(folder / "README.md"),
+            license=text(card_metadata(folder).get("license")),
             timm="timm" in str((config.get("auto_mapping") or {}).get("parent_library")),
         )
 
@@ -116,13 +121,3 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ShapleyError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; other weights are not read.")
     check_files(file, config)
     return config
-
-
-def _license(card: Path) -> str | None:
-    """The license in a card's header."""
-    try:
-        _, header, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-        value = yaml.safe_load(header)["license"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
-    return value if isinstance(value, str) else None

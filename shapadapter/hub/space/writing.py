@@ -29,13 +29,14 @@ def write_space(
     revision: str | None = None,
     title: str | None = None,
     license: str | None = None,
+    copy_base: bool = False,
     examples: Sequence[str | Path] = (),
 ) -> Path:
     """Write a Gradio app that runs with `python app.py`, and as a Space on the Hub.
 
-    The Hub is not asked. A checkpoint on the Hub, and a base model there, is named; a folder is copied, with the folder of
-    its base, so that the Space runs anywhere: it is then as large as both together. Of a Space that is written again, what
-    this function once wrote is replaced, and other files stay.
+    The Hub is not asked. A checkpoint on the Hub, and a base model there, is named; a folder is copied, with `copy_base` the
+    folder of its base, too, so that the Space runs anywhere: it is then as large as both together. Of a Space that is
+    written again, what this function once wrote is replaced, and other files stay.
 
     Args:
         checkpoint: the folder of an adapter, or its name on the Hub.
@@ -43,19 +44,28 @@ def write_space(
         revision: branch, tag or commit of a checkpoint on the Hub; a commit makes sure that the Space stays what it is.
         title: heading; from the checkpoint's name by default.
         license: such as "apache-2.0"; by default that of the card in the checkpoint's folder, if there is one.
+        copy_base: whether a base model that is a folder on this computer is copied into the Space. The adapter names that
+            folder, so an adapter from elsewhere could name any.
         examples: images for visitors to click, which are copied.
 
     Returns:
         The folder.
 
     Raises:
-        ShapleyError: there is no such checkpoint, or the folder holds something else.
+        ShapleyError: there is no such checkpoint, its base is a folder here and is not to be copied, or the folder holds
+            something else.
+        CheckpointError: files of the checkpoint are damaged, or links out of its folder.
         ImageError: an example is not a PNG, JPEG or WebP image, or too large.
     """
     source, folder = Source.of(checkpoint), Path(folder)
     if revision is not None and source.adapter is not None:
         raise ShapleyError(
             f"revision={revision!r} is one of a repository on the Hub, but {checkpoint} is a folder here."
+        )
+    if source.base is not None and not copy_base:
+        raise ShapleyError(
+            f"The base model of {checkpoint} is {source.base}, a folder on this computer, of which the Space would hold a copy. "
+            "If it may, pass copy_base=True"
         )
     if folder.exists() and not is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")

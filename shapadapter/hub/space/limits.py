@@ -1,0 +1,146 @@
+"""What strangers can make the app's machine take in and keep, whatever their programs send."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+
+from .uploads import MAX_BYTES
+
+MAX_REQUEST = MAX_BYTES + 2**20
+"""Bytes of one request in all: an upload and what is around it, however many files it is cut into."""
+
+MAX_SECONDS = 120.0
+"""For a request to arrive: so long there is room for it."""
+
+MAX_DISK = 2**30
+"""Bytes of uploads and pictures that are kept; the oldest go first."""
+
+_BLOCK = 4096
+"""A file takes no less of a disk."""
+
+_PICTURES = 4 * 2**20
+"""What the answer to one request may leave, in pictures."""
+
+KEPT = 1800
+"""Seconds after which an upload, its pictures and its explanation are gone."""
+
+_SETTLED = 60.0
+"""Seconds after which a file is no longer in use by the request that brought it."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Limits:
+    """ASGI middleware that counts what comes in, and makes room for it on the disk before it does.
+
+    Args:
+        app: what answers.
+        folder: of uploads and pictures.
+    """
+
+    def __init__(self, app: Any, folder: Path) -> None:
+        self.app, self.folder = app, folder
+        self.own = {path for path, *_ in _files(folder)}  # samples, which are there from the beginning
+        self.used = self.awaited = 0
+        self.looked = float("-inf")
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer a request, unless it is too large or there is no room."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif "=http" in scope["path"] or "process_recording" in scope["path"]:
+            # Gradio would fetch pages of other servers for strangers, and convert their films.
+            await PlainTextResponse("There is no such thing here.", 403)(scope, receive, send)
+        elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+        else:
+            await self._take_in(scope, receive, send)
+
+    async def _take_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        size = int(announced) if announced.isdigit() and len(announced) < 20 else 0
+        if size > MAX_REQUEST:
+            await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
+            return
+        needed = (size or MAX_REQUEST) + _PICTURES
+        if not self._has_room(needed):
+            await PlainTextResponse("There is no room for uploads now. Try it again in a minute.", 503)(
+                scope, receive, send
+            )
+            return
+        self.awaited += needed
+        try:
+            await self.app(scope, _counted(receive, size or MAX_REQUEST), send)
+        finally:
+            self.awaited -= needed
+            self.used += needed  # until it is looked at
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether there is room for a request, beside those that are on their way."""
+        if self.used + self.awaited + needed > MAX_DISK or time.monotonic() > self.looked + _SETTLED:
+            self.used = self._make_room(MAX_DISK // 2)
+        return self.used + self.awaited + needed <= MAX_DISK
+
+    def _make_room(self, most: int) -> int:
+        """Delete what is too old, and the oldest files until the rest is so large at most; what the rest is then.
+
+        Gradio deletes an upload when its time has come, but not what came of one that was broken off.
+        """
+        self.looked = time.monotonic()
+        files = sorted(_files(self.folder), key=lambda file: file[1])
+        used = sum(size for *_, size in files)
+        for path, since, size in files:
+            age = time.time() - since
+            if age < _SETTLED or (used <= most and age < KEPT + _SETTLED):
+                break
+            if path not in self.own:
+                with suppress(OSError):  # gradio has deleted it
+                    path.unlink()
+                    path.parent.rmdir()
+                used -= size
+        return used
+
+
+def _counted(receive: Receive, most: int) -> Receive:
+    """What brings the parts of a request, until they are more than they may be or take too long."""
+    came, ends, whole = 0, time.monotonic() + MAX_SECONDS, False
+
+    async def counted() -> Message:
+        nonlocal came, whole
+        if whole:  # what comes now is word that the visitor has left
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
+        except TimeoutError:
+            raise HTTPException(408, f"A request may take {MAX_SECONDS:.0f} seconds to arrive.") from None
+        came, whole = came + len(message.get("body", b"")), not message.get("more_body", False)
+        if came > most:
+            raise HTTPException(413, _TOO_LARGE)
+        return message
+
+    return counted
+
+
+_TOO_LARGE = f"A request may have {MAX_REQUEST // 2**20} MB in all."
+
+
+def _files(folder: Path) -> list[tuple[Path, float, int]]:
+    """All files below a folder, since when they are there, and how much of the disk they take."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gradio has deleted it
+                about = (path := Path(place, name)).stat()
+                found.append((path, about.st_mtime, max(about.st_size, _BLOCK)))
+    return found
