@@ -13,6 +13,14 @@ class CheckpointError(ShapleyError, ValueError):
     """An adapter does not fit its base model, or its state could not be restored from what would be saved."""
 
 
+class DiskFullError(ShapleyError, OSError):
+    """A file could not be written, because the disk, a quota or a limit of sizes has no room for it."""
+
+    def __str__(self) -> str:
+        # OSError puts "[Errno 28]" before the sentence.
+        return str(self.strerror)
+
+
 class ExportError(ShapleyError, RuntimeError):
     """A model could not be exported, or what came out computes something else."""
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from .files import write_together
+from .atomic import write_together
 
 _UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)
 

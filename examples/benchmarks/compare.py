@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from shapadapter import attribute, evaluate, explain
 from shapadapter.evaluation import Evaluation
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 from shapadapter.game import PatchGame
 from shapadapter.metrics import pearson, relative_l2, spearman
 from shapadapter.shapley import kernel_shap, kernel_shap_error, sample_pairs

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from trainings import DEVICE, Setting
 
 from shapadapter.evaluation.about import versions
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 from shapadapter.metrics import Interval, bootstrap_interval, equivalent_evaluations
 
 MEASURES = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
+from shapadapter.atomic import write_together
 from shapadapter.card import read_pictures, settled, write_card
 from shapadapter.errors import CheckpointError
 
@@ -153,7 +155,11 @@ class ShapleyConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the model card with its pictures."""
         self.record = settled(self.record, self.weights, Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as place:
+            super().save_pretrained(place, **kwargs)
+            write_together({folder / CONFIG_NAME: (Path(place) / CONFIG_NAME).read_bytes()})
         self.write_card(save_directory)
 
     def write_card(self, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 
 from .facts import mapping
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
 
 from . import metadata, sections
 from .content import sections as content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shapadapter.atomic import write_together
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.card import weights_digest
 from shapadapter.errors import ShapleyError
-from shapadapter.files import write_together
 from shapadapter.game import active_layer
 from shapadapter.loading import load
 from shapadapter.locating import called
@@ -80,12 +81,10 @@ def evaluate_checkpoint(
     known = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(_adapter(model))}
     result = replace(result, about={**result.about, **known})
     if output is not None:
-        unfinished = output / ".curves.png"
-        result.figure().savefig(unfinished, format="png")
-        picture = unfinished.read_bytes()
-        unfinished.unlink()
+        picture = io.BytesIO()
+        result.figure().savefig(picture, format="png")
         result.save(output / "evaluation.json")
-        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture})
+        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture.getvalue()})
     return result
 
 

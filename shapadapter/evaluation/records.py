@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""
@@ -58,7 +58,7 @@ class Records:
     def keep(self, name: str, record: Record) -> None:
         """Write a record; it is never seen half-written."""
         if self.folder is not None:
-            write_together({self.folder / f"{name}.json": json.dumps(record).encode()})
+            write_together({self.folder / f"{name}.json": json.dumps(record).encode()}, tidy=False)
 
 
 def digest(tensors: Mapping[str, Any]) -> bytes:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
 from shapadapter.metrics import EquivalentEvaluations, Interval
 
 from .blocks import blocks

@@ -8,12 +8,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from shapadapter.atomic import write_together
 from shapadapter.card import CARD, compact, read_config, read_pictures, settled, weights_digest, write_card
 from shapadapter.card.record import CONFIG
 from shapadapter.errors import ShapleyError
 from shapadapter.evaluation import Evaluation
 from shapadapter.explaining import explain
-from shapadapter.files import write_together
 from shapadapter.loading import load
 from shapadapter.training.checkpoints import resealed
 from shapadapter.visual import sample_pictures

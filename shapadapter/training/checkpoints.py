@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from shapadapter.atomic import to_disk, write_together
 from shapadapter.card import CARD, PICTURES
-from shapadapter.files import to_disk, write_together
 
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from shapadapter.atomic import passing
 from shapadapter.card import card_for_push
 from shapadapter.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
 
@@ -113,7 +113,8 @@ class PushingTrainer(Trainer):
         """One commit in the background; a future of it."""
         run = Path(str(self.args.output_dir))
         # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
-        copy = Path(tempfile.mkdtemp(prefix="_push-", dir=run))
+        copy = passing(run / "push")
+        copy.mkdir()
         own = folder if path_in_repo is not None else own_folder(self, folder)
         sources = {folder: patterns} if own == folder else {folder: PROCESSOR_FILES, own: patterns}
         for source, wanted in sources.items():

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
+from shapadapter.atomic import whole_file
 from shapadapter.augmenting import seeded
 from shapadapter.collator import TEXT_COLUMNS, find_column
 from shapadapter.explaining import explain
@@ -77,7 +78,8 @@ class AttributionMaps(TrainerCallback):
                 taken = True
         if not taken:
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{name}-{step:06d}.png")
+            with whole_file(folder / f"{name}-{step:06d}.png") as file:
+                picture.save(file, format="png")
 
 
 def explained(trainer: Any, dataset: Any, images: int) -> tuple[Explanation, Any]:
