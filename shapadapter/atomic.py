@@ -164,11 +164,12 @@ def remove_leftovers(directory: Path) -> None:
 def _is_left(path: Path, machine: str, process: int, run: str) -> bool:
     """Whether nobody writes it any more: its process has ended, or, on another machine, nothing happened for a day."""
     if machine == _machine() and os.name == "posix":
-        return run != _SELF if process == os.getpid() else not _lives(process)
+        return run != _SELF if process == os.getpid() else not lives(process)
     return time.time() - path.lstat().st_mtime > _DAY
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from .atomic import lives
 from .errors import ShapleyError
 
 try:
@@ -29,9 +31,8 @@ _held: dict[Path, tuple[int, TextIO | None, int]] = {}
 def alone_in(folder: Path | None) -> Iterator[None]:
     """Keep runs of other processes out of a folder; blocks of one process may be inside each other.
 
-    The system holds the lock, so it ends with its process, however that ends, and those that read or fork do not share it;
-    the file in the folder says who has it. On a disk that cannot be written or knows no locks, and on Windows, nothing is
-    locked.
+    The system holds the lock, so it ends with its process, however that ends; the file in the folder says who has it. On a
+    disk that cannot be written or knows no locks, and on Windows, nothing is locked.
 
     Args:
         folder: Made if it is not there, and taken away if it is then empty; None locks nothing.
@@ -77,21 +78,38 @@ def _locked(file: Path, folder: Path) -> TextIO | None:
         except OSError:
             return None
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with handle:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     return None
                 handle.seek(0)
                 holder = handle.read(200).strip() or "another process"
+                if _ended(holder) and _is(handle, file):
+                    file.unlink()  # what still has it are workers that outlive the process for a moment
+                    continue
             raise ShapleyError(
                 f"{folder} is in use by another run ({holder}): wait until it has ended, or choose another folder."
             ) from None
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+        if _is(handle, file):
+            with suppress(OSError):  # of a full disk
                 handle.truncate(0)
                 handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 handle.flush()
-                return handle
+            return handle
         handle.close()  # who had it has just taken it away
     return None
+
+
+def _ended(holder: str) -> bool:
+    """Whether a process that noted itself in a lock file is known to have ended."""
+    found = re.fullmatch(r"process (\d+) on (.*)", holder)
+    return found is not None and found[2] == socket.gethostname() and not lives(int(found[1]))
+
+
+def _is(handle: TextIO, file: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except OSError:
+        return False

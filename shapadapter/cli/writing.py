@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from shapadapter import __version__
-from shapadapter.atomic import passing, remove_leftovers, write_together
+from shapadapter.atomic import naming, passing, remove_leftovers, write_together
 from shapadapter.explanation import Explanation
 from shapadapter.visual import draw_strip, write_page
 
