@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from shapadapter.atomic import free_megabytes
-from shapadapter.errors import CheckpointError, ShapleyError
+from shapadapter.errors import CheckpointError, DiskFullError, ShapleyError
 from shapadapter.locks import alone_in
 
 from .checkpoints import (
@@ -81,6 +81,7 @@ class ResumableTrainer(PushingTrainer):
             yield
         except BaseException as error:
             free = free_megabytes(folder)
+            reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
             # Only the process that declares it whole: another one might come too late and take back a whole one.
             if self.args.should_save:
                 discard(folder)
@@ -89,7 +90,7 @@ class ResumableTrainer(PushingTrainer):
             before = next((one for one in newest_first(folder.parent) if trouble_with(one) is None), None)
             remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
             raise CheckpointError(
-                f"Could not save {folder} ({type(error).__name__}: {error}; {free:,.1f} MB were free there). "
+                f"Could not save {folder} ({type(reason).__name__}: {reason}; {free:,.1f} MB were free there). "
                 f"{remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
             ) from error
 
