@@ -40,6 +40,14 @@ class FieldError(ShapleyError, ValueError):
     """A field of a configuration or an explanation holds what it cannot hold: another type, a number out of range, ..."""
 
 
+class DiskFullError(ShapleyError, OSError):
+    """A file could not be written, because the disk, a quota or a limit of sizes has no room for it."""
+
+    def __str__(self) -> str:
+        # OSError puts "[Errno 28]" before the sentence.
+        return str(self.strerror)
+
+
 class ExportError(ShapleyError, RuntimeError):
     """A model could not be exported, or what came out computes something else."""
 

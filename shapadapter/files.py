@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -14,6 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
 from shapadapter.reading import open_tensors, read_bytes, read_json, reading
 from shapadapter.schema import fault, shown
@@ -103,37 +102,6 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     with reading(path):
         return load_tensors(data), about
-
-
-def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files so that none is ever seen half-written: each takes its name when all are complete.
-
-    Args:
-        contents: What to write, by path. The parent directories must exist.
-
-    Raises:
-        OSError: If a file could not be written; those that were there before are then unchanged.
-    """
-    staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
-    try:
-        for path, temporary in staged.items():
-            temporary.write_bytes(contents[path])
-            to_disk(temporary)
-        for path, temporary in staged.items():
-            temporary.replace(path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so.
-
-    Raises:
-        OSError: If it cannot be brought there.
-    """
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
 
 
 def refuse_links(folder: Path, subfolder: str = "") -> None:

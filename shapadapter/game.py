@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from .adapter import ShapleyLayer
 from .backbone import evaluation_view
 from .errors import ImageError, ShapleyError
-from .shapley import all_coalitions, exact_shapley_values, kernel_shap, kernel_shap_error, sample_paired_coalitions
+from .shapley import (
+    all_coalitions,
+    exact_shapley_values,
+    kernel_shap,
+    kernel_shap_error,
+    pays_for_all,
+    sample_paired_coalitions,
+)
 
 
 def active_layer(model: nn.Module) -> ShapleyLayer:
@@ -77,7 +84,7 @@ class PatchGame:
         return exact_shapley_values(self.values(all_coalitions(self.players)).cpu())
 
     def kernel_shap(self, evaluations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The Shapley values estimated from sampled coalitions.
+        """The Shapley values estimated from sampled coalitions; exact where so many evaluations pay for all 2^N - 2.
 
         Args:
             evaluations: M, coalitions evaluated; a multiple of 4.
@@ -86,6 +93,8 @@ class PatchGame:
         Returns:
             estimate (N, K) float64, and its relative L2 error (K,), itself estimated by the difference of two halves.
         """
+        if pays_for_all(evaluations, self.players):
+            return self.exact(), torch.zeros(len(self.full_values), dtype=torch.float64)
         coalitions = sample_paired_coalitions(self.players, evaluations, generator)  # (M, N)
         arguments = (coalitions, self.values(coalitions).cpu(), self.null_values.cpu(), self.full_values.cpu())
         return kernel_shap(*arguments), kernel_shap_error(*arguments)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .explanation import Explanation
 from .images import IMAGE_INPUTS
 from .refinement import Posterior, exact_posterior, shapley_posterior
-from .shapley import MAX_ENUMERATED_PLAYERS, all_coalitions, sample_in_turns, sample_sizes
+from .shapley import MAX_ENUMERATED_PLAYERS, all_coalitions, pays_for_all, sample_in_turns, sample_sizes
 
 UNTIL = "until"
 
@@ -28,6 +28,10 @@ COALITIONS = 32
 
 ROWS = 8
 """Coalitions, of all images, in a call: so many times `batch_size`. Most of them are much smaller than an image."""
+
+
+REPEATS = 4
+"""With few players, how many times as many coalitions as a round evaluates are drawn, at most: repeats cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,11 @@ class Plan:
         from a source of its own, so that it does not matter with which others it is explained.
         """
         count = self.totals[turn] - (self.totals[turn - 1] if turn else 0)
-        sizes = sample_sizes(players, count // 2, self._source(turn, 0))  # (m / 2,)
-        return torch.stack([sample_in_turns(players, sizes, self._source(turn, 1 + image)) for image in images])
+        sizes = sample_sizes(players, count // 2, self.source(turn, 0))  # (m / 2,)
+        return torch.stack([sample_in_turns(players, sizes, self.source(turn, 1 + image)) for image in images])
 
-    def _source(self, turn: int, place: int) -> torch.Generator:
+    def source(self, turn: int, place: int) -> torch.Generator:
+        """A source of randomness of one round and place: 0 for what all images share, 1 + an image's number for its own."""
         state = np.random.SeedSequence(self.seed, spawn_key=(turn, place)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]))
 
@@ -143,34 +148,101 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
         first: the number of its first image among all that are explained; coalitions depend on it.
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
-    batch, players, shown = prior.shape
-    everything = 2**players - 2  # coalitions, without nobody and everybody
+    batch, players = prior.shape[:2]
     ends = torch.stack([explanation.null_values, explanation.logits], dim=1)  # (B, 2, K)
     ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C)
+    if pays_for_all(plan.totals[0], players):
+        found = _enumerated(game, torch.arange(batch), ends, players)
+        mean, error, spent = found.mean, found.standard_error, torch.full((batch,), 2**players - 2)
+    elif plan.relative_error and players <= MAX_ENUMERATED_PLAYERS:
+        alone = [_sparing(game, image, prior[image], ends[image], plan, first + image) for image in range(batch)]
+        mean, error = (torch.stack([getattr(one, part) for one, _ in alone]) for part in ("mean", "standard_error"))
+        spent = torch.tensor([evaluations for _, evaluations in alone])
+    else:
+        mean, error, spent = _sampled(game, prior, ends, plan, first)
+    grid = explanation.attributions.shape[1:3]
+    maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
+    return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent)
+
+
+def _sampled(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and error (B, N, C) after as many rounds as each image takes, and what it has spent (B,).
+
+    Args:
+        game: of B images.
+        prior: (B, N, C), predicted Shapley values.
+        ends: (B, 2, C), the values of nobody and of everybody.
+        plan: how many evaluations.
+        first: the number of the first image.
+    """
+    batch, players, shown = prior.shape
     mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
     spent = torch.zeros(batch, dtype=torch.int64)
     # Of the images that are not done yet, (b,): their coalitions and values so far.
     images = torch.arange(batch)
     coalitions, values = torch.empty(batch, 0, players, dtype=torch.bool), torch.empty(batch, 0, shown)
     for turn, total in enumerate(plan.totals):
-        left_to_spend = plan.totals[-1] - (plan.totals[turn - 1] if turn else 0)
-        if players <= MAX_ENUMERATED_PLAYERS and everything <= min(total, left_to_spend):
-            found = _enumerated(game, images, ends[images], players)
-            spent[images] += everything
-        else:
-            new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
-            coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
-            values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
-            found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
-            spent[images] = total
-        mean[images], error[images] = found.mean, found.standard_error
+        new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
+        coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
+        values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
+        found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
+        mean[images], error[images], spent[images] = found.mean, found.standard_error, total
         open_ = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
         images, coalitions, values = images[open_], coalitions[open_], values[open_]
         if not len(images):
             break
-    grid = explanation.attributions.shape[1:3]
-    maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
-    return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent)
+    return mean, error, spent
+
+
+def _sparing(
+    game: BatchGame, image: int, prior: Tensor, ends: Tensor, plan: Plan, number: int
+) -> tuple[Posterior, int]:
+    """`_sampled` for one image of few players, whose coalitions are soon drawn again: each is evaluated once.
+
+    In the first round that could pay for every coalition, those that are left are evaluated: the values are exact then.
+
+    Args:
+        game: of the batch.
+        image: its place in the batch.
+        prior: (N, C), predicted Shapley values.
+        ends: (2, C), the values of nobody and of everybody.
+        plan: how many evaluations.
+        number: the image's among all that are explained.
+
+    Returns:
+        The posterior, and the evaluations spent.
+    """
+    players = len(prior)
+    every, source = all_coalitions(players), plan.source(0, 1 + number)  # (2**N, N)
+    table = prior.new_zeros(2**players, prior.shape[1])  # (2**N, C): v(S) by the row of S in `every`
+    table[0], table[-1] = ends
+    known, drawn = {0, 2**players - 1}, list[int]()
+    for total in plan.totals:
+        exact = pays_for_all(total, players)
+        rows = list(range(2**players)) if exact else _drawn(players, total + 2 - len(known), known, source)
+        new = sorted(set(rows) - known)
+        table[new] = game.values(torch.tensor([image]), every[new][None])[0]
+        known.update(new)
+        drawn += rows
+        found = exact_posterior(table) if exact else shapley_posterior(prior, every[drawn], table[drawn], *ends)
+        if exact or bool((found.relative_error <= plan.relative_error).all()):
+            break
+    return found, len(known) - 2
+
+
+def _drawn(players: int, count: int, known: set[int], source: torch.Generator) -> list[int]:
+    """Rows of `all_coalitions`, drawn in pairs until `count` are new, or until the few that are would take too long."""
+    rows, new = list[int](), set[int]()
+    for _ in range(REPEATS):
+        sizes = sample_sizes(players, max(count, FIRST_ROUND) // 2, source)  # (m / 2,)
+        coalitions = sample_in_turns(players, sizes, source)  # (m, N)
+        pairs = (coalitions.long() << torch.arange(players)).sum(dim=1).unflatten(0, (-1, 2))  # (m / 2, 2)
+        for pair in pairs.tolist():
+            if len(new) == count:
+                return rows
+            rows += pair
+            new.update(set(pair) - known)
+    return rows
 
 
 def _enumerated(game: BatchGame, images: Tensor, ends: Tensor, players: int) -> Posterior:

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+from .atomic import write_together
 from .errors import CheckpointError, redacted
-from .files import write_together
 from .reading import read_json
 
 _UNREACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError)

@@ -138,6 +138,14 @@ def sample_paired_coalitions(players: int, count: int, generator: torch.Generato
     return sample_pairs(1, players, count // 2, generator)[0]  # (1, M, N) -> (M, N)
 
 
+def pays_for_all(evaluations: int, players: int) -> bool:
+    """Whether so many model evaluations are enough for every coalition but nobody and everybody, `2**N - 2` of them.
+
+    Sampling with such a budget would be no cheaper than the exact values, and not exact.
+    """
+    return players <= MAX_ENUMERATED_PLAYERS and evaluations >= 2**players - 2
+
+
 def all_coalitions(players: int) -> Tensor:
     """Enumerate every coalition; the row index is the bitmask of the present players.
 

@@ -1,6 +1,7 @@
 """`explain(refine=...)`: the model's own Shapley values, however images are batched and players removed."""
 
 import warnings
+from collections import defaultdict
 
 import families
 import matching
@@ -8,7 +9,8 @@ import pytest
 import torch
 from families import images, wrap
 
-from shapadapter import Explanation, PatchGame, explain
+from shapadapter import Explanation, PatchGame, attribute, explain
+from shapadapter.refining import BatchGame
 
 SMALL = {"interpolate_pos_encoding": True}  # 2 x 4 players: 254 coalitions besides nobody and everybody
 TEXTS = ["a cat", "a dog", "two dogs"]
@@ -151,13 +153,85 @@ def test_until_the_budget_ends(model):
 
 
 def test_until_few_players_are_enumerated(model, exact):
-    found = explain(model, images(3, 16, 32), refine="until", relative_error=0.01, **SMALL)
-    assert error(found, exact) < 1e-5
-    assert (found.relative_errors == 0).all()
-    assert (found.evaluations <= 4096).all()
-    with pytest.warns(UserWarning, match="after 300"):  # 216 are spent when all 254 would be the next step
-        found = explain(model, images(3, 16, 32), refine="until", relative_error=0.01, max_refine=300, **SMALL)
-    assert found.evaluations.tolist() == [300] * 3
+    for most in (4096, 300, 254):  # from 254 on there is enough for all of them
+        found = explain(
+            model, images(3, 16, 32), refine="until", relative_error=0.01, max_refine=most, batch_size=2, **SMALL
+        )
+        assert error(found, exact) < 1e-5
+        assert not found.standard_errors.any()
+        assert found.evaluations.tolist() == [254] * 3
+    with pytest.warns(UserWarning, match="after 252"):
+        found = explain(model, images(3, 16, 32), refine="until", relative_error=0.01, max_refine=252, **SMALL)
+    assert (found.evaluations <= 252).all()
+    assert error(found, exact) > 1e-4
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The coalitions that are evaluated from here on, of each image, by its first pixel."""
+    seen = defaultdict(list)
+    values = BatchGame.values
+
+    def watched(game, chosen, coalitions):
+        for image, several in zip(chosen.tolist(), coalitions, strict=True):
+            seen[game.inputs["pixel_values"][image, 0, 0, 0].item()].extend(map(tuple, several.tolist()))
+        return values(game, chosen, coalitions)
+
+    monkeypatch.setattr(BatchGame, "values", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 24), (16, 40)])  # 4, 9 and 10 players
+def test_until_evaluates_no_coalition_twice_and_ends_exactly(model, evaluated, height, width):
+    players = height * width // 64
+    pixels, everything = images(2, height, width), 2**players - 2
+    truth = torch.stack([PatchGame(model, image, **SMALL).exact() for image in pixels])
+    for most in (everything, everything + 2, 4096):
+        evaluated.clear()
+        found = explain(model, pixels, refine="until", relative_error=1e-6, max_refine=most, **SMALL)
+        assert [len(several) for several in evaluated.values()] == found.evaluations.tolist() == [everything] * 2
+        assert all(len(set(several)) == everything for several in evaluated.values())
+        assert not found.standard_errors.any()
+        assert (found.attributions.flatten(1, 2) - truth).abs().max() < 1e-5
+    for most in (2, 10, everything - 2):
+        evaluated.clear()
+        with pytest.warns(UserWarning, match=f"after {most} evaluations"):
+            found = explain(model, pixels, refine="until", relative_error=1e-6, max_refine=most, **SMALL)
+        assert [len(several) for several in evaluated.values()] == found.evaluations.tolist()
+        assert all(len(set(several)) == len(several) <= most for several in evaluated.values())
+        assert (found.standard_errors > 0).all()
+
+
+def test_coalitions_that_were_drawn_before_cost_nothing_and_the_errors_stay_true(model):
+    pixels = images(20, 16, 32)
+    truth = torch.stack([PatchGame(model, image, **SMALL).exact() for image in pixels])  # (20, 8, 5)
+    with pytest.warns(UserWarning, match="after 100"):
+        found = explain(model, pixels, refine="until", relative_error=1e-6, max_refine=100, **SMALL)
+    assert found.evaluations.tolist() == [100] * 20
+    inside = (found.attributions.flatten(1, 2) - truth).abs() <= 1.96 * found.standard_errors.flatten(1, 2)
+    assert inside.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("method", ["kernel_shap", "permutation", "refined"])
+def test_methods_that_sample_are_exact_where_all_coalitions_are_paid_for(model, evaluated, method):
+    pixels = images(2, 16, 32)
+    truth = torch.stack([PatchGame(model, image, **SMALL).exact() for image in pixels])
+    for budget in (254, 1000):
+        evaluated.clear()
+        found = attribute(model, pixels, method=method, evaluations=budget, **SMALL)
+        assert [len(set(several)) for several in evaluated.values()] == found.evaluations.tolist() == [254, 254]
+        assert (found.attributions.flatten(1, 2) - truth).abs().max() < 1e-5
+        assert found.standard_errors is None or not found.standard_errors.any()
+    found = attribute(model, pixels, method=method, evaluations=252, **SMALL)
+    assert (found.attributions.flatten(1, 2) - truth).abs().max() > 1e-4
+
+
+def test_a_game_is_exact_where_all_coalitions_are_paid_for(model):
+    game = PatchGame(model, images(1, 16, 32)[0], **SMALL)
+    estimate, error = game.kernel_shap(256, torch.Generator())
+    assert torch.equal(estimate, game.exact())
+    assert error.tolist() == [0.0] * 5
+    assert (game.kernel_shap(252, torch.Generator())[1] > 0).all()
 
 
 def test_coalitions_are_evaluated_together_and_the_mode_is_left(model):

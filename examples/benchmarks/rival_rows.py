@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trainings import DEVICE, Setting, accuracy_of
 from transformers import AutoModelForImageClassification
 
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 from shapadapter.game import PatchGame
 from shapadapter.metrics import pearson, relative_l2
 

@@ -27,7 +27,7 @@ from trainings import BATCH, DEVICE, Setting, fit, save_merged, steps_of, wrappe
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyTrainer
-from shapadapter.files import write_together
+from shapadapter.atomic import write_together
 from shapadapter.game import PatchGame, active_layer
 from shapadapter.objective import coalition_sums, project_on_efficiency
 from shapadapter.outputs import ShapleyOutput

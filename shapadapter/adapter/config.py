@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import torch
@@ -15,6 +16,7 @@ from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
+from shapadapter.atomic import write_together
 from shapadapter.card import read_pictures, settled, write_card
 from shapadapter.card.escaping import code, one_line
 from shapadapter.errors import CheckpointError, FieldError
@@ -252,7 +254,11 @@ class ShapleyConfig(LoraConfig):
         self.check()
         break_links(Path(save_directory), WRITTEN)
         self.record = settled(self.record, self.weights, Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as place:
+            super().save_pretrained(place, **kwargs)
+            write_together({folder / CONFIG_NAME: (Path(place) / CONFIG_NAME).read_bytes()})
         self.write_card(save_directory)
 
     def write_card(self, folder: str | Path) -> None:

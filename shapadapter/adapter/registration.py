@@ -19,13 +19,14 @@ def register() -> None:
     PEFT accepts members of its enum only, and transformers asks them for `.value`, so the member has to be real.
     """
     _extend_enum()
-    from .cards import install, wrap_method
+    from . import cards, saving
     from .config import ShapleyConfig, check_files_when_read
     from .model import ShapleyModel
 
-    install()
+    cards.install()
+    saving.install()
     check_files_when_read()
-    wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
+    cards.wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")

@@ -5,18 +5,22 @@ All of them play the game the adapter is trained for, with its removal operator 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from shapadapter.refining import BatchGame
-from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs, sample_sizes
+from shapadapter.shapley import all_coalitions, exact_shapley_values, pays_for_all, sample_pairs, sample_sizes
 from shapadapter.shapley import kernel_shap as fit
 
 from .case import Answer, Case
 
 
 def kernel_shap(case: Case) -> Answer:
-    """KernelSHAP with paired coalitions of the exact kernel law (Lundberg & Lee 2017; Covert & Lee 2021)."""
+    """KernelSHAP with paired coalitions of the exact kernel law (Lundberg & Lee 2017; Covert & Lee 2021); exact if paid for."""
+    if pays_for_all(case.evaluations, case.players):
+        return exact(case)
     pairs = case.evaluations // 2
     # All images share the sizes, so that coalitions of one size are a rectangular batch; the players are their own.
     sizes = sample_sizes(case.players, pairs, case.source())  # (P,)
@@ -30,12 +34,15 @@ def permutation(case: Case) -> Answer:
     """Mean gains in random orders of joining, each used forwards and backwards (Castro et al. 2009; Mitchell et al. 2022).
 
     The gains of one order sum to v(all) - v(empty), so the estimate does. The pairs of orders are independent: their
-    spread gives the standard errors.
+    spread gives the standard errors. With as many evaluations as there are coalitions the values are exact.
 
     Raises:
         ValueError: not even one pair of orders can be paid.
     """
     players = case.players
+    if pays_for_all(case.evaluations, players):
+        answer = exact(case)
+        return replace(answer, standard_errors=torch.zeros_like(answer.maps))
     cost = 2 * (players - 1)
     pairs = case.evaluations // cost
     if pairs < 1:

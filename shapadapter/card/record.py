@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
-from shapadapter.files import write_together
 from shapadapter.reading import read_json
 
 from .facts import mapping

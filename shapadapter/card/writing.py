@@ -10,8 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
-from shapadapter.files import break_links, write_together
+from shapadapter.files import break_links
 
 from . import metadata, sections
 from .content import sections as content

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from shapadapter.locks import alone_in
+
 from .common import (
     OUTPUT,
     Base,
@@ -51,7 +53,7 @@ def command(
     config: Config = None,
 ) -> None:
     """Measure a fine-tuned model and its explanations, side by side with other methods."""
-    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say:
+    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
         from shapadapter.evaluation import evaluate_checkpoint
 
         quiet()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shapadapter.locks import alone_in
+
 from .common import (
     OUTPUT,
     Base,
@@ -62,7 +64,7 @@ def command(
 
     A second run with the same --output takes what has been measured from there.
     """
-    with reporting(context, json, "Run the command again to go on.") as say:
+    with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
         from shapadapter.evaluation import evaluate_checkpoint
         from shapadapter.loading import load
         from shapadapter.locating import called

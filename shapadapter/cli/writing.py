@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import secrets
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +12,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from shapadapter import __version__
+from shapadapter.atomic import naming, passing, remove_leftovers, write_together
 from shapadapter.explanation import Explanation
-from shapadapter.files import write_together
 from shapadapter.visual import draw_strip, write_page
 
 from .naming import Names, printable
@@ -40,13 +39,15 @@ class Written:
         self.page, self.pages = list[tuple[str, Explanation]](), 0
         self.documents = [JsonDocument(stream, checkpoint)] if stream is not None else []
         self.unfinished: Path | None = None
+        self.target = Path("the standard output") if output is None else output / "explanations.json"
         self.made = (
             [folder for folder in (output, *output.parents) if not folder.exists()] if output is not None else []
         )
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output)
             if "json" in formats:
-                self.unfinished = output / f".explanations.json.{secrets.token_hex(4)}.tmp"
+                self.unfinished = passing(output / "explanations.json")
                 self.documents.append(JsonDocument(self.unfinished.open("x", encoding="ascii"), checkpoint))
 
     def __enter__(self) -> Written:
@@ -66,9 +67,10 @@ class Written:
         except ValueError as error:  # not finite
             return self.refuse(path, error)
         if self.output is not None:
-            write_together({self.output / file: content for file, content in contents.items()})
-        for document in self.documents:
-            document.add({"path": shown, "files": sorted(contents), **entry(one)})
+            write_together({self.output / file: content for file, content in contents.items()}, tidy=False)
+        with naming(self.target):
+            for document in self.documents:
+                document.add({"path": shown, "files": sorted(contents), **entry(one)})
         self.count += 1
         if self.output is not None and "html" in self.formats:
             self.page.append((shown, one))
@@ -103,10 +105,12 @@ class Written:
             if kind is None:
                 if self.page:
                     self._write_page()
-                for document in self.documents:
-                    document.finish(self.errors)
+                with naming(self.target):
+                    for document in self.documents:
+                        document.finish(self.errors)
             if self.unfinished is not None:
-                self.documents[-1].handle.close()
+                with naming(self.target):
+                    self.documents[-1].handle.close()
             if kind is None and self.unfinished is not None and self.output is not None:
                 self.unfinished.replace(self.output / "explanations.json")
         finally:

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from shapadapter.atomic import whole_folder
 from shapadapter.errors import ShapleyError
 
+__all__ = ["claim", "whole_folder"]
+
 MARKER = ".shapadapter-demo"
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `path`, replacing what is there, when the block ends without error.
-
-    It is called as `path` is, because a model card says by which name its folder is loaded. An interruption leaves `path`
-    as it was and nothing else behind.
-    """
-    around, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
-    temporary = around / path.name
-    shutil.rmtree(around, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(around, ignore_errors=True)
-        raise
-    # Two renames and then the deletion: at no point is there half a folder under the name.
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    temporary.rename(path)
-    around.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def claim(folder: Path) -> None:

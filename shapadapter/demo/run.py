@@ -15,10 +15,11 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
 from shapadapter.explaining import explain
 from shapadapter.explanation import Explanation
-from shapadapter.files import write_together
+from shapadapter.locks import alone_in
 from shapadapter.visual import gallery, write_page
 
 from .digits import DigitScenes, build_digits
@@ -39,8 +40,12 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
         seed: seed of data, training and estimates.
         quick: a smoke run under a minute; its numbers mean little.
     """
-    scale = QUICK if quick else FULL
     claim(output)
+    with alone_in(output):
+        return _run(output, seed, QUICK if quick else FULL)
+
+
+def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     start = time.perf_counter()
     set_seed(seed)
     print("1/6  Real digits in cluttered scenes, with the digit's pixels as ground truth")
@@ -56,7 +61,7 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str
     _check_reload(explanation[:SHOWN], scenes, output)
     print("5/6  Compared with the truth")
     rows = _measure(model, explanation, scenes, (base_accuracy, accuracy), (output, scale, seed))
-    if quick:
+    if scale is QUICK:
         print("     A smoke run: these numbers mean little.")
     print(as_text(rows))
     print("6/6  Pictures")
@@ -133,7 +138,5 @@ def _spent(budget: int, players: int) -> str:
 
 def _draw(explanation: Explanation, digits: list[int], rows: list[tuple[str, str]], output: Path) -> None:
     figure = gallery(explanation)
-    unfinished = output / ".attributions.png"
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(output / "attributions.png")
+    figure.savefig(output / "attributions.png")
     write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=digits)

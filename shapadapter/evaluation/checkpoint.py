@@ -11,10 +11,11 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shapadapter.atomic import write_together
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.card import weights_digest
 from shapadapter.errors import ShapleyError
-from shapadapter.files import refuse_link, write_together
+from shapadapter.files import refuse_link
 from shapadapter.game import active_layer
 from shapadapter.loading import load
 from shapadapter.locating import called

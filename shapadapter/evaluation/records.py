@@ -12,8 +12,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError
-from shapadapter.files import refuse_link, write_together
+from shapadapter.files import refuse_link
 from shapadapter.reading import read_json
 
 Record = dict[str, Any]
@@ -74,7 +75,7 @@ class Records:
         """Write a record; it is never seen half-written."""
         if self.folder is not None:
             content = {"sha256": _sign(record), "record": record}
-            write_together({self.folder / f"{name}.json": json.dumps(content).encode()})
+            write_together({self.folder / f"{name}.json": json.dumps(content).encode()}, tidy=False)
 
 
 def _sign(record: Record) -> str:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
+from shapadapter.atomic import write_together
 from shapadapter.errors import CheckpointError, FieldError
-from shapadapter.files import write_together
 from shapadapter.metrics import EquivalentEvaluations, Interval
 from shapadapter.reading import checked, read_json, reading
 from shapadapter.schema import Between, FileName, fault, shown

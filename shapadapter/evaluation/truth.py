@@ -14,6 +14,7 @@ from shapadapter.shapley import (
     exact_shapley_values,
     kernel_shap,
     kernel_shap_error,
+    pays_for_all,
     sample_pairs,
     sample_sizes,
 )
@@ -29,7 +30,7 @@ class Truth:
     Attributes:
         values: (B, N) float64.
         errors: (B,) float64, their own relative L2 error, estimated; 0 where they are exact.
-        estimates: (B, budgets, N) float64, KernelSHAP with each budget, on coalitions of its own.
+        estimates: (B, budgets, N) float64, KernelSHAP with each budget, on coalitions of its own; exact if it pays for all.
     """
 
     values: Tensor
@@ -68,7 +69,10 @@ def find_truth(games: Games, indices: Sequence[int], evaluations: int, budgets: 
         ends = games.null.values, games.full.values  # (B, 1) each
         errors = kernel_shap_error(drawn, played[:, :evaluations, None], *ends)[:, 0]  # (B, 1) -> (B,)
         streamed = played[:, evaluations:]
-    fits = [_fit(games, stream[:, :budget], streamed[:, :budget]) for budget in budgets]  # (B, N) each
+    fits = [
+        values if pays_for_all(budget, games.players) else _fit(games, stream[:, :budget], streamed[:, :budget])
+        for budget in budgets
+    ]  # (B, N) each
     return Truth(values, errors, torch.stack(fits, dim=1))
 
 

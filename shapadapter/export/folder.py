@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shapadapter.files import to_disk
+from shapadapter.atomic import whole_folder
 from shapadapter.images import image_side
 
 from .deployed import Job
@@ -28,6 +26,7 @@ def new_folder(folder: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: there is a file of that name, or a folder with other files in it.
+        DiskFullError: there is no room for it.
     """
     final = Path(folder).resolve()
     foreign = [final.name] if final.is_file() else []
@@ -35,19 +34,8 @@ def new_folder(folder: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
         foreign = sorted(path.name for path in final.iterdir() if path.name not in names)
     if foreign:
         raise FileExistsError(f"{folder} holds {foreign[0]}, which is no part of an export: choose a new folder.")
-    mark = secrets.token_hex(4)
-    temporary, before = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            to_disk(path)
-        if final.exists():
-            final.rename(before)
-        temporary.rename(final)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(Path(folder)) as place:
+        yield place
 
 
 def write_companions(folder: Path, job: Job, processor: Any) -> None:

@@ -59,6 +59,7 @@ def export_onnx(
         ImageError: the images cannot be read, or are of several sizes.
         ShapleyError: texts or an active adapter are missing.
         FileExistsError: the folder holds other files.
+        DiskFullError: there is no room for it; what was there is unchanged.
         ImportError: a package is missing or too old.
     """
     _need_packages()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -64,11 +65,15 @@ def export_program(
         ImageError: the images cannot be read, or are of several sizes.
         ShapleyError: texts or an active adapter are missing.
         FileExistsError: the folder holds other files.
+        DiskFullError: there is no room for it; what was there is unchanged.
     """
     job = prepare(model, export_program, images, processor, texts, options)
     with new_folder(folder, (_FILE, *COMPANIONS)) as place:
         with quiet():
-            torch.export.save(_traced(job), place / _FILE, extra_files={"shapadapter.json": json.dumps(job.about)})
+            # By way of memory: torch ends the whole process where a disk is full.
+            content = io.BytesIO()
+            torch.export.save(_traced(job), content, extra_files={"shapadapter.json": json.dumps(job.about)})
+            (place / _FILE).write_bytes(content.getbuffer())
             run = torch.export.load(place / _FILE).module()
         write_companions(place, job, processor)
         with torch.no_grad():

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from shapadapter.adapter.config import check_files
+from shapadapter.atomic import write_together
 from shapadapter.card import CARD, compact, read_pictures, settled, weights_digest, write_card
 from shapadapter.card.record import CONFIG
 from shapadapter.errors import ShapleyError
 from shapadapter.evaluation import Evaluation
 from shapadapter.explaining import explain
-from shapadapter.files import refuse_links, write_together
+from shapadapter.files import refuse_links
 from shapadapter.loading import load
 from shapadapter.reading import read_json, read_tensors
 from shapadapter.training.checkpoints import resealed

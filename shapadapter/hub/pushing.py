@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, constants
 from peft.utils import CONFIG_NAME
 
+from shapadapter.atomic import naming
 from shapadapter.card import card_for_push
 from shapadapter.errors import ShapleyError, redacted
 from shapadapter.loading import find_base, load
@@ -160,7 +161,8 @@ def _upload(
 def _staged(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """A passing copy of those files of a folder that belong to the upload."""
     with tempfile.TemporaryDirectory() as place:
-        copy_files(folder, Path(place), patterns)
+        with naming(Path(place)):
+            copy_files(folder, Path(place), patterns)
         yield Path(place)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 
 from shapadapter.adapter import ShapleyLayer
+from shapadapter.atomic import naming
 from shapadapter.card import read_config, write_card, write_record
 from shapadapter.visual import sample_pictures
 
@@ -53,8 +54,13 @@ class CardingTrainer(Trainer):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer`'s saving, with a model card; one that is not a checkpoint gets pictures of held-out images."""
-        super().save_model(output_dir, _internal_call)
+        """`Trainer`'s saving, with a model card; one that is not a checkpoint gets pictures of held-out images.
+
+        Raises:
+            DiskFullError: There is no room for it.
+        """
+        with naming(Path(str(output_dir or self.args.output_dir))):
+            super().save_model(output_dir, _internal_call)
         pushed = self.args.push_to_hub and not _internal_call  # which has saved and drawn
         if not self._saving and not pushed:
             self._draw(Path(str(output_dir or self.args.output_dir)))

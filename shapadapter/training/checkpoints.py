@@ -15,9 +15,9 @@ from typing import Annotated, Literal, TypedDict
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from shapadapter.atomic import to_disk, write_together
 from shapadapter.card import CARD, PICTURES
 from shapadapter.errors import CheckpointError
-from shapadapter.files import to_disk, write_together
 from shapadapter.reading import open_tensors, read_json, reading
 from shapadapter.schema import Between, FileName, shown
 

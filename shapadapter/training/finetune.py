@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 
 from shapadapter.adapter import ShapleyConfig
+from shapadapter.atomic import naming
 from shapadapter.errors import ShapleyError, UnreadableImageError
 from shapadapter.explaining import explain
 from shapadapter.images import open_image
@@ -27,6 +28,7 @@ from shapadapter.visual import gallery
 
 from .arguments import ShapleyTrainingArguments
 from .checkpoints import last_whole_checkpoint
+from .resuming import running_alone
 from .sources import check_data, check_model, columns, not_loaded
 from .trainer import ShapleyTrainer
 
@@ -144,7 +146,12 @@ def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | 
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
-    """Train, save, evaluate, explain."""
+    """Train, save, evaluate, explain; while no other run writes into the same folder."""
+    with running_alone(training_args, str(training_args.output_dir)):
+        _run(args, training_args)
+
+
+def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
     check_model(args.model_name_or_path)
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
@@ -158,7 +165,8 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         compute_metrics=accuracy,
     )
     result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
-    finish(trainer, result.metrics, images["test"], args.explained_images)
+    with naming(Path(str(training_args.output_dir))):
+        finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset_name)
     trainer.accelerator.end_training()  # torch may abort a process that ends with its group open

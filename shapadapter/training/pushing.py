@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from shapadapter.atomic import passing
 from shapadapter.card import card_for_push
 from shapadapter.errors import redacted
 from shapadapter.files import refuse_link
@@ -124,7 +124,8 @@ class PushingTrainer(Trainer):
             for path in paths:
                 refuse_link(path, source)
         # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
-        copy = Path(tempfile.mkdtemp(prefix="_push-", dir=run))
+        copy = passing(run / "push")
+        copy.mkdir()
         for source, paths in found.items():
             for path in paths:
                 place = copy / path.relative_to(source)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shapadapter.errors import CheckpointError
+from shapadapter.atomic import free_megabytes
+from shapadapter.errors import CheckpointError, DiskFullError, ShapleyError
+from shapadapter.locks import alone_in
 
 from .checkpoints import (
     MANIFEST,
@@ -79,7 +80,8 @@ class ResumableTrainer(PushingTrainer):
         try:
             yield
         except BaseException as error:
-            free = _free(folder)
+            free = free_megabytes(folder)
+            reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
             # Only the process that declares it whole: another one might come too late and take back a whole one.
             if self.args.should_save:
                 discard(folder)
@@ -88,24 +90,27 @@ class ResumableTrainer(PushingTrainer):
             before = next((one for one in newest_first(folder.parent) if trouble_with(one) is None), None)
             remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
             raise CheckpointError(
-                f"Could not save {folder} ({type(error).__name__}: {error}; {free:,.1f} MB were free there). "
+                f"Could not save {folder} ({type(reason).__name__}: {reason}; {free:,.1f} MB were free there). "
                 f"{remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
             ) from error
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s training, from a whole checkpoint.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
+            trial: as for `Trainer`.
             args: as for `Trainer`.
             kwargs: as for `Trainer`.
 
         Raises:
             CheckpointError: The checkpoint is not whole, or with True none is.
+            ShapleyError: Another run is writing into the same folder.
         """
-        return super().train(self._chosen(resume_from_checkpoint), *args, **kwargs)
+        with running_alone(self.args, self._get_output_dir(trial)):
+            return super().train(self._chosen(resume_from_checkpoint), trial, *args, **kwargs)
 
     def _chosen(self, wish: Any) -> str | None:
         """The checkpoint to go on from, the same in every process; None to start anew."""
@@ -190,7 +195,24 @@ def _has_manifest(folder: Path) -> str | None:
     return MANIFEST if (folder / MANIFEST).exists() else None
 
 
-def _free(folder: Path) -> float:
-    """Megabytes that are free on the disk of a folder that may not exist."""
-    home = next((one for one in (folder, *folder.parents) if one.is_dir()), Path())
-    return shutil.disk_usage(home).free / 1e6
+@contextmanager
+def running_alone(args: Any, folder: str | Path) -> Iterator[None]:
+    """`alone_in` for all processes of a training: the main one takes the lock, and if it cannot, all are refused.
+
+    Args:
+        args: The training's arguments.
+        folder: Where it writes.
+
+    Raises:
+        ShapleyError: Another run is writing there.
+    """
+    with ExitStack() as stack:
+        refusal: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                stack.enter_context(alone_in(Path(folder)))
+            except ShapleyError as error:
+                refusal = [str(error)]
+        if said := broadcast_object_list(refusal)[0]:
+            raise ShapleyError(said)
+        yield

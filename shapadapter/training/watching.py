@@ -15,11 +15,11 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
+from shapadapter.atomic import whole_file
 from shapadapter.augmenting import seeded
 from shapadapter.collator import TEXT_COLUMNS, find_column
 from shapadapter.explaining import explain
 from shapadapter.explanation import Explanation
-from shapadapter.files import write_together
 from shapadapter.visual import gallery
 
 from .glance import some_rows
@@ -78,9 +78,8 @@ class AttributionMaps(TrainerCallback):
                 taken = True
         if not taken:
             folder.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            picture.save(content, format="png")
-            write_together({folder / f"{name}-{step:06d}.png": content.getvalue()})
+            with whole_file(folder / f"{name}-{step:06d}.png") as file:
+                picture.save(file, format="png")
 
 
 def explained(trainer: Any, dataset: Any, images: int) -> tuple[Explanation, Any]:

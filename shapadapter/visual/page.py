@@ -11,8 +11,8 @@ from typing import Protocol
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from shapadapter.atomic import write_together
 from shapadapter.explanation import Explanation
-from shapadapter.files import write_together
 from shapadapter.metrics import Interval
 from shapadapter.visual.charts import charts
 from shapadapter.visual.entries import entry

@@ -68,7 +68,7 @@ def test_the_trainer_pushes_each_checkpoint_in_one_commit(author, hub):
     steps = [f"Training in progress, step {step}" for step in (3, 2, 1)]
     assert [title for title in titles if title in steps] == steps
     assert titles[-1] == "initial commit"
-    assert not list(author.folder.glob("run/_push-*"))
+    assert not list(author.folder.glob("run/.*.tmp"))
     repo = hub.repos["model", "ada/trained"]
     for sha, (files, title, _) in repo.commits.items():
         if title in steps:  # none of them is half of an adapter

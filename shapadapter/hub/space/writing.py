@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from shapadapter.atomic import whole_folder
 from shapadapter.card.escaping import one_line
 from shapadapter.errors import ShapleyError
 
@@ -36,7 +36,7 @@ def write_space(
 
     The Hub is not asked. A checkpoint on the Hub, and a base model there, is named; a folder is copied, with `copy_base` the
     folder of its base, too, so that the Space runs anywhere: it is then as large as both together. Of a Space that is
-    written again, what this function once wrote is replaced, and other files stay.
+    written again, what this function once wrote is replaced, all at once, and other files stay.
 
     Args:
         checkpoint: the folder of an adapter, or its name on the Hub.
@@ -55,6 +55,7 @@ def write_space(
         ShapleyError: there is no such checkpoint, its base is a folder here and is not to be copied, or the folder holds
             something else.
         CheckpointError: files of the checkpoint are damaged, or links out of its folder.
+        DiskFullError: there is no room for it; what was there is unchanged.
         ImageError: an example is not a PNG, JPEG or WebP image, or too large.
     """
     source, folder = Source.of(checkpoint), Path(folder)
@@ -75,17 +76,11 @@ def write_space(
         "app.py": program(source, title, revision, bool(examples)),
         "requirements.txt": requirements(source),
     }
-    place = folder.resolve()
-    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
-        source.copy(unfinished)
-        _copy_examples(examples, unfinished / "examples")
+    with whole_folder(folder, ours=(*FILES, *FOLDERS)) as place:
+        source.copy(place)
+        _copy_examples(examples, place / "examples")
         for name, text in texts.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        _take_place(unfinished, place)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            (place / name).write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for name in FOLDERS for path in (folder / name).glob("*"))
     logger.info("Wrote the Space %s; its models and samples have %.1f MB.", folder, size / 2**20)
     return folder
@@ -107,16 +102,3 @@ def _copy_examples(examples: Sequence[str | Path], target: Path) -> None:
         open_upload(Path(path))  # what visitors may not upload is no sample
         suffix = Path(path).suffix.lower()
         shutil.copyfile(path, target / f"{number:03d}{suffix if suffix in SUFFIXES else '.png'}")
-
-
-def _take_place(unfinished: Path, folder: Path) -> None:
-    """Give a finished Space its name; into one that is there, move part for part, the program last."""
-    if not folder.exists():
-        unfinished.rename(folder)
-        return
-    for name in (*FOLDERS, "README.md", "requirements.txt", "app.py"):
-        old, new = folder / name, unfinished / name
-        if old.is_dir():
-            old.rename(unfinished / f"old-{name}")
-        if new.exists():
-            new.replace(old)

@@ -1,0 +1,121 @@
+"""What the commands write: alone in a folder, cleaned after a kill, and one sentence where there is no room."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from commands import error_of, run
+
+from shapadapter.atomic import passing
+from shapadapter.locks import NAME
+from shapadapter.training import finetune
+
+pytest.importorskip("fcntl")
+HOLD = """
+import sys, pathlib
+from shapadapter.locks import alone_in
+with alone_in(pathlib.Path(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+DISK_FULL = "could not be written: File too large"
+
+
+@contextmanager
+def another_run(folder):
+    """Another process is in a folder, until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def small_disk(most: int):
+    """No file can have more bytes; writing more fails half-way, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def left_by_a_killed_run(file: Path) -> Path:
+    """A passing file whose process has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = Path(str(passing(file)).replace(f"-{os.getpid()}-", f"-{process.pid}-"))
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("half")
+    return left
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_two_evaluations_into_one_folder(command, tmp_path):
+    words = (command, "out", "--data", "photos", "--images", 2, "--methods", "shapadapter", "--output", tmp_path / "a")
+    with another_run(tmp_path / "a") as number:
+        said = error_of(*words)
+        assert f"{tmp_path}/a is in use by another run (process {number} on " in said
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [NAME]
+    left = left_by_a_killed_run(tmp_path / "a" / "table.md")
+    run(*words)
+    found = {path.name for path in (tmp_path / "a").iterdir()}
+    assert found - {"report.html"} == {"evaluation.json", "table.md", "curves.png", "records"}
+    assert not left.exists()
+
+
+def test_a_training_into_a_folder_in_use_is_refused_before_it_reads_anything(tmp_path, monkeypatch):
+    words = ["--model_name_or_path", "base", "--image_folder", "photos", "--output_dir", tmp_path, "--use_cpu"]
+    given = finetune.parser().parse_args_into_dataclasses(list(map(str, words)), look_for_args_file=False)
+    monkeypatch.setattr(finetune, "load_images", lambda *_: pytest.fail("it has read the images"))
+    with another_run(tmp_path) as number, pytest.raises(finetune.ShapleyError, match=rf"\(process {number} on "):
+        finetune.main(*given)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_folder_in_use_is_free_for_what_ends_whole(tmp_path):
+    with another_run(tmp_path / "space"):
+        pass  # it was killed: its lock is in the folder
+    (tmp_path / "space" / NAME).unlink()
+    run("space", "out", tmp_path / "space")
+    run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", "json,html")
+    left = [left_by_a_killed_run(tmp_path / name) for name in ("space", "program", "maps/explanations.json")]
+    run("space", "out", tmp_path / "space")
+    run("export", "out", tmp_path / "program", "--to", "torch", "--images", "photos/ant")
+    run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", "json,html")
+    assert not any(path.exists() for path in left)
+    assert {path.name for path in tmp_path.iterdir()} == {"space", "program", "maps"}
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"explanations.json", "explanations.html"}
+
+
+@pytest.mark.parametrize(
+    ("formats", "most", "name"),
+    [("png", 5_000, ".png"), ("html", 20_000, ".html"), ("json", 300, "explanations.json")],
+)
+def test_explanations_without_room_are_one_sentence(tmp_path, formats, most, name):
+    with small_disk(most):
+        found = run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", formats, code=1)
+    (said,) = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    assert f"{name} {DISK_FULL}" in said
+    assert str(tmp_path / "maps") in said
+    assert not (tmp_path / "maps").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("export", "out", "PLACE", "--to", "torch", "--images", "photos/ant"), ("space", "out", "PLACE")]
+)
+def test_a_folder_without_room_is_one_sentence_and_not_there(words, tmp_path):
+    with small_disk(3_000):
+        said = error_of(*[tmp_path / "new" if word == "PLACE" else word for word in words])
+    assert said.startswith(f"Error: {tmp_path}/new {DISK_FULL}")
+    assert not list(tmp_path.iterdir())
