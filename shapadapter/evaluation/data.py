@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from shapadapter.collator import IMAGE_COLUMNS, ImageCollator
+from shapadapter.collator import ImageCollator
 from shapadapter.errors import ImageError, ShapleyError
-from shapadapter.images import IMAGE_INPUTS
+from shapadapter.images import IMAGE_COLUMNS, IMAGE_INPUTS
 from shapadapter.labels import LABEL_COLUMNS, as_model_counts
 
 MASKS = "mask"
@@ -57,10 +57,11 @@ class Rows:
             raise ShapleyError(
                 f"Expected a data set, got splits of one: choose a split, e.g. data[{next(iter(dataset), 'test')!r}]."
             )
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        listed = hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes)
+        if not listed or not hasattr(dataset, "__len__") or not len(dataset):
             raise ShapleyError(
                 "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
-                f"{'an empty' if hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
+                f"{'an empty' if listed and hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
             )
         self.dataset = dataset
         self.counted = as_model_counts(dataset, names, REMEDY)
