@@ -86,16 +86,22 @@ def each(images: Any) -> Iterator[Any]:
         images = column if isinstance(column := _of_row(images), list) else images
     elif getattr(getattr(images, "dtype", None), "kind", None) in ("O", "U", "S", "T"):  # an array of paths or images
         images = images.tolist()
-    if isinstance(images, Tensor) or hasattr(images, "__array__"):
-        single = images.ndim <= 3
-    else:
-        single = isinstance(images, str | bytes | bytearray | Mapping | Image.Image) or hasattr(images, "read")
-    if single or _is_pair(images) or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+    if is_one(images):
         yield images
     elif hasattr(images, "__iter__"):
         yield from images
     else:  # torch's data sets end where their length says
         yield from (images[index] for index in range(len(images)))
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image, or nothing that could hold several."""
+    if isinstance(images, Mapping):
+        return not isinstance(_of_row(images), list)
+    if isinstance(images, Tensor) or hasattr(images, "__array__"):
+        return bool(images.ndim <= 3)
+    single = isinstance(images, str | bytes | bytearray | Image.Image) or hasattr(images, "read") or _is_pair(images)
+    return single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))
 
 
 def _is_pair(image: Any) -> bool:

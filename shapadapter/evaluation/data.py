@@ -54,6 +54,8 @@ class Rows:
 
     def __init__(self, dataset: Any, processor: Any | None, names: Mapping[int, str] | None = None) -> None:
         if isinstance(dataset, Mapping):
+            if set(IMAGE_COLUMNS) & dataset.keys():
+                raise ShapleyError("Expected a data set, got a single row: pass a list of rows, [row].")
             raise ShapleyError(
                 f"Expected a data set, got splits of one: choose a split, e.g. data[{next(iter(dataset), 'test')!r}]."
             )
@@ -62,6 +64,10 @@ class Rows:
             raise ShapleyError(
                 "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
                 f"{'an empty' if listed and hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
+            )
+        if not isinstance(dataset[0], Mapping | tuple):
+            raise ShapleyError(
+                f"Expected rows with an image column, got {type(dataset[0]).__name__}: pass [{{'image': image}}, ...]."
             )
         self.dataset = dataset
         self.counted = as_model_counts(dataset, names, REMEDY)

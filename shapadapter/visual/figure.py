@@ -186,7 +186,7 @@ def draw_comparison(
     draw_panel(canvas, MARGIN, top, panel, rows[0].picture, title)
     for place, (one, row) in enumerate(zip(explanations, rows, strict=True)):
         left, sums = MARGIN + (place + 1) * (PANEL + GAP), one.sums_to_logits
-        title = f"{fit(one_line(one.method))}\n{row.shown[0].sum if sums else ''}"
+        title = f"{fit(one_line(one.method))}\n{'Σφ=' + row.shown[0].sum if sums else ''}"
         mark(draw_panel(canvas, left, top, panel, row.pixels[0], title), row.shown[0], row)
         if sums:
             draw_bar(canvas, left + PANEL / 2, top - panel[1], row.limit, row.notes)

@@ -14,7 +14,7 @@ from shapadapter.explanation import Explanation
 from .canvas import BAR, GAP, LINE, MARGIN, PANEL, SMALL, TITLE, Canvas, draw_bar, draw_panel, fit, new_canvas
 from .maps import Bytes, Floats, overlay, symmetric_limit
 from .marks import exponent, hatch, mark_signs, outline, panel_for_numbers, strongest, write_numbers
-from .wording import Column, one_line, superscript, unit
+from .wording import MINUS, Column, one_line, superscript, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def mark(axes: Axes, column: Column, row: Row) -> None:
     if row.look.contour is not None:
         outline(axes, strongest(values, row.look.contour))
     if row.look.numbers:
-        write_numbers(axes, values, row.limit)
+        write_numbers(axes, values, row.limit, float(column.sum.replace(MINUS, "-")))
     else:
         mark_signs(axes, _kept(column, row.look), row.limit)
 

@@ -10,7 +10,7 @@ from shapadapter.explanation import Explanation
 from .fonts import Font, writable
 from .maps import Floats, overlay, symmetric_limit
 from .marks import DARK_BLUE, DASH, speaks_against
-from .wording import MINUS, Column, columns, number, one_line
+from .wording import MINUS, Column, columns, one_line
 
 HEIGHT = 184
 """Of image and maps, in pixels: four of them beside each other are as wide as a page of the Hub."""
@@ -88,7 +88,7 @@ def _mark(drawn: Image.Image, values: Floats, limit: float) -> None:
 
 
 def _texts(column: Column) -> tuple[str, str]:
-    return column.label, f"{column.probability}, sum {number(float(column.values.double().sum()), sign=True)}"
+    return column.label, f"{column.probability}, sum {column.sum}"
 
 
 def _fitting(line: str, font: Font, width: int) -> str:
