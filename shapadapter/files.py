@@ -17,8 +17,8 @@ from torch import Tensor
 from shapadapter.errors import CheckpointError
 
 FORMAT = "shapadapter.explanation"
-FORMAT_VERSION = 2
-"""2 added standard errors, evaluations and the method; a file of version 1 has none of them and is still read."""
+FORMAT_VERSION = 3
+"""2 added standard errors, evaluations and the method, 3 the frames of originals; older files are still read."""
 
 TENSORS_NAME = "explanation.safetensors"
 JSON_NAME = "explanation.json"
