@@ -6,7 +6,6 @@ import io
 import json
 import secrets
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -85,7 +84,7 @@ class Written:
         return told
 
     def _contents(self, one: Explanation, name: str, image: Any) -> dict[str, bytes]:
-        makers = {"png": partial(picture, image=image), "npz": archive}
+        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
         wanted = makers if self.output is not None else {}
         return {f"{name}.{kind}": make(one) for kind, make in wanted.items() if kind in self.formats}
 
