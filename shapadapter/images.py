@@ -84,7 +84,7 @@ def each(images: Any) -> Iterator[Any]:
     """The images in one image or many, one by one; those of a generator are taken as they are asked for."""
     if isinstance(images, Mapping):  # a row, or several as `datasets` slices them
         images = column if isinstance(column := _of_row(images), list) else images
-    elif getattr(getattr(images, "dtype", None), "kind", None) in ("O", "U", "S", "T"):  # an array of paths or images
+    elif _is_of_objects(images):
         images = images.tolist()
     if is_one(images):
         yield images
@@ -99,9 +99,14 @@ def is_one(images: Any) -> bool:
     if isinstance(images, Mapping):
         return not isinstance(_of_row(images), list)
     if isinstance(images, Tensor) or hasattr(images, "__array__"):
-        return bool(images.ndim <= 3)
+        return images.ndim <= 3 and not _is_of_objects(images)
     single = isinstance(images, str | bytes | bytearray | Image.Image) or hasattr(images, "read") or _is_pair(images)
     return single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))
+
+
+def _is_of_objects(images: Any) -> bool:
+    """Whether this is an array of paths or images."""
+    return getattr(getattr(images, "dtype", None), "kind", None) in ("O", "U", "S", "T")
 
 
 def _is_pair(image: Any) -> bool:
@@ -199,7 +204,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return upright.convert("RGB")
     # Pillow knows no way from premultiplied grey to RGBA.
     layer = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
-    if layer.getextrema()[3][0] < 255:  # type: ignore[index] # the least of alpha
+    if min(layer.getchannel("A").getextrema()) != 255:
         warnings.warn("The transparent parts of images are laid on white.", stacklevel=3)
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 

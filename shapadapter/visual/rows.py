@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shapadapter.exchange import Box
 from shapadapter.explanation import Explanation
 
 from .canvas import BAR, GAP, LINE, MARGIN, PANEL, SMALL, TITLE, Canvas, draw_bar, draw_panel, fit, new_canvas
 from .maps import Bytes, Floats, symmetric_limit
 from .marks import exponent, hatch, mark_signs, outline, panel_for_numbers, strongest, write_numbers
-from .originals import Box, lay, note, picture_of
+from .originals import lay, note, picture_of
 from .wording import MINUS, Column, one_line, superscript, unit
 
 if TYPE_CHECKING:

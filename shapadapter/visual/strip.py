@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from shapadapter.exchange import Box
 from shapadapter.explanation import Explanation
 
 from .fonts import Font, writable
 from .maps import Floats, symmetric_limit
 from .marks import DARK_BLUE, DASH, speaks_against
-from .originals import Box, lay, picture_of
+from .originals import lay, picture_of
 from .wording import MINUS, Column, columns, one_line
 
 HEIGHT = 184
