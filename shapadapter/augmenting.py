@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .collator import image_column
-from .images import open_image
+from .images import image_column, open_image
 
 
 class Augmented(Dataset):
@@ -63,7 +62,8 @@ class Augmented(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = dict(self.dataset[index])
         column = image_column(row)
-        image = open_image(row.pop(column))
+        given = row.pop(column)
+        image = given if isinstance(given, Tensor | np.ndarray) else open_image(given)
         with seeded(self.seed, int(self._epoch), index % len(self)):
             view = self.transform(image)
         ready = isinstance(view, Tensor) and view.is_floating_point()

@@ -6,17 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
-from shapadapter.images import IMAGE_INPUTS, image_side, open_image, prepare_opened
+from shapadapter.images import IMAGE_COLUMNS, IMAGE_INPUTS, image_column, open_image, prepare_opened
 from shapadapter.labels import LABEL_COLUMNS
 from shapadapter.texts import TextRules, prepare_texts
 
-IMAGE_COLUMNS = ("pixel_values", "image", "img", "jpg", "jpeg", "png", "webp")
 TEXT_COLUMNS = ("text", "caption", "txt")
 
 FAULT = "__fault__"
@@ -122,9 +120,6 @@ class ImageCollator:
                 "Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...)."
             )
         images = [row[image_column(row)] for row in rows]
-        if getattr(image_side(self.processor), "do_rescale", False):
-            for image in images:
-                _refuse_scaled(image)
         return prepare_opened(images, self.processor)
 
     def _warn_unused(self, columns: set[Any]) -> None:
@@ -146,18 +141,6 @@ def open_row(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, column: open_image(row[column])}
 
 
-def image_column(row: dict[str, Any]) -> str:
-    """The column of a row's image; of several, as shards of several formats have, the first that is not empty.
-
-    Raises:
-        ImageError: there is none.
-    """
-    columns = [name for name in IMAGE_COLUMNS if name in row]
-    if not columns:
-        raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(row)}.")
-    return next((name for name in columns if row[name] is not None), columns[0])
-
-
 def named(fault: str, row: Mapping[str, Any], class_names: Mapping[int, str] | None) -> str:
     """What is wrong with an image, with the row and the class it is in."""
     label = next((row[name] for name in LABEL_COLUMNS if name in row), None)
@@ -172,19 +155,6 @@ def _stand_in(row: dict[str, Any]) -> dict[str, Any]:
     if "pixel_values" in row:
         return row
     return {**row, image_column(row): Image.new("RGB", (64, 64))}
-
-
-def _refuse_scaled(image: Any) -> None:
-    """Refuse an image that a processor would scale a second time."""
-    if not isinstance(image, np.ndarray | Tensor) or "float" not in str(image.dtype):
-        return
-    low, high = float(image.min()), float(image.max())
-    if low < 0 or 0 < high <= 1:
-        raise ImageError(
-            f"Expected images from 0 to 255, got floats from {low:.2f} to {high:.2f}, which the image "
-            "processor would divide by 255. If a transform has made them ready for the model, name the column "
-            "pixel_values; else leave them in uint8."
-        )
 
 
 def _stacked(name: str, values: list[Tensor]) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from .backbone import Tiling, configured_size, evaluation_view, normalised
 from .classes import find_class
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation
+from .frames import frames
 from .game import active_layer
-from .images import IMAGE_INPUTS, image_side, prepare_images, unpatchify, unprocess
+from .images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
 from .options import check_options
 from .refining import UNTIL, BatchGame, Plan, refined
 from .texts import prepare_texts, text_rules
@@ -48,8 +49,9 @@ def explain(
 
     Args:
         model: a wrapped model; its training mode is left as it was.
-        images: one image or many: PIL images, paths, arrays (H, W, 3), or, without a processor, prepared pixel values
-            (C, H, W) or (B, C, H, W), or all that a processor returned.
+        images: one image or many, in a list, generator or data set: PIL images, paths, contents of files, arrays and
+            tensors from 0 to 255, rows of a data set; see `shapadapter.images.open_image`. Or, without a processor, prepared
+            pixel values (C, H, W) or (B, C, H, W), or all that a processor returned. Transparent parts are laid on white.
         processor: the image processor the model was trained with; with texts, the processor of both.
         texts: for a model that matches images with texts: what to compare the images with. They take the place of
             classes, and the logits are the similarities before softmax.
@@ -116,6 +118,7 @@ class Predicted:
         classes: (B, C) int64, the classes to show.
         labels: the K class names.
         likelihood: how scores become probabilities: "softmax", "sigmoid" or "none".
+        frames: (B, 6), where `seen` lies on the originals, as `shapadapter.frames.frames` says; None of prepared images.
     """
 
     inputs: dict[str, Any]
@@ -125,6 +128,7 @@ class Predicted:
     classes: Tensor
     labels: tuple[str, ...]
     likelihood: str
+    frames: Tensor | None = None
 
 
 def predictions(
@@ -146,13 +150,14 @@ def predictions(
     labels, options = _classes(model, layer, texts, processor, options)
     wanted = [targets] if isinstance(targets, str | int) else targets
     chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
-    for inputs in prepared_batches(images, processor, batch_size):
+    for opened, inputs in _batches(images, processor, batch_size):
         tiling = layer.tiling(**inputs, **options)
         seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
         given = {**inputs_on(inputs, model), "return_dict": True, **options}
         output = _forward(model, given)
         kept = columns(output.logits, chosen, top_k)
-        yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model))
+        places = frames(opened, processor, (seen.shape[1], seen.shape[2])) if opened else None
+        yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model), places)
 
 
 def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
@@ -234,38 +239,33 @@ def _likelihood(model: nn.Module) -> str:
     return "none" if single or config.problem_type == "regression" else "softmax"
 
 
-def as_list(images: Any) -> list[Any]:
-    """One image or many as a list.
-
-    Raises:
-        ImageError: there is none.
-    """
-    if isinstance(images, Tensor | np.ndarray):
-        images = [images] if images.ndim <= 3 else list(images)
-    listed = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-    if not listed:
-        raise ImageError("Expected at least one image, got an empty list.")
-    return listed
-
-
 def prepared_batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """`pixel_values` (b, C, H, W) and what goes with them, batch by batch."""
-    if isinstance(images, Mapping):
+    return (inputs for _, inputs in _batches(images, processor, batch_size))
+
+
+def _batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[tuple[list[Any], dict[str, Tensor]]]:
+    """Opened images, none where they come prepared, and `pixel_values` (b, C, H, W) with what goes with them."""
+    if isinstance(images, Mapping) and "pixel_values" in images:
         known = {name: images[name] for name in IMAGE_INPUTS if name in images}
         if not isinstance(known.get("pixel_values"), Tensor) or not len(known["pixel_values"]):
             raise ImageError(f"Expected pixel_values of at least one image as a tensor, got {sorted(images)}.")
         for start in range(0, len(known["pixel_values"]), batch_size):
-            yield {name: value[start : start + batch_size] for name, value in known.items()}
+            yield [], {name: value[start : start + batch_size] for name, value in known.items()}
         return
-    listed = as_list(images)
-    for start in range(0, len(listed), batch_size):
-        part = listed[start : start + batch_size]
-        yield {"pixel_values": _stack(part)} if processor is None else prepare_images(part, processor)
+    listed = each(images)
+    part = list(islice(listed, batch_size))
+    if not part:
+        raise ImageError("Expected at least one image, got none.")
+    while part:
+        opened = [] if processor is None else [open_image(image) for image in part]
+        yield opened, prepare_opened(opened, processor) if opened else {"pixel_values": _stack(part)}
+        part = list(islice(listed, batch_size))
 
 
 def _stack(images: list[Tensor]) -> Tensor:
-    if not all(isinstance(image, Tensor) for image in images):
-        came = sorted({type(image).__name__ for image in images})
+    if not all(isinstance(image, Tensor) and image.is_floating_point() for image in images):
+        came = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
         raise ImageError(f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=...")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
@@ -314,6 +314,7 @@ def one_pass(batch: Predicted) -> Explanation:
         labels=batch.labels,
         images=batch.seen,
         evaluations=torch.zeros(len(kept), dtype=torch.int64),
+        frames=batch.frames,
     )
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from shapadapter.classes import check_names, find_class, some
 from shapadapter.errors import CheckpointError, FieldError
-from shapadapter.exchange import as_dict, as_numpy, as_shap
+from shapadapter.exchange import as_dict, as_numpy, as_shap, frame_of, laid_out
 from shapadapter.files import read_explanation, write_explanation
 from shapadapter.refinement import relative_error
 
@@ -58,6 +57,9 @@ class Explanation:
         standard_errors: (B, rows, cols, C) float32, how far each attribution is from its Shapley value, in logits: one
             standard deviation of what refinement leaves open. NaN where nothing is known, None without refinement.
         evaluations: (B,) int64, the model evaluations spent on each image beyond the one pass, or None if not counted.
+        frames: (B, 6) float64, height and width of each image as it came, upright, then top, left, bottom and right of
+            `images` on it, in its pixels: beyond its edges where `images` are padded, NaN where the image processor does
+            more than resize, crop and pad. None if they came prepared.
         method: What made the attributions: "shapadapter", "refined" or the name of another method.
 
     Raises:
@@ -73,6 +75,7 @@ class Explanation:
     images: Tensor
     standard_errors: Tensor | None = None
     evaluations: Tensor | None = None
+    frames: Tensor | None = None
     method: str = "shapadapter"
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class Explanation:
             _check("standard_errors", self.standard_errors, (batch, *players, shown), torch.float32)
         if self.evaluations is not None:
             _check("evaluations", self.evaluations, (batch,), torch.int64)
+        if self.frames is not None:
+            _check("frames", self.frames, (batch, 6), torch.float64)
         if len(self.labels) != classes:
             raise FieldError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
         if 0 in (*players, shown, *pixels):
@@ -124,10 +129,8 @@ class Explanation:
         gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) and self.sums_to_logits else ""
         method = "" if self.method == "shapadapter" else f", {self.method}"
         spent = f", {_counted(self.evaluations)}" if self.evaluations is not None and self.evaluations.any() else ""
-        return (
-            f"Explanation({len(self)} images, {rows}x{cols} players, {shown} of {len(self.labels)} classes"
-            f"{method}{spent}{gap})"
-        )
+        players = f"{rows}x{cols} players, {shown} of {len(self.labels)} classes"
+        return f"Explanation({len(self)} images, {players}{method}{spent}{gap})"
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -236,32 +239,33 @@ class Explanation:
             for b, row in enumerate(best.tolist())
         ]
 
-    def heatmap(self, label: str | int | None = None, *, index: int = 0, smooth: bool = False) -> NDArray[np.float32]:
+    def heatmap(
+        self, label: str | int | None = None, *, index: int = 0, smooth: bool = False, original: bool = False
+    ) -> NDArray[np.float32]:
         """The attributions of one class, enlarged to the size of the image.
 
         Args:
             label: A class name or index; None takes the image's shown class with the largest logit.
             index: Which image.
-            smooth: Interpolate bicubically, instead of giving every pixel of a player the player's value.
+            smooth: Interpolate bicubically; otherwise every pixel of a player has the player's value.
+            original: Lay the map on the image as it came, instead of what the image processor made of it.
 
         Returns:
-            (H, W) float32, in logits per player.
+            (H, W) float32, in logits per player; on the original NaN where the model never saw it.
 
         Raises:
             ClassNotFoundError: If the model has no such class.
-            ValueError: If the class was not among the columns computed for this image.
+            ValueError: If the class was not computed for this image, or the frame of the original is not known.
             IndexError: If there is no such image.
         """
         one = self[index]
         values = one._best(one.attributions) if label is None else one.for_label(label)  # (1, rows, cols)
-        mode = "bicubic" if smooth else "nearest-exact"
-        heat = interpolate(values[None], size=one.images.shape[1:3], mode=mode)  # (1, 1, H, W)
-        return heat[0, 0].numpy()  # (H, W)
+        return laid_out(values[0].numpy(), *frame_of(one, original), smooth)  # (rows, cols) -> (H, W)
 
     def figure(self, index: int = 0, **options: Any) -> "Figure":
         """Draw one image and its maps with matplotlib.
 
-        `labels`, `smooth`, `max_classes`, `numbers`, `contour` and `errors` as in `shapadapter.visual.draw_explanation`.
+        Options as in `shapadapter.visual.draw_explanation`: `labels`, `smooth`, `original`, ...
         """
         from shapadapter.visual import draw_explanation
 

@@ -18,8 +18,8 @@ from shapadapter.reading import open_tensors, read_bytes, read_json, reading
 from shapadapter.schema import fault, shown
 
 FORMAT = "shapadapter.explanation"
-FORMAT_VERSION = 2
-"""2 added standard errors, evaluations and the method; a file of version 1 has none of them and is still read."""
+FORMAT_VERSION = 3
+"""2 added standard errors, evaluations and the method, 3 the frames of originals; older files are still read."""
 
 _FOLDERS = ("explanations", "chat_templates")
 """Folders of a saved model whose files are read."""

@@ -7,9 +7,11 @@ import io
 import math
 import os
 import struct
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,39 +19,39 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .arrays import eight_bits, from_array, from_sixteen_bits
 from .errors import ImageError, UnreadableImageError
 
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 """What image processors make for vision models."""
+
+IMAGE_COLUMNS = ("pixel_values", "image", "img", "jpg", "jpeg", "png", "webp")
+"""What the image is called in rows of a data set."""
 
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow and the file system raise for an image that cannot be read."""
 
 
 def open_image(image: Any) -> Any:
-    """A path, a file's content or a PIL image as an upright RGB image; arrays and tensors pass if they hold 1 or 3 channels.
+    """Any image as an upright RGB image of 8 bits a channel, transparent parts on white.
 
-    A file's content is `bytes`, or the `{"bytes": ..., "path": ...}` in which `datasets` keeps it. Photographs are turned
-    as their EXIF data say, as `datasets` does.
+    That is a path, an open file, a file's content, a PIL image, an array or tensor (H, W), (H, W, C) or (C, H, W) of 1 or 3
+    channels, the `{"bytes": ..., "path": ...}` in which `datasets` keeps a file, or a row with one of these: a dict with
+    an image column, or a pair of image and label. Photographs are turned as their EXIF data say; grey images of 16 bits
+    are scaled. Floats come back as an array (H, W, 3): only with a processor can be told what range is right.
 
     Raises:
         UnreadableImageError: missing or unreadable file.
-        ImageError: wrong channel count, or no image at all.
+        ImageError: wrong channel count or range, or no image at all.
     """
-    if isinstance(image, Tensor | np.ndarray):
-        channels = {image.shape[0], image.shape[-1]} if image.ndim == 3 else {1} if image.ndim == 2 else set()
-        if not channels & {1, 3}:
-            raise ImageError(f"Expected an image (H, W, 3) or (3, H, W), got an array of shape {tuple(image.shape)}.")
-        return image
+    image = _of_row(image)
     try:
         content = _content(image)
         if isinstance(content, Image.Image):
             return _upright(content)
-        if isinstance(content, str | io.BytesIO) or hasattr(content, "__fspath__"):
+        if isinstance(content, str | os.PathLike) or hasattr(content, "read"):
             with Image.open(content) as file:
                 return _upright(file)
-    except ImageError:
-        raise
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(
             f"Cannot read image {_name(image)}, which unpacks to too much: {error} If it comes from where you trust it, set "
@@ -58,9 +60,58 @@ def open_image(image: Any) -> Any:
     except (*DECODING_ERRORS, ValueError) as error:  # Pillow raises the latter for texts that unpack to too much
         kind = UnreadableImageError if is_damage(error) else ImageError
         raise kind(f"Cannot read image {_name(image)}: {_reason(error)}") from error
+    if isinstance(content, Tensor) or hasattr(content, "__array__"):
+        return from_array(content)
     if content is None:
         raise UnreadableImageError("There is no image.")
-    raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
+    keys = f" of {sorted(map(str, content))}" if isinstance(content, Mapping) else ""
+    raise ImageError(f"Expected a PIL image, a path, an array or a tensor, got {type(content).__name__}{keys}.")
+
+
+def as_list(images: Any) -> list[Any]:
+    """One image or many as a list: what is iterable and no image holds several.
+
+    Raises:
+        ImageError: there is none.
+    """
+    listed = list(each(images))
+    if not listed:
+        raise ImageError("Expected at least one image, got none.")
+    return listed
+
+
+def each(images: Any) -> Iterator[Any]:
+    """The images in one image or many, one by one; those of a generator are taken as they are asked for."""
+    if isinstance(images, Mapping):  # a row, or several as `datasets` slices them
+        images = column if isinstance(column := _of_row(images), list) else images
+    elif _is_of_objects(images):
+        images = images.tolist()
+    if is_one(images):
+        yield images
+    elif hasattr(images, "__iter__"):
+        yield from images
+    else:  # torch's data sets end where their length says
+        yield from (images[index] for index in range(len(images)))
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image, or nothing that could hold several."""
+    if isinstance(images, Mapping):
+        return not isinstance(_of_row(images), list)
+    if isinstance(images, Tensor) or hasattr(images, "__array__"):
+        return images.ndim <= 3 and not _is_of_objects(images)
+    single = isinstance(images, str | bytes | bytearray | Image.Image) or hasattr(images, "read") or _is_pair(images)
+    return single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))
+
+
+def _is_of_objects(images: Any) -> bool:
+    """Whether this is an array of paths or images."""
+    return getattr(getattr(images, "dtype", None), "kind", None) in ("O", "U", "S", "T")
+
+
+def _is_pair(image: Any) -> bool:
+    """Whether this is a row as torchvision's data sets have them: image and label."""
+    return isinstance(image, tuple) and len(image) == 2 and isinstance(image[1], Integral)
 
 
 def is_damage(error: Exception) -> bool:
@@ -69,25 +120,45 @@ def is_damage(error: Exception) -> bool:
     return not elsewhere and getattr(error, "errno", None) in (None, errno.ENOENT)
 
 
+def _of_row(image: Any) -> Any:
+    """The image in a row of a data set; what is no row as it is."""
+    if _is_pair(image):
+        return image[0]
+    return image[image_column(image)] if isinstance(image, Mapping) and set(IMAGE_COLUMNS) & image.keys() else image
+
+
 def _content(image: Any) -> Any:
     """What can be opened of what people and `datasets` call an image."""
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | bytearray | memoryview):
         return io.BytesIO(image)
-    if not isinstance(image, Mapping) or not {"bytes", "path"} <= image.keys():
+    if not isinstance(image, Mapping) or not {"bytes", "path"} & image.keys():
         return image
-    if image["bytes"] is not None:
+    if image.get("bytes") is not None:
         return io.BytesIO(image["bytes"])
-    if "://" in (image["path"] or ""):
+    path = image.get("path")
+    if "://" in (path or ""):
         from datasets import Image as Feature  # a stream's file on a server, whose address it has made up
 
         return Feature().decode_example(dict(image))
-    return image["path"]
+    return path
+
+
+def image_column(row: Mapping[str, Any]) -> str:
+    """The column of a row's image; of several, as shards of several formats have, the first that is not empty.
+
+    Raises:
+        ImageError: there is none.
+    """
+    columns = [name for name in IMAGE_COLUMNS if name in row]
+    if not columns:
+        raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(row)}.")
+    return next((name for name in columns if row[name] is not None), columns[0])
 
 
 def _name(image: Any) -> str:
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | bytearray | memoryview):
         return f"of {len(image)} bytes"
-    name = image["path"] if isinstance(image, Mapping) else getattr(image, "filename", None) or image
+    name = image.get("path") if isinstance(image, Mapping) else getattr(image, "filename", None) or image
     return _short(repr(os.fspath(name) if isinstance(name, os.PathLike) else name))
 
 
@@ -95,6 +166,8 @@ def _reason(error: Exception) -> str:
     """What went wrong, without the file's name, which stands before it."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image, or of a format that Pillow does not know"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder. Pass a list of the paths of the images in it."
     return _short(getattr(error, "strerror", None) or str(error))
 
 
@@ -119,11 +192,21 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise ImageError(
-            f"Image mode {image.mode!r} has more than 8 bits a channel, which RGB would cut off; rescale it."
-        )
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """An opened image in RGB, turned as its EXIF data say."""
+    upright: Image.Image = ImageOps.exif_transpose(image)
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        # Before version 11, Pillow had no other mode than "I" for 16 bits of a PNG, and has none for those of a PGM.
+        sixteen = "16" in upright.mode or image.format in ("PNG", "PPM")
+        pixels = np.array(upright)  # (H, W)
+        pixels[pixels == image.info.get("transparency", -1)] = 65535 if sixteen else 255
+        upright = Image.fromarray(from_sixteen_bits(pixels) if sixteen else eight_bits(pixels))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    # Pillow knows no way from premultiplied grey to RGBA.
+    layer = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
+    if min(layer.getchannel("A").getextrema()) != 255:
+        warnings.warn("The transparent parts of images are laid on white.", stacklevel=3)
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
@@ -142,6 +225,8 @@ def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
 def prepare_opened(opened: list[Any], processor: Any) -> dict[str, Tensor]:
     """`prepare_images` of what `open_image` has returned."""
     processor = image_side(processor)
+    if getattr(processor, "do_rescale", False):
+        opened = [Image.fromarray(eight_bits(image)) if isinstance(image, np.ndarray) else image for image in opened]
     try:
         prepared = processor(opened, return_tensors="pt")
     except (ValueError, TypeError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
 
@@ -17,7 +18,7 @@ from .explaining import explain
 from .explanation import Explanation
 from .fetching import fetch
 from .game import active_layer
-from .images import image_side, open_image, prepare_images
+from .images import as_list, each, image_side, is_one, open_image, prepare_images
 from .tasks import TASK, LoadedCheckpoint
 from .visual import overlay as laid_over
 from .visual import symmetric_limit
@@ -63,8 +64,9 @@ class ImageAttributionPipeline(Pipeline):
         """Explain one image or many.
 
         Args:
-            inputs: an image (PIL image, path, address that begins with http:// or https://, array) or a list, generator
-                or data set of them, such as `KeyDataset`. An address is one of the public network, with at most 50 MB.
+            inputs: an image (PIL image, path, address that begins with http:// or https://, array, content of a file) or
+                a list, generator or data set of them or of rows with one, such as `KeyDataset`. An address is one of the
+                public network, with at most 50 MB.
             **kwargs: `top_k`: how many classes, the likeliest first, 5 by default. `targets`: names or indices of the
                 classes to explain instead. `overlay`: whether to add each map as a picture. `function_to_apply`:
                 "softmax", "sigmoid" or "none", by default what the model was trained with. `candidate_labels`: for a
@@ -84,6 +86,8 @@ class ImageAttributionPipeline(Pipeline):
             ShapleyError: texts are missing, or of no use to the model.
             ValueError: both `top_k` and `targets`, or no such function.
         """
+        if not isinstance(inputs, Dataset) and not is_one(inputs):
+            inputs = as_list(inputs) if hasattr(inputs, "__len__") else each(inputs)
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(  # type: ignore[override]

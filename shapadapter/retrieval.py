@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .backbone import evaluation_view
 from .errors import ShapleyError
-from .explaining import as_list, base_of, embed_texts, inputs_on, prepared_batches
+from .explaining import base_of, embed_texts, inputs_on, prepared_batches
 from .game import active_layer
+from .images import as_list
 from .metrics import recall_at_k
 
 
@@ -105,6 +106,7 @@ def retrieval_after_deletion(
         ValueError: a share outside 0..1, or a k below 1.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    images = images if isinstance(images, Mapping) and "pixel_values" in images else as_list(images)
     _check(model, images, texts, deleted, ks)
     model = evaluation_view(model)
     with torch.inference_mode():
@@ -141,8 +143,7 @@ def _check(model: nn.Module, images: Any, texts: list[str], deleted: Sequence[fl
         raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts.")
     if not deleted or not ks or not all(0 <= share <= 1 for share in deleted) or min(ks) < 1:
         raise ValueError(f"Expected shares from 0 to 1 and k of at least 1, got deleted={deleted} and ks={ks}.")
-    prepared = isinstance(images, Mapping) and "pixel_values" in images
-    count = len(images["pixel_values"]) if prepared else len(as_list(images))
+    count = len(images["pixel_values"] if isinstance(images, Mapping) else images)
     if count != len(texts):
         raise ShapleyError(f"Expected one text for each image, got {count} images and {len(texts)} texts.")
 

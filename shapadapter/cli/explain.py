@@ -75,11 +75,11 @@ def command(
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
         name = called(checkpoint, subfolder)
         written = stack.enter_context(Written(output, wanted, name, say.stream if json else None))
-        for path, found in _explained(model, processor, list(paths), batch_size, seed, asked):
+        for path, image, found in _explained(model, processor, list(paths), batch_size, seed, asked):
             if isinstance(found, Exception):
                 trouble: str | None = written.refuse(path, found)
             else:
-                trouble = written.add(path, paths[path], found)
+                trouble = written.add(path, paths[path], found, image)
             if trouble is not None:
                 warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
             elif not json:
@@ -109,8 +109,8 @@ def _classes(model: Any, texts: list[str] | None, targets: list[str] | None, top
 
 def _explained(
     model: Any, processor: Any, paths: list[Path], batch_size: int, seed: int, asked: dict[str, Any]
-) -> Iterator[tuple[Path, Explanation | Exception]]:
-    """Each path with its explanation, or with what is wrong with it; never more than a batch in memory."""
+) -> Iterator[tuple[Path, Any, Explanation | Exception]]:
+    """Each path with its image and explanation, or with what is wrong with it; never more than a batch in memory."""
     from tqdm.auto import tqdm
 
     from shapadapter.errors import ImageError
@@ -121,17 +121,17 @@ def _explained(
     with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(paths), size):
             opened, failed = _opened(paths[start : start + size])
-            yield from failed
+            yield from ((path, None, error) for path, error in failed)
             try:
                 listed = list(opened.values())
                 together: Any = explain(model, listed, processor, seed=seed, **asked) if listed else []
-                yield from ((path, together[index]) for index, path in enumerate(opened))
+                yield from ((path, image, together[index]) for index, (path, image) in enumerate(opened.items()))
             except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
                 for path, image in opened.items():
                     try:
-                        yield path, explain(model, [image], processor, seed=seed, **asked)
+                        yield path, image, explain(model, [image], processor, seed=seed, **asked)
                     except ImageError as error:
-                        yield path, error
+                        yield path, image, error
             bar.update(min(size, len(paths) - start))
 
 

@@ -53,17 +53,18 @@ class Written:
     def __enter__(self) -> Written:
         return self
 
-    def add(self, path: Path, place: Path, one: Explanation) -> str | None:
+    def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
         """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown.
 
         Args:
             path: of the image.
             place: its place in the folder that was given.
             one: its explanation.
+            image: itself, opened.
         """
         name, shown = self.names.of(place), printable(path)
         try:
-            contents = self._contents(one, name)
+            contents = self._contents(one, name, image)
         except ValueError as error:  # not finite
             return self.refuse(path, error)
         if self.output is not None:
@@ -84,8 +85,8 @@ class Written:
         self.errors.append({"path": printable(path), "error": told})
         return told
 
-    def _contents(self, one: Explanation, name: str) -> dict[str, bytes]:
-        makers = {"png": picture, "npz": archive}
+    def _contents(self, one: Explanation, name: str, image: Any) -> dict[str, bytes]:
+        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
         wanted = makers if self.output is not None else {}
         return {f"{name}.{kind}": make(one) for kind, make in wanted.items() if kind in self.formats}
 
@@ -158,11 +159,12 @@ def archive(one: Explanation) -> bytes:
     return buffer.getvalue()
 
 
-def picture(one: Explanation) -> bytes:
-    """A figure of one image as png; without matplotlib, a simpler picture of the same."""
+def picture(one: Explanation, image: Any) -> bytes:
+    """A figure of one image as png, on the whole image where that can be; without matplotlib, a simpler picture."""
     buffer = io.BytesIO()
+    original = None if one.frames is None or one.frames.isnan().any() else image
     try:
-        one.figure().savefig(buffer, format="png")
+        one.figure(original=original).savefig(buffer, format="png")
     except ImportError:
-        draw_strip(one).save(buffer, format="png")
+        draw_strip(one, original=original).save(buffer, format="png")
     return buffer.getvalue()

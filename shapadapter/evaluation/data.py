@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from shapadapter.collator import IMAGE_COLUMNS, ImageCollator
+from shapadapter.collator import ImageCollator
 from shapadapter.errors import ImageError, ShapleyError
-from shapadapter.images import IMAGE_INPUTS
+from shapadapter.images import IMAGE_COLUMNS, IMAGE_INPUTS
 from shapadapter.labels import LABEL_COLUMNS, as_model_counts
 
 MASKS = "mask"
@@ -54,13 +54,20 @@ class Rows:
 
     def __init__(self, dataset: Any, processor: Any | None, names: Mapping[int, str] | None = None) -> None:
         if isinstance(dataset, Mapping):
+            if set(IMAGE_COLUMNS) & dataset.keys():
+                raise ShapleyError("Expected a data set, got a single row: pass a list of rows, [row].")
             raise ShapleyError(
                 f"Expected a data set, got splits of one: choose a split, e.g. data[{next(iter(dataset), 'test')!r}]."
             )
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        listed = hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes)
+        if not listed or not hasattr(dataset, "__len__") or not len(dataset):
             raise ShapleyError(
                 "Expected a data set with a length and rows by index, such as datasets.Dataset or a list of dicts, got "
-                f"{'an empty' if hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
+                f"{'an empty' if listed and hasattr(dataset, '__len__') else 'a'} {type(dataset).__name__}."
+            )
+        if not isinstance(dataset[0], Mapping | tuple):
+            raise ShapleyError(
+                f"Expected rows with an image column, got {type(dataset[0]).__name__}: pass [{{'image': image}}, ...]."
             )
         self.dataset = dataset
         self.counted = as_model_counts(dataset, names, REMEDY)

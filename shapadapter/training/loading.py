@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from shapadapter.collator import FAULT, IMAGE_COLUMNS, ROW, TEXT_COLUMNS
-from shapadapter.images import undecoded
+from shapadapter.collator import FAULT, ROW, TEXT_COLUMNS
+from shapadapter.images import IMAGE_COLUMNS, undecoded
 from shapadapter.labels import LABEL_COLUMNS, as_model_counts, names_for_numbers
 
 from .arguments import ShapleyTrainingArguments

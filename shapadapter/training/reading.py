@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
 from shapadapter.augmenting import Augmented
-from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ROW, ImageCollator, named, open_row
+from shapadapter.collator import FAULT, HOW_TO_SKIP, ROW, ImageCollator, named, open_row
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
-from shapadapter.images import DECODING_ERRORS, is_damage
+from shapadapter.images import DECODING_ERRORS, IMAGE_COLUMNS, is_damage
 from shapadapter.labels import Relabelled
 
 from .task import IGNORED

@@ -25,6 +25,7 @@ from .arguments import ShapleyTrainingArguments
 from .carding import CardingTrainer
 from .checks import check_classes, check_game, check_setting, is_constant
 from .color import mean_color
+from .cropping import warn_of_crops
 from .loading import LoadingTrainer, class_names
 from .mixing import mixed
 from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
@@ -212,6 +213,8 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s training, after measuring the colour of absent pixels where that is the data's mean."""
         self._measure_fill()
+        if self.is_world_process_zero():
+            warn_of_crops(self.train_dataset, self.data_collator)
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,7 @@ def alt_text_of_gallery(explanation: Explanation, indices: Sequence[int], max_cl
 
 
 def _of_class(column: Column, sums: bool) -> str:
-    total = f", attributions sum to {number(float(column.values.double().sum()), sign=True)}" if sums else ""
+    total = f", attributions sum to {column.sum}" if sums else ""
     ends = [
         f"strongest {way} it {_place(column, at)} ({number(float(column.values.flatten()[at]), sign=True)})"
         for way, at, there in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ def draw_explanation(
     numbers: bool = False,
     contour: float | None = None,
     errors: Literal["opacity", "hatch"] | None = None,
+    original: Any | None = None,
 ) -> Figure:
     """Draw one image and its maps.
 
@@ -51,21 +52,26 @@ def draw_explanation(
         contour: Outline this share of the patches, those with the largest numbers for or against; 0.1 is a tenth.
         errors: How to show the standard errors of a refined explanation: "hatch" draws diagonals where the 95 % interval
             holds zero, "opacity" colours each patch by the end of its interval that is nearer to zero.
+        original: The image as it was given to `explain`, to draw the maps on; what a crop has cut off is darker. None draws
+            them on what the model saw.
 
     Returns:
         A figure that belongs to no window; `savefig` writes it.
 
     Raises:
         ImportError: If matplotlib is missing.
+        ImageError: If the original is no image.
         ClassNotFoundError: If the model has no such class.
         ValueError: If a class was not computed for this image, a number is not finite, there are too many patches for
-            numbers, errors are asked for and not known, or an option is none of those above.
+            numbers, errors or the frame of the original are asked for and not known, or an option is none of those above.
         IndexError: If there is no such image.
     """
     if errors not in (None, "opacity", "hatch"):
         raise ValueError(f'Expected errors to be "opacity", "hatch" or None, but got {errors!r}.')
     shown = columns(explanation, index, labels=labels, max_classes=max_classes)
-    figure = draw_rows([make_row(explanation, index, shown, Look(smooth, numbers, contour, errors))])
+    figure = draw_rows(
+        [make_row(explanation, index, shown, Look(smooth, numbers, contour, errors), original=original)]
+    )
     figure.alt_text = alt_text(explanation, index, labels=labels, max_classes=max_classes)
     return figure
 
@@ -186,7 +192,7 @@ def draw_comparison(
     draw_panel(canvas, MARGIN, top, panel, rows[0].picture, title)
     for place, (one, row) in enumerate(zip(explanations, rows, strict=True)):
         left, sums = MARGIN + (place + 1) * (PANEL + GAP), one.sums_to_logits
-        title = f"{fit(one_line(one.method))}\n{row.shown[0].sum if sums else ''}"
+        title = f"{fit(one_line(one.method))}\n{'Σφ=' + row.shown[0].sum if sums else ''}"
         mark(draw_panel(canvas, left, top, panel, row.pixels[0], title), row.shown[0], row)
         if sums:
             draw_bar(canvas, left + PANEL / 2, top - panel[1], row.limit, row.notes)

@@ -121,17 +121,40 @@ def panel_for_numbers(grid: tuple[int, int], aspect: float, panel: float, larges
     return max(panel, needed)
 
 
-def write_numbers(axes: Axes, values: Floats, limit: float) -> None:
-    """Write each patch's number on it, in the unit of `exponent(limit)`: values (rows, cols)."""
+def write_numbers(axes: Axes, values: Floats, limit: float, total: float) -> None:
+    """Write each patch's number on it, as `rounded` gives them: values (rows, cols)."""
     height, width = _patch(axes, values)
-    scale = 10.0 ** -exponent(limit)
     size = min(_LARGEST, _points(axes, values) / _WIDTH_OF_NUMBER)
-    digits = 2 if limit * scale < 10 else 1
-    for (row, col), value in np.ndenumerate(values):
-        short = round(float(value) * scale, digits)
-        text = f"{short:+.{digits}f}".replace("-", MINUS) if short else "0"
+    places = 2 if limit * 10.0 ** -exponent(limit) < 10 else 1
+    for (row, col), short in np.ndenumerate(rounded(values, limit, total)):
+        text = f"{short:+.{places}f}".replace("-", MINUS) if short else "0"
         place = ((col + 0.5) * width - 0.5, (row + 0.5) * height - 0.5)
         axes.text(*place, text, size=size, ha="center", va="center", color="black")
+
+
+def rounded(values: Floats, limit: float, total: float) -> Floats:
+    """Numbers as they are written, values / 10^exponent(limit), so that they give the printed total to the digit.
+
+    Where rounding leaves a difference, the numbers that it changed most go the other way.
+
+    Args:
+        values: (rows, cols).
+        limit: The largest of them, for or against.
+        total: Their sum as it is printed.
+
+    Returns:
+        (rows, cols).
+    """
+    places = 2 if limit * 10.0 ** -exponent(limit) < 10 else 1
+    exact = values.astype(np.float64) / 10.0 ** (exponent(limit) - places)  # in units of the last digit
+    units = np.rint(exact)
+    aim = total / 10.0 ** (exponent(limit) - places)
+    if abs(aim - exact.sum()) > 1:  # printed with fewer digits than the numbers
+        aim = exact.sum()
+    missing = round(aim) - int(units.sum())
+    order = np.argsort(np.sign(missing) * (units - exact), axis=None, kind="stable")
+    units.flat[order[: abs(missing)]] += np.sign(missing)
+    return units / 10**places
 
 
 def exponent(limit: float) -> int:

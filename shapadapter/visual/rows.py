@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
+from shapadapter.exchange import Box
 from shapadapter.explanation import Explanation
 
 from .canvas import BAR, GAP, LINE, MARGIN, PANEL, SMALL, TITLE, Canvas, draw_bar, draw_panel, fit, new_canvas
-from .maps import Bytes, Floats, overlay, symmetric_limit
+from .maps import Bytes, Floats, symmetric_limit
 from .marks import exponent, hatch, mark_signs, outline, panel_for_numbers, strongest, write_numbers
-from .wording import Column, one_line, superscript, unit
+from .originals import lay, note, picture_of
+from .wording import MINUS, Column, one_line, superscript, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _SURE = 1.96  # standard errors: what the interval of 95 % reaches to each side
 _ACROSS = 5  # maps
 _WIDEST = 4.8  # inches, of a panel with numbers
+_LONG = 3  # times as long as wide is a panel at most
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,15 @@ class Row:
     pixels: list[Bytes]  # of each map, (H, W, 3)
     shown: list[Column]
     limit: float
+    box: Box  # of the maps on the picture, in its pixels
     predicted: str
     notes: list[str]
     look: Look
+
+    @property
+    def whole(self) -> bool:
+        """Whether the maps cover the whole picture."""
+        return self.box == (0, 0, *self.picture.shape[:2])
 
     @property
     def check(self) -> float:
@@ -60,24 +68,31 @@ class Row:
 
 
 def make_row(
-    explanation: Explanation, index: int, shown: list[Column], look: Look, *, limit: float | None = None
+    explanation: Explanation,
+    index: int,
+    shown: list[Column],
+    look: Look,
+    *,
+    limit: float | None = None,
+    original: Any | None = None,
 ) -> Row:
     """Colour the maps of one image, on the scale of the largest number unless another limit is given.
 
     Raises:
-        ValueError: If errors are asked for and not known.
+        ValueError: If errors are asked for and not known, or the frame of the original.
     """
     one = explanation[index]
-    picture = one.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
+    picture, box = picture_of(one, original)
     values = np.stack([column.values.numpy() for column in shown])  # (k, rows, cols)
     largest = symmetric_limit(values) if limit is None else limit
     return Row(
         picture=picture,
-        pixels=[overlay(picture, _heat(one, column, look), largest) for column in shown],
+        pixels=[lay(picture, _kept(column, look), box, largest, look.smooth) for column in shown],
         shown=shown,
         limit=largest,
+        box=box,
         predicted=one_line(one.top(1)[0][0].label),
-        notes=_notes(explanation, look, largest),
+        notes=_notes(explanation, look, largest) + ([] if original is None else note(one)),
         look=look,
     )
 
@@ -99,14 +114,14 @@ def draw_rows(rows: Sequence[Row]) -> DescribedFigure:
 
 def panel_of(row: Row) -> tuple[float, float]:
     """Width and height of each panel in inches."""
-    aspect = row.picture.shape[0] / row.picture.shape[1]
+    aspect = min(max(row.picture.shape[0] / row.picture.shape[1], 1 / _LONG), _LONG)
     grid = (row.shown[0].values.shape[0], row.shown[0].values.shape[1])
     width = panel_for_numbers(grid, aspect, PANEL, _WIDEST) if row.look.numbers else PANEL
     return width, width * aspect
 
 
-def mark(axes: Axes, column: Column, row: Row) -> None:
-    """Draw on a map what the look asks for."""
+def mark(axes: Axes, column: Column, row: Row, panel: Axes | None = None) -> None:
+    """Draw on a map what the look asks for, inside a panel that may be smaller."""
     values = column.values.numpy()
     if row.look.errors == "hatch":
         assert column.errors is not None, "make_row has looked"
@@ -114,9 +129,27 @@ def mark(axes: Axes, column: Column, row: Row) -> None:
     if row.look.contour is not None:
         outline(axes, strongest(values, row.look.contour))
     if row.look.numbers:
-        write_numbers(axes, values, row.limit)
+        write_numbers(axes, values, row.limit, float(column.sum.replace(MINUS, "-")))
     else:
         mark_signs(axes, _kept(column, row.look), row.limit)
+    if panel is not None and panel is not axes:
+        for artist in (*axes.collections, *axes.texts):
+            artist.set_clip_path(panel.patch)
+            artist.set_clip_on(True)
+
+
+def _part(canvas: Canvas, corner: tuple[float, float], panel: tuple[float, float], row: Row) -> Axes:
+    """Axes over the part of a panel where the maps are, below the panel's upper left corner, in patches."""
+    (height, width), (top, left, bottom, right) = row.picture.shape[:2], row.box
+    across, down = panel[0] / width, panel[1] / height
+    axes = canvas.axes(
+        corner[0] + left * across, corner[1] - bottom * down, (right - left) * across, (bottom - top) * down
+    )
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    rows, cols = row.shown[0].values.shape
+    axes.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
+    return axes
 
 
 def _draw_row(canvas: Canvas, top: float, panel: tuple[float, float], row: Row, across: int, line: float) -> None:
@@ -128,29 +161,21 @@ def _draw_row(canvas: Canvas, top: float, panel: tuple[float, float], row: Row, 
         left, upper = first + place % across * (width + GAP), top - place // across * line
         probability = f"  {column.probability}" if column.probability else ""
         title = f"{fit(column.label, probability, width=width)}\n{fit(column.total, width=width)}"
-        mark(draw_panel(canvas, left, upper, panel, pixels, title), column, row)
+        axes = draw_panel(canvas, left, upper, panel, pixels, title)
+        mark(axes if row.whole else _part(canvas, (left, upper), panel, row), column, row, axes)
         canvas.text(left + width / 2, upper - height - 0.06, column.check, SMALL, va="top")
     beside, lines = min(across, len(row.pixels)), -(-len(row.pixels) // across)
     middle = first + (beside * (width + GAP) - GAP) / 2
     draw_bar(canvas, middle, top - height - row.check - (lines - 1) * line, row.limit, row.notes)
 
 
-def _heat(one: Explanation, column: Column, look: Look) -> Floats:
-    """The map of one class, enlarged: (H, W)."""
+def _kept(column: Column, look: Look) -> Floats:
+    """What is coloured of each number: (rows, cols); with "opacity" the end of its interval that is nearer to zero."""
     if look.errors is not None and column.errors is None:
         raise ValueError(
             f"Standard errors of class {column.label!r} are not known: explain again with refine=256, or leave out "
             f"errors={look.errors!r}."
         )
-    kept = torch.from_numpy(_kept(column, look)).float()  # (rows, cols)
-    alone = replace(
-        one, attributions=kept[None, :, :, None], classes=torch.tensor([[column.index]]), standard_errors=None
-    )
-    return alone.heatmap(smooth=look.smooth)
-
-
-def _kept(column: Column, look: Look) -> Floats:
-    """What is coloured of each number: (rows, cols); with "opacity" the end of its interval that is nearer to zero."""
     values = column.values.numpy()
     if look.errors != "opacity":
         return values

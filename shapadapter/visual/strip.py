@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageDraw
 
+from shapadapter.exchange import Box
 from shapadapter.explanation import Explanation
 
 from .fonts import Font, writable
-from .maps import Floats, overlay, symmetric_limit
+from .maps import Floats, symmetric_limit
 from .marks import DARK_BLUE, DASH, speaks_against
-from .wording import MINUS, Column, columns, number, one_line
+from .originals import lay, picture_of
+from .wording import MINUS, Column, columns, one_line
 
 HEIGHT = 184
 """Of image and maps, in pixels: four of them beside each other are as wide as a page of the Hub."""
@@ -22,7 +26,13 @@ _INK, _FAINT = (31, 41, 55), (107, 114, 128)
 
 
 def draw_strip(
-    explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "", height: int = HEIGHT
+    explanation: Explanation,
+    index: int = 0,
+    *,
+    max_classes: int = 3,
+    caption: str = "",
+    height: int = HEIGHT,
+    original: Any | None = None,
 ) -> Image.Image:
     """Draw one image, and beside it the maps of its likeliest shown classes, which share their colours.
 
@@ -34,20 +44,23 @@ def draw_strip(
         max_classes: how many maps at most.
         caption: a line below the image, such as what it shows.
         height: of image and maps, in pixels.
+        original: the image as it was given to `explain`, to draw the maps on; None draws them on what the model saw.
 
     Returns:
         An RGB picture.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: a number is not finite, or the frame of the original is not known.
         IndexError: there is no such image.
     """
     shown = columns(explanation, index, max_classes=max_classes)
-    tall, wide = explanation.images.shape[1:3]
+    whole, box = picture_of(explanation[index], original)
+    tall, wide = whole.shape[:2]
     width = max(height // 3, min(3 * height, round(height * wide / tall)))
-    picture = Image.fromarray(explanation.images[index].numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(whole).resize((width, height), Image.Resampling.BICUBIC)
+    top, left, bottom, right = (side * part for side, part in zip(box, 2 * (height / tall, width / wide), strict=True))
     limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))
-    tiles = [picture, *(_map(picture, column, limit) for column in shown)]
+    tiles = [picture, *(_map(picture, column, (top, left, bottom, right), limit) for column in shown)]
     texts = [(caption, ""), *(_texts(column) for column in shown)]
     below = _LINES * (_SIZE + 5) + _GAP
     strip = Image.new("RGB", (len(tiles) * (width + _GAP) + _GAP, height + 2 * _GAP + below), "white")
@@ -68,27 +81,27 @@ def describe(explanation: Explanation, index: int = 0, *, max_classes: int = 3, 
     return f"Attribution maps of an image{f' ({caption})' if caption else ''}: {shown}"
 
 
-def _map(picture: Image.Image, column: Column, limit: float) -> Image.Image:
+def _map(picture: Image.Image, column: Column, box: Box, limit: float) -> Image.Image:
     values = column.values.numpy()
-    heat = Image.fromarray(values).resize(picture.size, Image.Resampling.NEAREST)
-    drawn = Image.fromarray(overlay(np.asarray(picture), np.asarray(heat), limit))
-    _mark(drawn, values, limit)
+    drawn = Image.fromarray(lay(np.asarray(picture), values, box, limit))
+    _mark(drawn, values, box, limit)
     return drawn
 
 
-def _mark(drawn: Image.Image, values: Floats, limit: float) -> None:
+def _mark(drawn: Image.Image, values: Floats, box: Box, limit: float) -> None:
     """Put the dash of the figures on each patch that speaks against: values (rows, cols)."""
-    height, width = drawn.height / values.shape[0], drawn.width / values.shape[1]
+    above, beside, bottom, end = box
+    height, width = (bottom - above) / values.shape[0], (end - beside) / values.shape[1]
     thick = max(1, round(0.08 * min(height, width)))
     pen = ImageDraw.Draw(drawn)
     for row, col in np.argwhere(speaks_against(values, limit)):
-        left, right = (round((col + end) * width) for end in DASH)
-        top = round((row + 0.5) * height - thick / 2)
+        left, right = (round(beside + (col + part) * width) for part in DASH)
+        top = round(above + (row + 0.5) * height - thick / 2)
         pen.rectangle((left, top, max(left, right - 1), top + thick - 1), fill=DARK_BLUE)
 
 
 def _texts(column: Column) -> tuple[str, str]:
-    return column.label, f"{column.probability}, sum {number(float(column.values.double().sum()), sign=True)}"
+    return column.label, f"{column.probability}, sum {column.sum}"
 
 
 def _fitting(line: str, font: Font, width: int) -> str:

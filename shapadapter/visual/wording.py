@@ -27,7 +27,7 @@ class Column:
         label: The class name on one line.
         probability: Such as `p=0.83`; of a quantity its value.
         total: The method, if it is another one, and the sum of its attributions, such as `Σφ=+4.10`.
-        sum: The sum of its attributions alone.
+        sum: The sum of its attributions alone, such as `+4.10`.
         check: Lines: the sum of null value and attributions, then the logit and the distance between them; neither where
             the attributions do not sum to the logits; the relative error where it is known.
         values: (rows, cols) float32, the attributions, in logits if they sum to them.
@@ -87,22 +87,16 @@ def difference(explanation: Explanation, index: int, first: Column, second: Colu
     Returns:
         The column; its probability is empty and its index that of the first class.
     """
-    one, values = explanation[index], first.values - second.values  # (rows, cols)
-    total = float(values.double().sum())
-    sum_check = ""
-    if explanation.sums_to_logits:
-        null, logit = (
-            float(part[0, first.index]) - float(part[0, second.index]) for part in (one.null_values, one.logits)
-        )
-        sum_check = "\n".join(_check_lines("Δv(∅)", null, total, "logits differ by", logit))
-    written = f"Σφ={number(total, sign=True)}"
+    one, values, sums = explanation[index], first.values - second.values, explanation.sums_to_logits  # (rows, cols)
+    pair = [one.for_label(column.index)[0] for column in (first, second)]  # (rows, cols) each
+    written, lines = _sum_check(one, [first.index, second.index], pair, sums)
     return Column(
         index=first.index,
         label=f"{names[0]} {MINUS} {names[1]}",
         probability="",
-        total=written if explanation.sums_to_logits else "",
+        total=f"Σφ={written}" if sums else "",
         sum=written,
-        check=sum_check,
+        check="\n".join(lines),
         values=values,
     )
 
@@ -116,33 +110,69 @@ def _column(one: Explanation, class_id: int, sums: bool) -> Column:
     values = one.for_label(class_id)[0]  # (1, rows, cols) -> (rows, cols)
     if not values.isfinite().all():
         raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
-    errors, total = _errors(one, class_id), float(values.double().sum())
-    written = f"Σφ={number(total, sign=True)}"
+    errors = _errors(one, class_id)
+    written, lines = _sum_check(one, [class_id], [values], sums)
     method = [] if one.method == "shapadapter" else [one_line(one.method)]
     return Column(
         index=class_id,
         label=one_line(one.labels[class_id]),
         probability=likelihood(float(one.probabilities[0, class_id]), float(one.logits[0, class_id])),
-        total=", ".join(method + ([written] if sums else [])),
+        total=", ".join(method + ([f"Σφ={written}"] if sums else [])),
         sum=written,
-        check="\n".join(
-            (_sum_check(one, class_id, total) if sums else []) + ([] if errors is None else [_accuracy(one, class_id)])
-        ),
+        check="\n".join(lines + ([] if errors is None else [_accuracy(one, class_id)])),
         values=values,
         errors=errors,
     )
 
 
-def _sum_check(one: Explanation, class_id: int, total: float) -> list[str]:
-    return _check_lines("v(∅)", float(one.null_values[0, class_id]), total, "logit", float(one.logits[0, class_id]))
+def _sum_check(one: Explanation, classes: list[int], maps: list[Tensor], sums: bool) -> tuple[str, list[str]]:
+    """The sum of a map (rows, cols), or of the first minus the second, and lines that check it where it has a unit."""
+    totals = [float(values.double().sum()) for values in maps]
+    if not sums:
+        return number(totals[0] - sum(totals[1:]), sign=True), []
+    nulls, logits = ([float(part[0, index]) for index in classes] for part in (one.null_values, one.logits))
+    null, total, end, logit = adding_up(nulls, totals, logits)
+    gap = abs(nulls[0] + totals[0] - logits[0] - sum(nulls[1:]) - sum(totals[1:]) + sum(logits[1:]))
+    names = ("v(∅)", "logit") if len(classes) == 1 else ("Δv(∅)", "logits differ by")
+    shown = f"{gap:.0e}".replace("-", MINUS)
+    return total, [f"{names[0]} {null} + Σφ {total} = {end}", f"({names[1]} {logit}, gap {shown})"]
 
 
-def _check_lines(start: str, null: float, total: float, end: str, logit: float) -> list[str]:
-    gap = f"{abs(null + total - logit):.0e}".replace("-", MINUS)
-    return [
-        f"{start} {number(null)} + Σφ {number(total, sign=True)} = {number(null + total)}",
-        f"({end} {number(logit)}, gap {gap})",
-    ]
+def adding_up(
+    starts: Sequence[float], totals: Sequence[float], ends: Sequence[float], decimals: int = 2
+) -> tuple[str, str, str, str]:
+    """Write a start, what is added and the end so that the printed numbers add up, to the digit.
+
+    Start and end are rounded, and what is added is the difference of the printed ones: at most one unit of the last
+    decimal from its own value.
+
+    Args:
+        starts: The start; with a second one, everything is the first minus the second, again as printed.
+        totals: What is added.
+        ends: What should come out.
+        decimals: Where they say something; else there are two digits and an exponent.
+
+    Returns:
+        The start, what is added with its sign, what comes out, and the end.
+    """
+    largest = max(map(abs, (*starts, *totals, *ends)))
+    power = 0 if largest == 0 or 10**-decimals <= largest < 1e5 else math.floor(math.log10(largest))
+    unit = 10.0 ** (power - (1 if power else decimals))
+
+    def units(values: Sequence[float]) -> int:
+        """The first value, minus the second, in printed units."""
+        return round(values[0] / unit) - sum(round(value / unit) for value in values[1:])
+
+    def text(count: int, sign: str = "") -> str:
+        places = 1 if power else decimals
+        short = format(count / 10**places, f"{sign}.{places}f")
+        return (short + (f"e{power:+03d}" if power else "")).replace("-", MINUS)
+
+    start, end = units(starts), units(ends)
+    gap = max(abs(a + b - c) for a, b, c in zip(starts, totals, ends, strict=True))
+    # By rounding alone, what comes out is the end.
+    reached = end if gap < unit / 2 else units([a + b for a, b in zip(starts, totals, strict=True)])
+    return text(start), text(reached - start, "+"), text(reached), text(end)
 
 
 def _accuracy(one: Explanation, class_id: int) -> str:

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from shapadapter.explanation import Explanation
 from shapadapter.visual import overlay, symmetric_limit
-from shapadapter.visual.wording import MINUS, Column, columns, number
+from shapadapter.visual.wording import MINUS, Column, adding_up, columns, number
 
 SIDE = 512
 """Pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges."""
@@ -147,11 +147,10 @@ def sum_check(view: View) -> str:
     one, index = view.explanation, view.column.index
     total = float(view.column.values.double().sum())
     null, logit = float(one.null_values[0, index]), float(one.logits[0, index])
-    ends = [f"{value:.3f}".replace("-", MINUS) for value in (null, null + total, logit)]
-    patches = f"{total:+.3f}".replace("-", MINUS)
+    start, patches, end, score = adding_up([null], [total], [logit], decimals=3)
     return (
-        f'<p class="check"><strong>Sum check</strong> for <em>{_name(view.column)}</em>: {ends[0]} for an empty picture, and '
-        f"{patches} from all patches together, make {ends[1]}. The score the model gives is {ends[2]}.</p>"
+        f'<p class="check"><strong>Sum check</strong> for <em>{_name(view.column)}</em>: {start} for an empty picture, and '
+        f"{patches} from all patches together, make {end}. The score the model gives is {score}.</p>"
     )
 
 

@@ -34,8 +34,9 @@ function buildText(sums, order, view, added) {
   const players = view.values.length;
   const last = added ? ` The last one: ${placeOf(order[added - 1], view)}, ${signed(view.values[order[added - 1]])}.` : "";
   const end = added === players ? `, the ${view.goal}` : "";
-  return `${added} of ${players} patches: ${EMPTY} ${plain(sums[0])} `
-    + `${sums[added] < sums[0] ? MINUS : "+"} ${plain(Math.abs(sums[added] - sums[0]))} = ${plain(sums[added])}${end}.${added === players ? "" : last}`;
+  const text = addingUp([sums[0]], [sums[added]]);
+  return `${added} of ${players} patches: ${EMPTY} ${text.start} ${text.down ? MINUS : "+"} ${text.size} = ${text.end}${end}.`
+    + (added === players ? "" : last);
 }
 
 /** Row and column of a player, from 1. */

@@ -11,6 +11,19 @@ function plain(value) {
   return (value < 0 ? MINUS : "") + (short ? size.toFixed(2) : size.toExponential(1).replace(/e([-+])(\d)$/, "e$10$2").replace("-", MINUS));
 }
 
+/** A start, what is added and where it ends, so that the printed numbers add up, as `adding_up` writes them in figures. */
+function addingUp(starts, ends) {
+  const largest = Math.max(...starts.concat(ends).map(Math.abs), Math.abs(minus(ends) - minus(starts)));
+  const power = largest === 0 || (largest >= 0.01 && largest < 1e5) ? 0 : Math.floor(Math.log10(largest));
+  const places = power ? 1 : 2, unit = 10 ** (power - places);
+  const units = values => minus(values.map(value => Math.round(value / unit)));
+  const tail = power ? `e${power < 0 ? MINUS : "+"}${String(Math.abs(power)).padStart(2, "0")}` : "";
+  const text = (count, plus = "") => (count < 0 ? MINUS : plus) + (Math.abs(count) / 10 ** places).toFixed(places) + tail;
+  const start = units(starts), end = units(ends);
+  return { start: text(start), added: text(end - start, "+"), size: text(Math.abs(end - start)), end: text(end), down: end < start };
+}
+const minus = ([first, second = 0]) => first - second;
+
 /** The same with its sign. */
 const signed = value => (value < 0 ? "" : "+") + plain(value);
 
@@ -32,9 +45,10 @@ function chosenMap(image, place, other) {
     label: one.label, total: one.total, goal: "logit",
   };
   if (other < 0) return alone;
-  const against = image.classes[other], minus = against.values.flat();
-  const difference = values.map((value, player) => value - minus[player]);
-  const start = one.null - against.null, end = one.logit - against.logit, total = sum(difference);
+  const against = image.classes[other], others = against.values.flat();
+  const difference = values.map((value, player) => value - others[player]);
+  const start = one.null - against.null, end = one.logit - against.logit;
+  const text = addingUp([one.null, against.null], [one.logit, against.logit]);
   return {
     ...alone,
     values: difference,
@@ -44,9 +58,9 @@ function chosenMap(image, place, other) {
     logit: end,
     goal: "difference of the logits",
     label: `${one.label} ${MINUS} ${against.label}`,
-    total: `\u03a3\u03c6=${signed(total)}`,
-    check: data.sums ? `${EMPTY} ${plain(start)} + \u03a3\u03c6 ${signed(total)} = ${plain(start + total)}\n`
-      + `(difference of the logits ${plain(end)})` : "",
+    total: `\u03a3\u03c6=${data.sums ? text.added : signed(sum(difference))}`,
+    check: data.sums ? `${EMPTY} ${text.start} + \u03a3\u03c6 ${text.added} = ${text.end}\n`
+      + `(difference of the logits ${text.end})` : "",
   };
 }
 
