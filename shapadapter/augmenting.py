@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .collator import image_column
 from .images import open_image
+from .labels import as_row
 
 
 class Augmented(Dataset):
@@ -29,7 +30,7 @@ class Augmented(Dataset):
     epoch shows another picture. A transform with a generator of its own has to seed it from one of these.
 
     Args:
-        dataset: rows by index, as dicts with an image column.
+        dataset: rows by index, as dicts with an image column or as pairs (image, label).
         transform: an image to an image or tensor.
         seed: of the augmentations.
 
@@ -61,7 +62,7 @@ class Augmented(Dataset):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.dataset[index])
+        row = as_row(self.dataset[index])
         column = image_column(row)
         image = open_image(row.pop(column))
         with seeded(self.seed, int(self._epoch), index % len(self)):

@@ -15,12 +15,10 @@ from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
 from shapadapter.augmenting import Augmented
-from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ROW, ImageCollator, named, open_row
+from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ImageCollator, named, open_row
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
 from shapadapter.images import DECODING_ERRORS, is_damage
-from shapadapter.labels import Relabelled
-
-from .task import IGNORED
+from shapadapter.labels import IGNORED, ROW, Relabelled, as_row
 
 
 class GuardedRows:
@@ -79,7 +77,7 @@ class GuardedRows:
             return row
         if self._files is None:
             self._files = _undecoded(self.dataset)
-        row = {**(self._files[index] if self._files else row), ROW: index}
+        row = {**as_row(self._files[index] if self._files else row), ROW: index}
         try:
             open_row(row)
         except UnreadableImageError as error:
@@ -93,10 +91,7 @@ class GuardedRows:
         """The row, perhaps read already, with its image opened, and what is wrong with it."""
         row: Any = {}
         try:
-            row = self.dataset[index] if known is None else known
-            if not isinstance(row, Mapping):
-                return row, None  # for a collator that knows what to do with it
-            row = {**row, ROW: index}
+            row = {**as_row(self.dataset[index] if known is None else known), ROW: index}
             return open_row(row) if any(name in row for name in IMAGE_COLUMNS) else row, None
         except UnreadableImageError as error:
             return row, str(error)
@@ -119,6 +114,8 @@ def _undecoded(dataset: Any) -> Any:
         return Relabelled(_undecoded(dataset.dataset), dataset.column, dataset.numbers)
     if isinstance(dataset, Augmented):
         return _undecoded(dataset.dataset)
+    if isinstance(samples := getattr(dataset, "samples", None), list):  # of torchvision's folders
+        return samples if hasattr(dataset, "loader") else []
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(dataset, "cast_column"):
         return dataset if isinstance(dataset, list) else []
@@ -199,14 +196,18 @@ def in_place(logits: Tensor | None, labels: Tensor | None, readable: Tensor) -> 
     return logits, labels
 
 
-def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The user's metrics, of the images that could be read."""
+def of_known(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The user's metrics, of the images that could be read and have a label; none where there is no such image."""
 
     @wraps(compute_metrics)  # transformers looks at its arguments
     def compute(evaluation: Any, **options: Any) -> dict[str, Any]:
         predictions, labels = evaluation.predictions, evaluation.label_ids
         batches = isinstance(labels, list)  # eval_do_concat_batches=False: an array for each batch
-        kept = list(map(_were_read, predictions, labels)) if batches else _were_read(predictions, labels)
+        kept = list(map(_are_known, labels)) if batches else _are_known(labels)
+        if all(one.all() for one in (kept if batches else [kept])):
+            return compute_metrics(evaluation, **options)
+        if not options and not any(one.any() for one in (kept if batches else [kept])):
+            return {}
         parts = (predictions, labels, evaluation.inputs, evaluation.losses)
         predictions, labels, inputs, losses = (_rows_of(part, kept) for part in parts)
         return compute_metrics(EvalPrediction(predictions, labels, inputs=inputs, losses=losses), **options)
@@ -214,17 +215,11 @@ def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[...,
     return compute
 
 
-def _were_read(predictions: Any, labels: Any) -> Any:
-    """Which rows `in_place` has not marked, (rows,) bool.
-
-    `preprocess_logits_for_metrics` may have made something else of the logits, say classes; then the label alone tells.
-    """
-    module: Any = torch if isinstance(labels, Tensor) else np
+def _are_known(labels: Any) -> Any:
+    """Which rows have a label, or several of which one is known, (rows,) bool; `in_place` takes it from unreadable ones."""
     flat = labels.reshape(len(labels), -1)  # (rows, 1) or (rows, K)
-    marked = (module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED).all(1)  # (rows,)
-    if "float" in str(getattr(predictions, "dtype", "")):
-        marked = marked & module.isnan(predictions).reshape(len(labels), -1).all(1)
-    return ~marked
+    module: Any = torch if isinstance(labels, Tensor) else np
+    return ~(module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED).all(1)
 
 
 def _rows_of(values: Any, kept: Any) -> Any:
