@@ -30,7 +30,7 @@ from shapadapter.labels import (
 )
 
 from .arguments import ShapleyTrainingArguments
-from .checks import LABEL_REMEDY
+from .checks import LABEL_REMEDY, number_remedy
 from .labelling import check_labelled, labels_of, no_labels
 from .reading import guarded
 
@@ -61,8 +61,9 @@ def class_names(base: Any, adapter: Any, dataset: Any, rules: LabelRules) -> Map
     ]:
         return names
     if len(own) != rules.classes:
+        remedy = LABEL_REMEDY if not are_numbers(own) else number_remedy(len(own))
         raise ShapleyError(
-            f"The data's column {column!r} has {len(own)} classes, the model {rules.classes} without names. {LABEL_REMEDY}"
+            f"The data's column {column!r} has {len(own)} classes, the model {rules.classes} without names. {remedy}"
         )
     if not are_numbers(own):
         found = dict(enumerate(own))
