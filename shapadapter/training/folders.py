@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -218,7 +217,7 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
         if path.is_symlink() and (
             not path.exists() or path.resolve() in (*folder.resolve().parents, folder.resolve())
         ):
-            where = "the folder it is in" if path.exists() else f"{os.readlink(path)}, which is not there"
+            where = "the folder it is in" if path.exists() else f"{path.readlink()}, which is not there"
             raise ShapleyError(f"{path} is a link to {where}. Remove it.")
         (folders if path.is_dir() else files).append(path)
     return folders, files

@@ -14,6 +14,8 @@ from shapadapter.collator import IMAGE_COLUMNS
 from shapadapter.errors import ShapleyError
 from shapadapter.labels import LabelRules, Relabelled, as_row
 
+from .reading import is_transformed
+
 
 def labels_of(dataset: Any, columns: Sequence[str]) -> tuple[str, Any] | None:
     """The column of labels and its values (n,) or (n, K), as an array or a list; None where images would have to be read.
@@ -42,15 +44,10 @@ def labels_of(dataset: Any, columns: Sequence[str]) -> tuple[str, Any] | None:
     if hasattr(dataset, "targets") and hasattr(dataset, "classes"):  # of torchvision
         changed = getattr(dataset, "target_transform", None) is not None
         return None if changed else ("label", np.asarray(dataset.targets))
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "with_format") or _is_transformed(dataset):
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "with_format"):
         return None
     name = next((name for name in columns if name in dataset.column_names), None)
     return None if name is None else (name, _as_array(dataset.with_format("arrow", columns=[name])[:].column(name)))
-
-
-def _is_transformed(dataset: Any) -> bool:
-    """Whether a data set's rows are made by the user's function when they are read."""
-    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
 def _as_array(column: Any) -> Any:
@@ -74,7 +71,7 @@ def columns_of(dataset: Any) -> list[str] | None:
     if isinstance(dataset, Relabelled | Augmented | Subset):
         return columns_of(dataset.dataset)
     features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping) and not _is_transformed(dataset):
+    if isinstance(features, Mapping) and not is_transformed(dataset):
         return list(features)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not len(dataset):
         return None
@@ -92,7 +89,7 @@ def check_labelled(dataset: Any, rules: LabelRules) -> None:
     columns = columns_of(dataset)
     if columns is not None and rules.column(columns) is None:
         raise no_labels(columns, rules)
-    found = labels_of(dataset, rules.columns)
+    found = None if is_transformed(dataset) else labels_of(dataset, rules.columns)
     if found is not None and len(found[1]) and rules.check(found[1], found[0])[1] == 0:
         raise ShapleyError(
             f"prediction='vote' learns the classes from labels, and none of the {len(found[1])} labels in the column "

@@ -32,7 +32,7 @@ from shapadapter.labels import (
 from .arguments import ShapleyTrainingArguments
 from .checks import LABEL_REMEDY, number_remedy
 from .labelling import check_labelled, labels_of, no_labels
-from .reading import guarded
+from .reading import GuardedRows, guarded, is_transformed
 
 
 def label_rules(model: Any, layer: ShapleyLayer, args: ShapleyTrainingArguments) -> LabelRules:
@@ -112,40 +112,61 @@ class LoadingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer`'s loader; classes are found by name."""
-        return super().get_eval_dataloader(self._counted(eval_dataset, self.data_collator, several=True))
+        return super().get_eval_dataloader(self._looked_at(self._counted(eval_dataset, several=True)))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """`Trainer`'s loader; classes are found by name."""
-        return super().get_test_dataloader(self._counted(test_dataset, self.data_collator))
+        return super().get_test_dataloader(self._looked_at(self._counted(test_dataset)))
 
-    def _counted(self, dataset: Any, collator: Any, several: bool = False) -> Any:
+    def _counted(self, dataset: Any, several: bool = False) -> Any:
         """The data set, or several by name, with labels as the model counts classes of the same name; streams undecoded.
 
         Raises:
-            ShapleyError: it has splits, other classes than the model, or labels that are no classes.
+            ShapleyError: it has splits, or other classes than the model.
         """
         if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
             if several:
-                return {name: self._counted(part, collator) for name, part in dataset.items()}
+                return {name: self._counted(part) for name, part in dataset.items()}
             raise ShapleyError(
-                f"Expected a data set, got the splits {list(dataset)}: choose one, e.g. dataset[{next(iter(dataset), 'train')!r}]."
+                f"Expected a data set, got the splits {list(dataset)}: choose one, e.g. "
+                f"dataset[{next(iter(dataset), 'train')!r}]."
             )
         if self.rules is None:
             return undecoded(dataset)
-        columns = self.rules.columns
-        dataset = as_model_counts(undecoded(dataset), self.class_names, LABEL_REMEDY, columns)
-        if type(collator) is ImageCollator and (found := labels_of(dataset, columns)) is not None and len(found[1]):
+        return as_model_counts(undecoded(dataset), self.class_names, LABEL_REMEDY, self.rules.columns)
+
+    def _looked_at(self, dataset: Any) -> Any:
+        """The data set, or several by name, in whose column of labels there is nothing else, as far as it can be read.
+
+        Raises:
+            ShapleyError: there is.
+        """
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
+            return {name: self._looked_at(part) for name, part in dataset.items()}
+        collator: Any = self.data_collator
+        if self.rules is None or type(collator) is not ImageCollator:  # which may make labels of anything
+            return dataset
+        found = None if is_transformed(dataset) else labels_of(dataset, self.rules.columns)
+        if found is not None and len(found[1]):
             kind, known = self.rules.check(found[1], found[0])
             if self.rules.problem is None and known:
-                self.rules = LabelRules(self.rules.classes, PROBLEMS[kind], columns)
+                self.rules = LabelRules(self.rules.classes, PROBLEMS[kind], self.rules.columns)
                 collator.labels = collator.labels and self.rules
         return dataset
 
-    def _check_labelled(self) -> None:
-        """Refuse to train a vote without labels."""
-        if self._votes and type(self.data_collator) is ImageCollator and self.train_dataset is not None:
+    def _look_at_data(self) -> None:
+        """Refuse, before the first step, labels that are none, a vote without any, and images that cannot be used."""
+        if self.train_dataset is None:
+            return
+        self._looked_at(self.train_dataset)
+        if self.args.eval_strategy != "no":
+            self._looked_at(self.eval_dataset)
+        if self._votes and type(self.data_collator) is ImageCollator:
             assert self.rules is not None
             check_labelled(self.train_dataset, self.rules)
+        rows = self._guarded(self.train_dataset)
+        if isinstance(rows, GuardedRows) and self.args.corrupt_images == "fail":
+            rows.look(self.args.process_index, self.args.world_size)
 
     def _checked(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
         """A batch whose labels, where they are not of the trainer's own collator, are classes or marked as not known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,15 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import EvalPrediction
 
 from shapadapter.augmenting import Augmented
-from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ImageCollator, named, open_row
+from shapadapter.collator import FAULT, HOW_TO_SKIP, IMAGE_COLUMNS, ImageCollator, image_column, named, open_row
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
 from shapadapter.images import DECODING_ERRORS, is_damage
 from shapadapter.labels import IGNORED, ROW, Relabelled, as_row
+
+_USUAL = ("RGB", "L", "RGBA", "P", "CMYK", "YCbCr", "1")
+
+GLANCES = 20_000
+"""Images that are looked at before a training: of more, so many."""
 
 
 class GuardedRows:
@@ -63,6 +70,28 @@ class GuardedRows:
                 rows = self.dataset.__getitems__(indices)
         return [self._item(index, row) for index, row in zip(indices, rows, strict=True)]
 
+    def look(self, first: int = 0, step: int = 1) -> None:
+        """Look at the heads of up to `GLANCES` files, evenly spread, without decoding them.
+
+        Args:
+            first: of the files that are looked at, and
+            step: how many further the next one is: several processes share them out.
+
+        Raises:
+            UnreadableImageError: one cannot be used.
+        """
+        files = [] if is_transformed(self.dataset) else self._undecoded()
+        count = min(len(self), GLANCES)
+        for place in range(first, count if len(files) else 0, step):
+            index = place * (len(self) - 1) // max(1, count - 1)
+            if is_doubtful(as_row(files[index])):
+                self._item(index)  # which says what is wrong
+
+    def _undecoded(self) -> Any:
+        if self._files is None:
+            self._files = _undecoded(self.dataset)
+        return self._files
+
     def _item(self, index: int, row: Any = None) -> Any:
         try:
             return self._read(index, row)
@@ -75,9 +104,8 @@ class GuardedRows:
         row, fault = self._attempt(index, row)
         if fault is None:
             return row
-        if self._files is None:
-            self._files = _undecoded(self.dataset)
-        row = {**as_row(self._files[index] if self._files else row), ROW: index}
+        files = self._undecoded()
+        row = {**as_row(files[index] if files else row), ROW: index}
         try:
             open_row(row)
         except UnreadableImageError as error:
@@ -108,8 +136,35 @@ class GuardedRows:
         raise UnreadableImageError(f"None of the {len(self)} images of the data set can be read.")
 
 
+def is_transformed(dataset: Any) -> bool:
+    """Whether a data set's rows are made by the user's function when they are read."""
+    if isinstance(dataset, Relabelled | Augmented | Subset):
+        return is_transformed(dataset.dataset)
+    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
+
+
+def is_doubtful(row: Mapping[str, Any]) -> bool:
+    """Whether the image of a row may be of no use: its file has no head of an image, or it is of a rare kind."""
+    column = next((name for name in IMAGE_COLUMNS if name in row), None)
+    image = None if column in (None, "pixel_values") else row[image_column(dict(row))]
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if column in (None, "pixel_values") or isinstance(image, Tensor) or (isinstance(image, str) and "://" in image):
+        return False
+    if isinstance(image, Image.Image):
+        return image.mode not in _USUAL
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+            return file.mode not in _USUAL
+    except Exception:  # whatever it is, opening the row says it better
+        return True
+
+
 def _undecoded(dataset: Any) -> Any:
     """The rows with files as they are; an empty list for a data set that does not show them."""
+    if isinstance(dataset, Subset):
+        files = _undecoded(dataset.dataset)
+        return [files[index] for index in dataset.indices] if files else []
     if isinstance(dataset, Relabelled):
         return Relabelled(_undecoded(dataset.dataset), dataset.column, dataset.numbers)
     if isinstance(dataset, Augmented):

@@ -94,7 +94,7 @@ class ShapleyTrainer(
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
                 check_classes(kwargs.get(name), self.layer.classes)
-            kwargs[name] = self._counted(kwargs.get(name), kwargs["data_collator"], several=name == "eval_dataset")
+            kwargs[name] = self._counted(kwargs.get(name), several=name == "eval_dataset")
         check_setting(model, args, kwargs.get("train_dataset") is not None)
         check_game(self.layer, args, kwargs.get("train_dataset") is not None)
         problem, own_loss = getattr(config, "problem_type", None), kwargs.get("compute_loss_func")
@@ -230,7 +230,7 @@ class ShapleyTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s training, after looking at the data, and measuring the colour of absent pixels where that is its mean."""
-        self._check_labelled()
+        self._look_at_data()
         self._measure_fill()
         return super().train(*args, **kwargs)
 
