@@ -34,7 +34,9 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     """Train, save, evaluate, explain."""
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
-        images = load_images(args, training_args.seed)  # splits "train" and "test", columns "image" and "label"
+        images = load_images(
+            args, training_args.seed, training_args.corrupt_images
+        )  # splits "train" and "test", columns "image" and "label"
     names = images["train"].features["label"].names
     # Without torchvision this is the processor's PIL version, which resizes slightly differently.
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)

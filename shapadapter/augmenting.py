@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .images import image_column, open_image
+from .labels import as_row
 
 
 class Augmented(Dataset):
@@ -28,7 +29,7 @@ class Augmented(Dataset):
     epoch shows another picture. A transform with a generator of its own has to seed it from one of these.
 
     Args:
-        dataset: rows by index, as dicts with an image column.
+        dataset: rows by index, as dicts with an image column or as pairs (image, label).
         transform: an image to an image or tensor.
         seed: of the augmentations.
 
@@ -60,7 +61,7 @@ class Augmented(Dataset):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.dataset[index])
+        row = as_row(self.dataset[index])
         column = image_column(row)
         given = row.pop(column)
         image = given if isinstance(given, Tensor | np.ndarray) else open_image(given)

@@ -1,11 +1,12 @@
 """Classes by their names."""
 
 import difflib
+import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shapadapter.errors import ClassNotFoundError, FieldError
+from shapadapter.errors import ClassNotFoundError, FieldError, ShapleyError
 from shapadapter.schema import fault
 
 
@@ -17,6 +18,42 @@ def check_names(names: Any, field: str) -> None:
     """
     if trouble := fault(names, list[str], field):
         raise FieldError(f"{trouble}.")
+
+
+def class_names(id2label: Mapping[Any, Any] | None, classes: int) -> tuple[str, ...]:
+    """The names of a model's K classes, in their order.
+
+    Args:
+        id2label: as a model's config has it, by index or, as json has it, by the index in letters; None without names.
+        classes: K.
+
+    Raises:
+        ShapleyError: it names other indices than 0..K-1.
+    """
+    if not id2label:
+        return tuple(f"LABEL_{index}" for index in range(classes))
+    try:
+        names = {int(index): str(name) for index, name in id2label.items()}
+    except (TypeError, ValueError):
+        names = {}
+    if len(names) != len(id2label) or set(names) != set(range(classes)):
+        raise ShapleyError(
+            f"Expected id2label to name the {classes} classes of the model by the indices 0 to {classes - 1}, got those of "
+            f"{some(map(repr, id2label))}. Set id2label=dict(enumerate(names)) and label2id={{name: index for index, name "
+            "in enumerate(names)}, in the order of the model's outputs."
+        )
+    return tuple(names[index] for index in range(classes))
+
+
+def find_classes(labels: Sequence[str], wanted: Any) -> list[int]:
+    """The indices of a class or several, by names or indices; arrays and numbers of NumPy and torch do as well.
+
+    Raises:
+        ClassNotFoundError: as `find_class`.
+    """
+    wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    several = wanted if hasattr(wanted, "__iter__") and not isinstance(wanted, str) else [wanted]
+    return [find_class(labels, one) for one in several]
 
 
 def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
@@ -33,8 +70,12 @@ def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
         ClassNotFoundError: If there is no such class, or several classes share the name.
     """
     if not isinstance(name_or_id, str):
-        if 0 <= name_or_id < len(labels):
-            return int(name_or_id)
+        try:
+            index = operator.index(name_or_id)
+        except TypeError:
+            index = -1
+        if 0 <= index < len(labels):
+            return index
         raise ClassNotFoundError(f"There is no class {name_or_id}: the classes are 0..{len(labels) - 1}.")
     found = [index for index, label in enumerate(labels) if label == name_or_id]
     if len(found) == 1:

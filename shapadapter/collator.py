@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,16 +12,23 @@ from PIL import Image
 from torch import Tensor
 
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
-from shapadapter.images import IMAGE_COLUMNS, IMAGE_INPUTS, image_column, open_image, prepare_opened
-from shapadapter.labels import LABEL_COLUMNS
+from shapadapter.images import (
+    DECODING_ERRORS,
+    IMAGE_COLUMNS,
+    IMAGE_INPUTS,
+    image_column,
+    image_side,
+    is_damage,
+    open_image,
+    prepare_opened,
+)
+from shapadapter.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_row
 from shapadapter.texts import TextRules, prepare_texts
 
 TEXT_COLUMNS = ("text", "caption", "txt")
 
 FAULT = "__fault__"
 """Column of a row that stands in for one whose image cannot be read: what is wrong with that."""
-ROW = "__row__"
-"""Column with the index of a row in its data set."""
 HOW_TO_SKIP = "To leave such images out, pass corrupt_images='skip' (at the command line --corrupt-images skip)."
 
 
@@ -29,10 +37,11 @@ class ImageCollator:
 
     Images may be PIL images, arrays, paths, or the content of files; `jpg`, `jpeg`, `png`, `webp` and `cls`, as
     webdataset shards name them, do as well. Rows that already hold `pixel_values` tensors (a transform made them) are
-    stacked. Labels may be missing. For a model that matches images with texts there is a `text`, `caption` or `txt` column
+    stacked, and so are the floats that a transform has made in pairs (image, label), the rows of torchvision's data sets.
+    Labels may be missing. For a model that matches images with texts there is a `text`, `caption` or `txt` column
     instead, one text for each image. Columns it has no use for are named in one warning.
 
-    With `corrupt_images="skip"` a row whose image cannot be read is replaced by another of its batch, or a black image, and
+    With `corrupt_images="skip"` a row whose image cannot be used is replaced by another of its batch, or a black image, and
     `readable` (B,) bool is False there, for whoever uses the batch to leave it out. So batches keep their size, which
     several processes need. The first one is named in a warning.
 
@@ -42,6 +51,7 @@ class ImageCollator:
         truncate: whether to cut texts that are too long; else they are refused.
         corrupt_images: "fail" or "skip" where an image cannot be read.
         class_names: by index, for messages.
+        labels: what the model's labels may be; None takes any numbers.
     """
 
     def __init__(
@@ -51,13 +61,15 @@ class ImageCollator:
         truncate: bool = False,
         corrupt_images: Literal["fail", "skip"] = "fail",
         class_names: Mapping[int, str] | None = None,
+        labels: LabelRules | None = None,
     ) -> None:
         self.processor = processor
         self.texts = texts
         self.truncate = truncate
         self.corrupt_images = corrupt_images
         self.class_names = class_names
-        self._warned = False
+        self.labels = labels
+        self._warned = self._looked = False
         # Shared with data-loader workers, so that only one of them warns.
         self._named = torch.zeros((), dtype=torch.bool).share_memory_() if corrupt_images == "skip" else None
 
@@ -65,23 +77,31 @@ class ImageCollator:
         """Collate.
 
         Raises:
-            UnreadableImageError: an image cannot be read, and such images are not skipped.
+            UnreadableImageError: an image cannot be used, and such images are not skipped.
             ImageError: no image column, or no processor to prepare it.
-            ShapleyError: a model with texts, but no text column, or a text that is too long.
+            ShapleyError: rows or labels of another kind; a model with texts, but no text column, or a text that is too long.
         """
+        rows = [as_row(row) for row in rows]
         opened = [self._opened(row) for row in rows]
-        batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
+        try:
+            batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
+        except ImageError:
+            opened = [row and self._opened(row, prepare=True) for row in opened]  # which says what row it is
+            batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
         if self.corrupt_images == "fail":
             return batch
         readable = torch.tensor([row is not None for row in opened])  # (B,)
         places = (readable.cumsum(0) - 1).where(readable, 0)  # (B,) of each row among the readable ones, or the first
         return {**{name: value[places] for name, value in batch.items()}, "readable": readable}
 
-    def _opened(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The row with its image opened, or None if that cannot be read."""
+    def _opened(self, row: dict[str, Any], prepare: bool = False) -> dict[str, Any] | None:
+        """The row with its image opened, and if asked for prepared to see whether it can be; or None if it cannot be used."""
         try:
             if FAULT in row:
                 raise UnreadableImageError(row[FAULT])
+            if prepare and self.processor is not None and "pixel_values" not in row:
+                with usable():
+                    prepare_opened([row[image_column(row)]], self.processor)
             return open_row(row)
         except UnreadableImageError as error:
             fault = row.get(FAULT) or named(str(error), row, self.class_names)
@@ -93,14 +113,15 @@ class ImageCollator:
             return None
 
     def _collated(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        label = find_column(rows[0], LABEL_COLUMNS)
+        label = find_column(rows[0], self.labels.columns if self.labels else LABEL_COLUMNS)
         text = find_column(rows[0], TEXT_COLUMNS) if self.texts is not None else None
         self._warn_unused(set(rows[0]) - {*IMAGE_COLUMNS, label if self.texts is None else text, *IMAGE_INPUTS})
         batch: dict[str, Any] = self._pixels(rows)
         if self.texts is not None:
             return {**batch, **self._captions(rows, text, self.texts)}
         if label is not None:
-            batch["labels"] = as_labels([row[label] for row in rows])  # (B,) or (B, K)
+            values = [row[label] for row in rows]
+            batch["labels"] = self.labels.collated(values, label, rows) if self.labels else as_labels(values)
         return batch
 
     def _captions(self, rows: Sequence[dict[str, Any]], column: str | None, rules: TextRules) -> dict[str, Tensor]:
@@ -114,6 +135,9 @@ class ImageCollator:
     def _pixels(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "pixel_values" in rows[0]:
             own = [name for name in IMAGE_INPUTS if name in rows[0]]
+            if READY in rows[0] and self.processor is not None and not self._looked:
+                self._looked = True
+                _check_normalised(torch.stack([row["pixel_values"] for row in rows]), self.processor)
             return {name: _stacked(name, [torch.as_tensor(row[name]) for row in rows]) for name in own}
         if self.processor is None:
             raise ImageError(
@@ -133,12 +157,28 @@ def open_row(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its image opened.
 
     Raises:
-        ImageError: no image column, or an image that cannot be opened.
+        UnreadableImageError: an image that cannot be used.
+        ImageError: no image column, or a disk or network that fails.
     """
     if "pixel_values" in row:
         return row
     column = image_column(row)
-    return {**row, column: open_image(row[column])}
+    with usable():
+        return {**row, column: open_image(row[column])}
+
+
+@contextmanager
+def usable() -> Iterator[None]:
+    """Say of any image that cannot be used what is said of damaged ones; a disk or a network that fails is no image's fault."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except ImageError as error:
+        cause = error.__cause__
+        if isinstance(cause, DECODING_ERRORS) and not is_damage(cause):
+            raise
+        raise UnreadableImageError(str(error)) from error
 
 
 def named(fault: str, row: Mapping[str, Any], class_names: Mapping[int, str] | None) -> str:
@@ -164,13 +204,36 @@ def _stacked(name: str, values: list[Tensor]) -> Tensor:
     return torch.stack(values)  # (B, ...)
 
 
-def as_labels(values: list[Any]) -> Tensor:
-    """Class indices (B,) int64, or regression targets and multi-hot rows in float32.
+def _check_normalised(pixels: Tensor, processor: Any) -> None:
+    """Refuse pairs whose transform has left out what the image processor does to every image.
+
+    Args:
+        pixels: (B, C, H, W), as the transform made them.
+        processor: of the model.
 
     Raises:
-        ShapleyError: rows of labels differ in length.
+        ImageError: all are from 0 to 1, and the processor would normalise them.
     """
-    rows = [torch.as_tensor(value) for value in values]
+    if not getattr(image_side(processor), "do_normalize", False) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
+        return
+    side = image_side(processor)
+    raise ImageError(
+        "Expected pairs (image, label) whose transform makes floats ready for the model, got floats from 0 to 1: end the "
+        f"transform with Normalize({list(side.image_mean)}, {list(side.image_std)}), or with PILToTensor() instead of "
+        "ToTensor() to leave that to the image processor."
+    )
+
+
+def as_labels(values: list[Any]) -> Tensor:
+    """Class indices (B,) int64, or regression targets and multi-hot rows in float32; `IGNORED` or NaN for None.
+
+    Raises:
+        ShapleyError: labels are no numbers, or rows of them differ in length.
+    """
+    try:
+        rows = [torch.as_tensor(torch.nan if value is None else value) for value in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapleyError(f"Expected labels as numbers, got {values[:3]!r}: {error}.") from error
     if len({row.shape for row in rows}) > 1:
         raise ShapleyError(
             f"Labels of one batch must have one shape, got {sorted({tuple(row.shape) for row in rows})}. Several labels of "

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .adapter import ShapleyLayer
 from .backbone import Tiling, configured_size, evaluation_view, normalised
-from .classes import find_class
+from .classes import class_names, find_classes
 from .errors import ImageError, ShapleyError
 from .explanation import Explanation
 from .frames import frames
@@ -145,11 +145,10 @@ def predictions(
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
-    if batch_size < 1 or (isinstance(targets, Sequence) and not targets):
+    if batch_size < 1 or (hasattr(targets, "__len__") and not len(targets)):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
     labels, options = _classes(model, layer, texts, processor, options)
-    wanted = [targets] if isinstance(targets, str | int) else targets
-    chosen = None if wanted is None else [find_class(labels, target) for target in wanted]
+    chosen = None if targets is None else find_classes(labels, targets)
     for opened, inputs in _batches(images, processor, batch_size):
         tiling = layer.tiling(**inputs, **options)
         seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
@@ -188,7 +187,7 @@ def _classes(
         if texts is not None:
             name = type(base_of(model)).__name__
             raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
-        return tuple(str(config.id2label[index]) for index in range(layer.classes)), options
+        return class_names(config.id2label, layer.classes), options
     if texts is None:
         raise ShapleyError("The model matches images with texts: pass texts=[...].")
     listed = (texts,) if isinstance(texts, str) else tuple(texts)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
 
-from .classes import find_class
+from .classes import class_names, find_classes
 from .errors import ShapleyError
 from .explaining import explain
 from .explanation import Explanation
@@ -140,8 +140,7 @@ class ImageAttributionPipeline(Pipeline):
                 else "The model has classes of its own; candidate_labels are for one that matches images with texts."
             )
         texts = candidate_labels and [hypothesis_template.format(label) for label in candidate_labels]
-        wanted = [targets] if isinstance(targets, str | int) else targets
-        chosen = None if wanted is None else [find_class(self._labels(candidate_labels), one) for one in wanted]
+        chosen = None if targets is None else find_classes(self._labels(candidate_labels), targets)
         explanation = explain(
             self.model,
             input_tensors,
@@ -190,8 +189,8 @@ class ImageAttributionPipeline(Pipeline):
     def _labels(self, candidate_labels: list[str] | None) -> tuple[str, ...]:
         if candidate_labels is not None:
             return tuple(candidate_labels)
-        names: Any = self.model.config.id2label
-        return tuple(str(names[index]) for index in range(active_layer(self.model).classes))
+        config: Any = self.model.config
+        return class_names(config.id2label, active_layer(self.model).classes)
 
 
 def _scores(one: Explanation, function: str | None) -> Tensor:

@@ -28,7 +28,7 @@ from shapadapter import (
 from shapadapter.objective import shapley_loss
 from shapadapter.shapley import sample_pairs
 from shapadapter.training import ImageCollator
-from shapadapter.training.trainer import is_constant
+from shapadapter.training.checks import is_constant
 
 datasets = pytest.importorskip("datasets")
 
@@ -191,7 +191,8 @@ def test_prediction_without_labels(tmp_path):
 
 
 def test_the_shapley_loss_needs_no_labels(tmp_path):
-    trainer = trainer_of(tmp_path, train=images(8, labels=False), held_out=images(4, labels=False), shapley_warmup=0.0)
+    data = {"train": images(8, labels=False), "held_out": images(4, labels=False)}
+    trainer = trainer_of(tmp_path, wrapped(prediction="classifier"), **data, shapley_warmup=0.0)
     before = trained(trainer.model)
     trainer.train()
     assert gap(before, trained(trainer.model)) > 0

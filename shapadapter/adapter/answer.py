@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from shapadapter.errors import ShapleyError
+from shapadapter.labels import PROBLEMS, LabelRules, known_labels
 from shapadapter.objective import expected_square, project_on_efficiency
 from shapadapter.outputs import MatchingOutput, ShapleyOutput
 
@@ -61,14 +62,34 @@ def _ends(game: CoalitionGame, evidence: Evidence, own: Tensor | None) -> tuple[
 
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
-    """The base model's loss on logits (B, K), in fp32: by its problem type cross-entropy, binary cross-entropy or squares."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logits.shape[-1] == 1 or model.config.problem_type in ("regression", "multi_label_classification"):
-        labels = labels.to(logits.dtype)  # whole numbers, too, are targets
-    # A model without a head would answer with the loss of language models.
-    if getattr(model, "loss_type", None) == "ForImageClassification" or hasattr(model, "_loss_function"):
-        return model.loss_function(labels, logits, model.config)
-    return ForSequenceClassificationLoss(labels, logits, model.config)
+    """The base model's loss on logits (B, K), in fp32: by its problem type cross-entropy, binary cross-entropy or squares.
+
+    It is the mean over the labels that are known, each of several counting for itself; 0 where none is.
+
+    Raises:
+        ShapleyError: a label is no class of the model.
+    """
+    config, logits = model.config, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if "_loss_function" in vars(model):  # the user's own
+        return model.loss_function(labels, logits, config)
+    labels = labels.to(logits.device)
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # (B, 1) -> (B,)
+    rules = LabelRules(logits.shape[-1], config.problem_type)
+    kind = rules.kind(several=labels.ndim > 1)
+    if config.problem_type is None:  # what the probabilities are is read off it, too
+        config.problem_type = PROBLEMS[kind]
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # reading them would halt a GPU
+        rules.check_batch(labels)
+    known = known_labels(labels, kind == "quantity")  # (B,) or (B, K)
+    if kind == "class":
+        losses = cross_entropy(logits, labels.where(known, 0).long(), reduction="none")  # (B,)
+    else:
+        known = known.view_as(logits)  # (B,) or (B, K) -> (B, K)
+        wanted = labels.to(logits.dtype).view_as(logits).where(known, 0)  # (B, K)
+        measure = mse_loss if kind == "quantity" else binary_cross_entropy_with_logits
+        losses = measure(logits, wanted, reduction="none")  # (B, K)
+    # `where`, for a label that is not known may go with a logit that is not finite.
+    return losses.where(known, 0).sum() / known.sum().clamp(min=1)
 
 
 def _shared_out(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy
+from shapadapter.classes import class_names
 from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
 from .config import ShapleyConfig, not_finite
@@ -92,13 +93,16 @@ def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) 
 
     Raises:
         CheckpointError: the adapter was made for another number of classes or another base.
+        ShapleyError: the base model's classes are not named by 0..K-1.
     """
     fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
         config.revision = config.revision or commit_of(model)  # what the user says comes first
         if anatomy.kind != "matching":  # where the classes are the texts of each call
-            config.id2label = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
+            config.id2label = dict(enumerate(class_names(model.config.id2label, anatomy.classes)))
+            if model.config.id2label != config.id2label:  # in any order, or with indices in letters, as json has them
+                model.config.id2label = dict(config.id2label)
             config.problem_type = model.config.problem_type
         return
     own_head = config.prediction == "vote" and anatomy.kind != "matching"  # the adapter brings its classes along

@@ -89,13 +89,14 @@ def _page(
     loaded: tuple[Any, Any], checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int
 ) -> Path:
     """Explain some of the images, and show them below the measures, the wrong predictions first."""
+    from shapadapter.classes import class_names
     from shapadapter.evaluation.checkpoint import labelled_images
     from shapadapter.evaluation.data import choose
+    from shapadapter.game import active_layer
     from shapadapter.visual import write_page
 
     model, processor = loaded
-    labels = model.config.id2label
-    rows = labelled_images(data, [str(labels[index]) for index in range(len(labels))], None)
+    rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
     chosen = [rows[index] for index in choose(len(rows), shown, seed)]
     # One by one, for they may differ in size.
     explained = [(row, _explained(model, processor, row)) for row in chosen]

@@ -14,6 +14,7 @@ from torch import Tensor
 from shapadapter.atomic import write_together
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.card import weights_digest
+from shapadapter.classes import class_names
 from shapadapter.errors import ShapleyError
 from shapadapter.files import refuse_link
 from shapadapter.game import active_layer
@@ -74,9 +75,7 @@ def evaluate_checkpoint(
         refuse_link(output / "records", output)
     place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
     model, processor = load(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
-    names = model.config.id2label
-    # By index: a configuration may list its classes in any order.
-    rows = labelled_images(data, [str(names[index]) for index in range(len(names))], masks)
+    rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), masks)
     cache = None if output is None else output / "records"
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
     # By the weights a card knows whether the evaluation is of its adapter.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shapadapter import __version__
 from shapadapter.adapter.guard import check_mergeable
 from shapadapter.adapter.quantised import is_quantised
+from shapadapter.classes import class_names
 from shapadapter.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.explaining import base_of, embed_texts, prepared_batches
 from shapadapter.game import active_layer
@@ -153,7 +154,7 @@ def _classes(
     if not matching and texts is not None:
         raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts; leave texts out.")
     if texts is None:
-        return tuple(str(config.id2label[index]) for index in range(layer.classes)), None
+        return class_names(config.id2label, layer.classes), None
     listed = (texts,) if isinstance(texts, str) else tuple(texts)
     return listed, embed_texts(model, listed, processor)
 

@@ -74,9 +74,16 @@ def check_classes(dataset: Any, classes: int) -> None:
         count = getattr(feature, "num_classes", None)
         if column in ("label", "labels") and count is not None and count > classes:
             raise ShapleyError(
-                f"The data set's column {column!r} has {count} classes, the model {classes}. Load the base with "
-                f"AutoModelForImageClassification.from_pretrained(..., num_labels={count}, ignore_mismatched_sizes=True)."
+                f"The data set's column {column!r} has {count} classes, the model {classes}. {number_remedy(count)}"
             )
+
+
+def number_remedy(classes: int) -> str:
+    """What to do where model and data differ in the number of classes, which have no names."""
+    return (
+        f"Load the base with AutoModelForImageClassification.from_pretrained(..., num_labels={classes}, "
+        "ignore_mismatched_sizes=True)."
+    )
 
 
 def check_game(layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool) -> None:

@@ -4,6 +4,7 @@
 """
 
 # No `from __future__ import annotations`: HfArgumentParser reads the fields' types.
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.atomic import naming
+from shapadapter.classes import some
 from shapadapter.errors import ShapleyError, UnreadableImageError
 from shapadapter.explaining import explain
 from shapadapter.images import open_image
@@ -28,9 +30,13 @@ from shapadapter.visual import gallery
 
 from .arguments import ShapleyTrainingArguments
 from .checkpoints import last_whole_checkpoint
+from .folders import fifth, image_folder, in_words
 from .resuming import running_alone
 from .sources import check_data, check_model, columns, not_loaded
 from .trainer import ShapleyTrainer
+
+# Of a stream from a folder, to be shared out among processes and workers.
+_SHARDS = 256
 
 
 @dataclass
@@ -60,30 +66,67 @@ class ScriptArguments:
             raise ValueError("Pass either --dataset_name or --image_folder.")
 
 
-def load_images(args: ScriptArguments, seed: int) -> DatasetDict | IterableDatasetDict:
-    """Splits `train` and `test` with the columns `image` and `label`."""
+def load_images(
+    args: ScriptArguments, seed: int, corrupt_images: Literal["fail", "skip"] = "fail"
+) -> DatasetDict | IterableDatasetDict:
+    """Splits `train` and `test` with the columns `image` and `label`; how many images there are is printed.
+
+    Args:
+        args: where the images are.
+        seed: of what is drawn.
+        corrupt_images: "skip" passes over files in the folder that are no images, "fail" refuses them.
+
+    Raises:
+        ShapleyError: the folder is none of images in classes, or there is no such split or column.
+    """
+    splits = _chosen(args, corrupt_images)
+    alone: list[str] = []
+    if "test" not in splits:
+        label = splits["train"].features["label"]
+        train, test, alone = fifth(splits["train"].with_format("numpy")["label"], label.names, seed)
+        if not test:
+            raise ShapleyError(
+                "Expected two images or more of some class, to hold one out for testing. Pass --test_split."
+            )
+        splits = DatasetDict({"train": splits["train"].select(train), "test": splits["train"].select(test)})
+    if os.environ.get("RANK", "0") == "0":
+        note = f"; classes with one image, which is trained on and not tested: {some(alone)}" if alone else ""
+        sys.stdout.write(f"{in_words(splits)}{note}\n")
+    if not args.streaming:
+        return splits
+    if isinstance(splits, DatasetDict):
+        streams = {name: part.to_iterable_dataset(min(len(part), _SHARDS)) for name, part in splits.items()}
+        # Before anything is done with the columns, or a damaged file would end the stream.
+        splits = IterableDatasetDict(streams).cast_column("image", Image(decode=False))
+    splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
+    return splits
+
+
+def _chosen(args: ScriptArguments, corrupt_images: Literal["fail", "skip"]) -> DatasetDict | IterableDatasetDict:
+    """The splits to train and, if there is one, to test on, with the columns `image` and `label`."""
     if args.image_folder is not None:
         check_data(args.image_folder)
-    name = args.dataset_name or "imagefolder"
-    splits = load_dataset(name, data_dir=args.image_folder, streaming=args.streaming)
+        splits = image_folder(args.image_folder, corrupt_images)
+    else:
+        splits = load_dataset(args.dataset_name, streaming=args.streaming)
     held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
-    if held_out is None and args.streaming:
+    held_out = None if held_out == args.train_split and args.test_split is None else held_out
+    if held_out is None and isinstance(splits, IterableDatasetDict):
         raise ValueError(f"A stream cannot be split; pass --test_split, one of {list(splits)}.")
     chosen = {"train": args.train_split} if held_out is None else {"train": args.train_split, "test": held_out}
+    for name in chosen.values():
+        if name not in splits:
+            raise ShapleyError(
+                f"There is no split {name!r}; there are {', '.join(splits)}. Pass --train_split, --test_split."
+            )
     splits = type(splits)({new: splits[old] for new, old in chosen.items()})
     features = splits["train"].features
     image, label = columns(features, args.label_column, args.dataset_name, args.image_folder)
-    if args.streaming:  # before anything is done with the columns, or a damaged file would end the stream
+    if isinstance(splits, IterableDatasetDict):
+        # Before anything is done with the columns, or a damaged file would end the stream.
         splits = splits.cast_column(image, Image(decode=False))
     splits = splits.select_columns([image, label])
-    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-    if args.streaming:
-        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
-    if held_out is not None:
-        return splits
-    # A fifth, but no less than one of each class.
-    size = max(round(0.2 * len(splits["train"])), splits["train"].features["label"].num_classes)
-    return splits["train"].train_test_split(test_size=size, stratify_by_column="label", seed=seed)
+    return splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
 
 
 def readable(rows: Dataset | IterableDataset) -> Iterator[PIL.Image.Image]:
@@ -155,7 +198,7 @@ def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     check_model(args.model_name_or_path)
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
-        images = load_images(args, training_args.seed)
+        images = load_images(args, training_args.seed, training_args.corrupt_images)
     trainer = ShapleyTrainer(
         wrapped(args, images["train"].features["label"].names),
         training_args,

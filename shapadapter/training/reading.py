@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,17 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import EvalPrediction
 
 from shapadapter.augmenting import Augmented
-from shapadapter.collator import FAULT, HOW_TO_SKIP, ROW, ImageCollator, named, open_row
+from shapadapter.collator import FAULT, HOW_TO_SKIP, ImageCollator, named, open_row
 from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
-from shapadapter.images import DECODING_ERRORS, IMAGE_COLUMNS, is_damage
-from shapadapter.labels import Relabelled
+from shapadapter.images import DECODING_ERRORS, IMAGE_COLUMNS, image_column, is_damage
+from shapadapter.labels import IGNORED, ROW, Relabelled, as_row
 
-from .task import IGNORED
+_USUAL = ("RGB", "L", "RGBA", "P", "CMYK", "YCbCr", "1")
+
+GLANCES = 20_000
+"""Images that are looked at before a training: of more, so many."""
 
 
 class GuardedRows:
@@ -65,6 +70,28 @@ class GuardedRows:
                 rows = self.dataset.__getitems__(indices)
         return [self._item(index, row) for index, row in zip(indices, rows, strict=True)]
 
+    def look(self, first: int = 0, step: int = 1) -> None:
+        """Look at the heads of up to `GLANCES` files, evenly spread, without decoding them.
+
+        Args:
+            first: of the files that are looked at, and
+            step: how many further the next one is: several processes share them out.
+
+        Raises:
+            UnreadableImageError: one cannot be used.
+        """
+        files = [] if is_transformed(self.dataset) else self._undecoded()
+        count = min(len(self), GLANCES)
+        for place in range(first, count if len(files) else 0, step):
+            index = place * (len(self) - 1) // max(1, count - 1)
+            if is_doubtful(as_row(files[index])):
+                self._item(index)  # which says what is wrong
+
+    def _undecoded(self) -> Any:
+        if self._files is None:
+            self._files = _undecoded(self.dataset)
+        return self._files
+
     def _item(self, index: int, row: Any = None) -> Any:
         try:
             return self._read(index, row)
@@ -77,9 +104,8 @@ class GuardedRows:
         row, fault = self._attempt(index, row)
         if fault is None:
             return row
-        if self._files is None:
-            self._files = _undecoded(self.dataset)
-        row = {**(self._files[index] if self._files else row), ROW: index}
+        files = self._undecoded()
+        row = {**as_row(files[index] if files else row), ROW: index}
         try:
             open_row(row)
         except UnreadableImageError as error:
@@ -93,10 +119,7 @@ class GuardedRows:
         """The row, perhaps read already, with its image opened, and what is wrong with it."""
         row: Any = {}
         try:
-            row = self.dataset[index] if known is None else known
-            if not isinstance(row, Mapping):
-                return row, None  # for a collator that knows what to do with it
-            row = {**row, ROW: index}
+            row = {**as_row(self.dataset[index] if known is None else known), ROW: index}
             return open_row(row) if any(name in row for name in IMAGE_COLUMNS) else row, None
         except UnreadableImageError as error:
             return row, str(error)
@@ -113,12 +136,41 @@ class GuardedRows:
         raise UnreadableImageError(f"None of the {len(self)} images of the data set can be read.")
 
 
+def is_transformed(dataset: Any) -> bool:
+    """Whether a data set's rows are made by the user's function when they are read."""
+    if isinstance(dataset, Relabelled | Augmented | Subset):
+        return is_transformed(dataset.dataset)
+    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
+
+
+def is_doubtful(row: Mapping[str, Any]) -> bool:
+    """Whether the image of a row may be of no use: its file has no head of an image, or it is of a rare kind."""
+    column = next((name for name in IMAGE_COLUMNS if name in row), None)
+    image = None if column in (None, "pixel_values") else row[image_column(dict(row))]
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if column in (None, "pixel_values") or isinstance(image, Tensor) or (isinstance(image, str) and "://" in image):
+        return False
+    if isinstance(image, Image.Image):
+        return image.mode not in _USUAL
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+            return file.mode not in _USUAL
+    except Exception:  # whatever it is, opening the row says it better
+        return True
+
+
 def _undecoded(dataset: Any) -> Any:
     """The rows with files as they are; an empty list for a data set that does not show them."""
+    if isinstance(dataset, Subset):
+        files = _undecoded(dataset.dataset)
+        return [files[index] for index in dataset.indices] if files else []
     if isinstance(dataset, Relabelled):
         return Relabelled(_undecoded(dataset.dataset), dataset.column, dataset.numbers)
     if isinstance(dataset, Augmented):
         return _undecoded(dataset.dataset)
+    if isinstance(samples := getattr(dataset, "samples", None), list):  # of torchvision's folders
+        return samples if hasattr(dataset, "loader") else []
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(dataset, "cast_column"):
         return dataset if isinstance(dataset, list) else []
@@ -199,14 +251,18 @@ def in_place(logits: Tensor | None, labels: Tensor | None, readable: Tensor) -> 
     return logits, labels
 
 
-def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The user's metrics, of the images that could be read."""
+def of_known(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The user's metrics, of the images that could be read and have a label; none where there is no such image."""
 
     @wraps(compute_metrics)  # transformers looks at its arguments
     def compute(evaluation: Any, **options: Any) -> dict[str, Any]:
         predictions, labels = evaluation.predictions, evaluation.label_ids
         batches = isinstance(labels, list)  # eval_do_concat_batches=False: an array for each batch
-        kept = list(map(_were_read, predictions, labels)) if batches else _were_read(predictions, labels)
+        kept = list(map(_are_known, labels)) if batches else _are_known(labels)
+        if all(one.all() for one in (kept if batches else [kept])):
+            return compute_metrics(evaluation, **options)
+        if not options and not any(one.any() for one in (kept if batches else [kept])):
+            return {}
         parts = (predictions, labels, evaluation.inputs, evaluation.losses)
         predictions, labels, inputs, losses = (_rows_of(part, kept) for part in parts)
         return compute_metrics(EvalPrediction(predictions, labels, inputs=inputs, losses=losses), **options)
@@ -214,17 +270,11 @@ def of_readable(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[...,
     return compute
 
 
-def _were_read(predictions: Any, labels: Any) -> Any:
-    """Which rows `in_place` has not marked, (rows,) bool.
-
-    `preprocess_logits_for_metrics` may have made something else of the logits, say classes; then the label alone tells.
-    """
-    module: Any = torch if isinstance(labels, Tensor) else np
+def _are_known(labels: Any) -> Any:
+    """Which rows have a label, or several of which one is known, (rows,) bool; `in_place` takes it from unreadable ones."""
     flat = labels.reshape(len(labels), -1)  # (rows, 1) or (rows, K)
-    marked = (module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED).all(1)  # (rows,)
-    if "float" in str(getattr(predictions, "dtype", "")):
-        marked = marked & module.isnan(predictions).reshape(len(labels), -1).all(1)
-    return ~marked
+    module: Any = torch if isinstance(labels, Tensor) else np
+    return ~(module.isnan(flat) if "float" in str(labels.dtype) else flat == IGNORED).all(1)
 
 
 def _rows_of(values: Any, kept: Any) -> Any:

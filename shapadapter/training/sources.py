@@ -15,6 +15,8 @@ from shapadapter.loading import find_base
 from shapadapter.reading import read_json
 from shapadapter.remote import hub_trouble, is_path
 
+from .folders import list_folder, no_classes
+
 
 def check_model(name: str) -> None:
     """Refuse what is no base model.
@@ -40,7 +42,7 @@ def check_model(name: str) -> None:
 
 
 def check_data(name: str) -> None:
-    """Refuse what can only be a folder and is none, and a folder of images without classes.
+    """Refuse what can only be a folder and is none, and a folder that leaves open what its classes are.
 
     Raises:
         ShapleyError: it is one of these.
@@ -48,18 +50,7 @@ def check_data(name: str) -> None:
     if not Path(name).is_dir():
         _refuse_path(name)
         return
-    # An archive may hold folders.
-    suffixes = {path.suffix.lower() for path in Path(name).iterdir() if path.is_file()}
-    if not any(path.is_dir() for path in Path(name).iterdir()) and not suffixes & {".zip", ".tar", ".gz", ".tgz"}:
-        raise no_classes(name)
-
-
-def no_classes(folder: str) -> ShapleyError:
-    """The error about a folder without class folders."""
-    return ShapleyError(
-        f"Expected {folder} to hold a subfolder of images for each class, e.g. {folder}/cat/1.png and {folder}/dog/2.png, "
-        "and found fewer than two. If it is the folder of one class, pass the one above it."
-    )
+    list_folder(Path(name))
 
 
 def beside(name: str) -> str:

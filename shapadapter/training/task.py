@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from shapadapter.adapter import ShapleyLayer
-from shapadapter.augmenting import Augmented
-from shapadapter.collator import find_column
 from shapadapter.errors import ShapleyError
-from shapadapter.labels import LABEL_COLUMNS, Relabelled
+from shapadapter.labels import LABEL_COLUMNS, LabelRules, known_labels
 
 from .arguments import ShapleyTrainingArguments
-
-IGNORED = -100
-"""The label of an image without one, as torch's cross-entropy knows it."""
+from .labelling import labels_of
 
 # Training arguments that say what the task loss is, of one class for each image.
 _OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
@@ -29,8 +25,9 @@ _OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_al
 class SoftTask:
     """Cross-entropy with weighted classes and soft labels.
 
-    It is the sum over images of `-sum_k w_k q_k log p_k`, divided by their number and not by the sum of their weights: so
-    micro-batches add up to the whole batch. With weights of 1 and one class for an image it is the usual cross-entropy.
+    It is the sum over images of `-sum_k w_k q_k log p_k`, divided by the number of those whose label is known (a mixed
+    picture counts for the share whose label is) and not by the sum of their weights: so micro-batches add up to the whole
+    batch. With weights of 1 and one class for an image it is the usual cross-entropy.
 
     Attributes:
         weights: (K,) of the classes, None for 1.
@@ -49,14 +46,15 @@ class SoftTask:
             self.weights = self.weights.to(logits.device)
             targets = targets * self.weights
         losses = -(targets * logits.float().log_softmax(dim=-1)).sum(dim=1)  # (B,)
-        return losses.sum() / (mass > 0).sum().clamp(min=1)
+        known = mass.sum()
+        return losses.sum() / known.where(known > 0, 1)
 
 
 def as_shares(labels: Tensor, classes: int) -> Tensor:
-    """Class indices (B,) as shares (B, K) of 0 and 1, all 0 for `IGNORED`; shares as they are."""
+    """Class indices (B,) as shares (B, K) of 0 and 1, all 0 where they are not known; shares as they are."""
     if labels.ndim == 2:
         return labels
-    known = labels != IGNORED  # (B,)
+    known = known_labels(labels, quantities=False)  # (B,)
     return torch.nn.functional.one_hot(labels.where(known, 0), classes) * known[:, None].float()  # (B, K)
 
 
@@ -137,7 +135,7 @@ def class_weights(
         if len(wanted) != classes:
             raise ShapleyError(f"class_weights has {len(wanted)} numbers; the model has {classes} classes.")
         return torch.tensor(wanted, dtype=torch.float32)
-    counts = np.bincount(_labels(dataset), minlength=classes)  # (K,)
+    counts = _counts(dataset, classes)
     missing = np.flatnonzero(counts[:classes] == 0).tolist()
     if missing:
         shown = ", ".join(str((names or {}).get(index, index)) for index in missing[:10])
@@ -148,24 +146,15 @@ def class_weights(
     return torch.from_numpy(counts.sum() / (classes * counts)).float()
 
 
-def _labels(dataset: Any) -> np.ndarray:
-    """The labels (n,) of a data set, without reading its images."""
-    if isinstance(dataset, Relabelled):
-        own = _labels(dataset.dataset)
-        return np.asarray(dataset.numbers)[own]
-    if isinstance(dataset, Augmented):
-        return _labels(dataset.dataset)
-    column, values = None, None
-    if isinstance(dataset, list) and dataset:
-        column = find_column(dataset[0], LABEL_COLUMNS)
-        values = None if column is None else [row[column] for row in dataset]
-    elif hasattr(dataset, "__len__") and hasattr(dataset, "with_format"):
-        column = find_column(dict.fromkeys(dataset.column_names), LABEL_COLUMNS)
-        values = None if column is None else dataset.with_format("numpy", columns=[column])[:][column]
-    labels = np.asarray(values)
-    if values is None or labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+def _counts(dataset: Any, classes: int) -> np.ndarray:
+    """How many images of each class a data set has, (K,), without reading them."""
+    found = labels_of(dataset, LABEL_COLUMNS)
+    if found is None or LabelRules(classes).kind(np.ndim(found[1]) > 1) != "class":
         raise ShapleyError(
             "class_weights='balanced' counts the labels of a datasets.Dataset, or a list of rows, with a column of class "
             f"numbers named one of {LABEL_COLUMNS}; got {type(dataset).__name__}. Pass class_weights as a list of numbers."
         )
-    return labels[labels >= 0]
+    column, values = found
+    rows: list[Any] = [{}] * len(values)
+    labels = LabelRules(classes, "single_label_classification").collated(values, column, rows)  # (n,)
+    return np.bincount(labels[labels >= 0].numpy(), minlength=classes)

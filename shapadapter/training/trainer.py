@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,35 +12,40 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from shapadapter.adapter.answer import task_loss
 from shapadapter.collator import ImageCollator
-from shapadapter.errors import ShapleyCollapseWarning, ShapleyError
+from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
-from shapadapter.objective import coalition_fit, shapley_loss_of_sums, warmup_weight
+from shapadapter.objective import shapley_loss_of_sums
 from shapadapter.outputs import ShapleyOutput
 from shapadapter.shapley import sample_pairs
 from shapadapter.texts import text_rules
 
 from .arguments import ShapleyTrainingArguments
 from .carding import CardingTrainer
-from .checks import check_classes, check_game, check_setting, is_constant
+from .checks import check_classes, check_game, check_setting
 from .color import mean_color
 from .cropping import warn_of_crops
-from .loading import LoadingTrainer, class_names
+from .finite import FiniteTrainer
+from .loading import LoadingTrainer, class_names, label_rules
 from .mixing import mixed
-from .reading import Skipped, check_skipping, in_place, of_readable, readable_rows
+from .reading import Skipped, check_skipping, in_place, of_known, readable_rows
 from .repeats import refilled, without_repeats
 from .resuming import ResumableTrainer
 from .sharding import ShardedTrainer, prepare_fsdp
 from .task import check_labels, soft_task
+from .terms import TASK, MeasuringTrainer
 from .watching import AttributionMaps
 
 
-class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTrainer):
+class ShapleyTrainer(
+    MeasuringTrainer, CardingTrainer, LoadingTrainer, ResumableTrainer, FiniteTrainer, ShardedTrainer
+):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
-    Takes what `Trainer` takes, by keyword; a ready model, not `model_init`. A data set with `image` and `label` columns
-    and `processing_class=` an image processor are enough; for a model that matches images with texts, `image` and `text`
-    columns and the processor of both. Every step is one call of the wrapped model. The loss is
+    Takes what `Trainer` takes, by keyword; what `model_init` makes is a wrapped model as well. A data set with `image` and
+    `label` columns, or of pairs (image, label), and `processing_class=` an image processor are enough; for a model that
+    matches images with texts, `image` and `text` columns and the processor of both. Labels that are -1, -100, None or NaN
+    are not known and have no say. Every step is one call of the wrapped model. The loss is
 
         task_loss + shapley_weight * shapley_loss [+ coalition_task_weight * coalition_task_loss]
 
@@ -55,7 +59,8 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
     explains best. Every process measures the same images of the whole set and finds the same numbers.
 
     Raises:
-        ShapleyError: the model holds no Shapley adapter, or the data set has other classes than the model.
+        ShapleyError: the model holds no Shapley adapter, the data set has other classes than the model, or there is a label
+            that is no class. In `train`: labels are missing, or the loss is not finite.
     """
 
     # The terms are means over the micro-batch, so the Trainer has to divide by the accumulation steps.
@@ -70,42 +75,44 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
         evaluator: Callable[[nn.Module, Any, Any], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.layer = active_layer(model)
-        self.evaluator = evaluator
         args = args or ShapleyTrainingArguments("trainer_output")
         if not isinstance(args, ShapleyTrainingArguments):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
+        given, model = model, self._first_model(model, kwargs.get("model_init"), args)
+        self.layer = active_layer(model)
+        self.evaluator = evaluator
         self.matching = self.layer.anatomy.kind == "matching"
         rules = text_rules(model) if self.matching else None
         config: Any = getattr(base_of(model), "config", None)
         adapter = model.peft_config[self.layer.active]
-        names = None if self.matching else class_names(base_of(model), adapter, kwargs.get("train_dataset"))
+        self.rules = label_rules(model, self.layer, args) if not self.matching else None
+        found = kwargs.get("train_dataset")
+        names = class_names(base_of(model), adapter, found, self.rules) if self.rules is not None else None
         self.class_names = names
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
-            kwargs.get("processing_class"), rules, args.truncate_texts, args.corrupt_images, names
+            kwargs.get("processing_class"), rules, args.truncate_texts, args.corrupt_images, names, self.rules
         )
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
                 check_classes(kwargs.get(name), self.layer.classes)
-            kwargs[name] = self._counted(kwargs.get(name))
+            kwargs[name] = self._counted(kwargs.get(name), several=name == "eval_dataset")
         check_setting(model, args, kwargs.get("train_dataset") is not None)
         check_game(self.layer, args, kwargs.get("train_dataset") is not None)
         problem, own_loss = getattr(config, "problem_type", None), kwargs.get("compute_loss_func")
         self.soft_task = soft_task(args, self.layer, problem, kwargs.get("train_dataset"), names, own_loss)
         if args.corrupt_images == "skip":
             check_skipping(kwargs["data_collator"])
-            kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_readable(kwargs["compute_metrics"])
-        super().__init__(model, args, **kwargs)
+        kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_known(kwargs["compute_metrics"])
+        super().__init__(given, args, **kwargs)
         self._skipped = Skipped()
         self._share = 1.0  # of the images of a batch that could be read
-        self._counting = True  # whether any image of a batch is not there to fill it up
+        self._say: Tensor | float = 1.0  # of the batch's labels in the task loss of its step, 1 on average
+        self._known: Tensor | float = 0.0  # how many there are, each of several for itself
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
         self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._draws: dict[str, int] = {"train": 0, "mix": 0, "eval": 0}
         self._drawn_at = -1
-        self._collapsed = False  # of a collapse; once is enough
         if args.log_attributions > 0:
             self.add_callback(AttributionMaps(self, args.log_attributions))
 
@@ -119,7 +126,7 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
-        inputs = self._prepared(inputs, model.training)
+        inputs = self._prepared(inputs, model.training, num_items_in_batch)
         if inputs.get("coalitions") is None:
             inputs = {**inputs, **self._with_sizes(self._draw_coalitions(inputs, model.training))}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
@@ -129,11 +136,11 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
         outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
-        weights = {
-            "shapley_loss": self._weight() if model.training else self.args.shapley_weight,
-            "coalition_task_loss": self.args.coalition_task_weight,
-        }
-        loss = self._share * torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        weights = self._weights(model.training)
+        says = {name: self._say if name in TASK else self._share for name in terms}
+        loss = torch.stack([says[name] * weights[name] * term for name, term in terms.items()]).sum()
+        if model.training:
+            self.note_finite(loss)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -161,27 +168,39 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
             return outputs.loss
         return task_loss(self.accelerator.unwrap_model(self.model), labels, outputs.logits)
 
-    def _prepared(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
-        """The images of a batch that could be read, in training mixed if that is asked for."""
+    def _prepared(
+        self, inputs: dict[str, Any], training: bool, labels_in_batch: Tensor | int | None
+    ) -> dict[str, Any]:
+        """The images of a batch that could be read, in training mixed if that is asked for.
+
+        Args:
+            inputs: the batch.
+            training: whether it is trained on.
+            labels_in_batch: the mean of the batches of this step; None for this one's.
+        """
         marked, (inputs, read, images) = "readable" in inputs, readable_rows(inputs)
         # Divided by all images, a batch counts by those it still has, and one without any has no say.
-        self._share = read / images if training else float(read > 0)
+        self._say = self._share = read / images if training else float(read > 0)
+        self._known = float(read)
         if marked and self._counting:
             self._skipped.add("train" if training else "eval", read, images)
         if self.matching:
             return {"return_loss": True, **inputs}
-        if self.soft_task is not None and inputs.get("labels") is not None:
-            check_labels(inputs["labels"])
+        inputs = self._checked(inputs, training)
+        if inputs.get("labels") is not None:
+            if self.soft_task is not None:
+                check_labels(inputs["labels"])
+            self._known = (read > 0) * self._labels_in(inputs)
+            if training and self.compute_loss_func is None:
+                whole = self._known + (images - read) * inputs["labels"][0].numel()
+                whole = whole if labels_in_batch is None else labels_in_batch
+                self._say = self._known / torch.as_tensor(whole, device=self._known.device).clamp(min=1e-3)
         alphas = (self.args.mixup_alpha, self.args.cutmix_alpha)
         if not training or max(alphas) == 0:
             return inputs
         # The 2 keeps these random numbers apart from those of the coalitions.
         key = (self.args.seed, 2, self.state.global_step, self._draw_number("mix"), self.args.process_index)
         return mixed(inputs, alphas, self.layer.tiling(**inputs), self.layer.classes, key)
-
-    def _weight(self) -> float:
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        return warmup_weight(self.args.shapley_weight, progress, self.args.shapley_warmup)
 
     def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone: a resumed run repeats them."""
@@ -211,7 +230,8 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
         return {"coalitions": placed, **({"coalition_sizes": tuple(sizes[0].tolist())} if same else {})}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s training, after measuring the colour of absent pixels where that is the data's mean."""
+        """`Trainer`'s training, after looking at the data, and measuring the colour of absent pixels where that is its mean."""
+        self._look_at_data()
         self._measure_fill()
         if self.is_world_process_zero():
             warn_of_crops(self.train_dataset, self.data_collator)
@@ -248,7 +268,7 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
                 group["lr"] = self.args.head_learning_rate
         return optimizer
 
-    # -- evaluation and logs -----------------------------------------------------------------------------------------
+    # -- evaluation -----------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -264,8 +284,7 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
             inputs, self._counting = without_repeats(inputs, self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        readable, size = inputs.get("readable"), len(outputs.logits)
-        self._add("eval", "loss", size * loss, size)  # which counts images alike, whatever their batch
+        readable = inputs.get("readable")
         self._counting = True
         if prediction_loss_only:
             return loss.detach(), None, None
@@ -279,7 +298,7 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
         self._draws["eval"], self._sums["eval"] = 0, {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._gather("eval")
+        found = self._measured()
         if self.evaluator is not None:
             model: Any = self.model
             dataset = (args[0] if args else kwargs["dataloader"]).dataset
@@ -287,59 +306,3 @@ class ShapleyTrainer(CardingTrainer, LoadingTrainer, ResumableTrainer, ShardedTr
                 found |= self.evaluator(model, dataset, self.data_collator)
         means = {f"{prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the mean of each term since the last log."""
-        if "loss" in logs and self._sums["train"]:
-            means = self._gather("train")
-            if "logit_spread" in means:
-                self._warn_if_collapsed(means.pop("logit_spread"))
-            logs = {**logs, **means, "shapley_weight": self._weight()}
-        super().log(logs, *args, **kwargs)
-
-    @torch.no_grad()
-    def _note(self, outputs: Any, inputs: dict[str, Any], terms: dict[str, Tensor], mode: str) -> None:
-        # Sums stay on the device and are read at the next log: reading one here would halt the device every step.
-        size = outputs.logits.shape[0]
-        for name, term in terms.items():
-            self._add(mode, name, size * term, size)
-        arguments = (inputs["coalitions"], outputs.coalition_values, outputs.null_values, outputs.logits)
-        self._add(mode, "coalition_fit", *coalition_fit(outputs.coalition_attributions, *arguments))
-        if mode == "train" and not self.matching:
-            # One image has no spread; its weight is 0, so that all processes sum up the same names.
-            counted = size if size > 1 else 0
-            self._add(mode, "logit_spread", counted * outputs.logits.float().std(dim=0, correction=0).mean(), counted)
-
-    def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float) -> None:
-        # Filled in on the device: a number that is brought there would halt it, too.
-        whole = whole if isinstance(whole, Tensor) else part.new_full((), whole, dtype=torch.float32)
-        added = torch.stack([part.detach().float(), whole.detach().float()])  # (2,)
-        added = added * float(self._share > 0 and self._counting)
-        sums = self._sums[mode]
-        sums[name] = sums[name] + added if name in sums else added
-
-    def _gather(self, mode: str) -> dict[str, float]:
-        """Part / whole of each term over batches and processes, where defined, and a fresh start."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
-            return {}
-        names = sorted(sums)
-        parts = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
-        found = {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
-        skips = self.args.corrupt_images == "skip"
-        return {**found, "skipped_images": self._skipped.total(mode, self.accelerator)} if skips else found
-
-    def _warn_if_collapsed(self, spread: float) -> None:
-        warmed_up = self.state.global_step >= self.args.shapley_warmup * self.state.max_steps
-        if self._collapsed or not (self.args.shapley_weight > 0 and warmed_up):
-            return
-        self._collapsed = is_constant(spread, self.layer.classes)
-        if self._collapsed:
-            warnings.warn(
-                f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. "
-                "The Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, "
-                f"now {self.args.shapley_warmup}), lower shapley_weight (now {self.args.shapley_weight}) or the "
-                "learning rate.",
-                ShapleyCollapseWarning,
-                stacklevel=2,
-            )
