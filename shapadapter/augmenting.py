@@ -46,7 +46,7 @@ class Augmented(Dataset):
         self.transform = transform
         self.seed = seed
         # Shared with data-loader workers that live longer than an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     @property
     def features(self) -> Any:

@@ -71,7 +71,9 @@ class ImageCollator:
         self.labels = labels
         self._warned = self._looked = False
         # Shared with data-loader workers, so that only one of them warns.
-        self._named = torch.zeros((), dtype=torch.bool).share_memory_() if corrupt_images == "skip" else None
+        self._named = (
+            torch.zeros((), dtype=torch.bool, device="cpu").share_memory_() if corrupt_images == "skip" else None
+        )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate.
@@ -90,7 +92,7 @@ class ImageCollator:
             batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
         if self.corrupt_images == "fail":
             return batch
-        readable = torch.tensor([row is not None for row in opened])  # (B,)
+        readable = torch.tensor([row is not None for row in opened], device="cpu")  # (B,)
         places = (readable.cumsum(0) - 1).where(readable, 0)  # (B,) of each row among the readable ones, or the first
         return {**{name: value[places] for name, value in batch.items()}, "readable": readable}
 
@@ -138,7 +140,7 @@ class ImageCollator:
             if READY in rows[0] and self.processor is not None and not self._looked:
                 self._looked = True
                 _check_normalised(torch.stack([row["pixel_values"] for row in rows]), self.processor)
-            return {name: _stacked(name, [torch.as_tensor(row[name]) for row in rows]) for name in own}
+            return {name: _stacked(name, [_tensor(row[name]) for row in rows]) for name in own}
         if self.processor is None:
             raise ImageError(
                 "Images need an image processor: pass processing_class=AutoImageProcessor.from_pretrained(...)."
@@ -231,7 +233,7 @@ def as_labels(values: list[Any]) -> Tensor:
         ShapleyError: labels are no numbers, or rows of them differ in length.
     """
     try:
-        rows = [torch.as_tensor(torch.nan if value is None else value) for value in values]
+        rows = [_tensor(torch.nan if value is None else value) for value in values]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ShapleyError(f"Expected labels as numbers, got {values[:3]!r}: {error}.") from error
     if len({row.shape for row in rows}) > 1:
@@ -246,3 +248,8 @@ def as_labels(values: list[Any]) -> Tensor:
 def find_column(row: dict[str, Any], names: Sequence[str]) -> str | None:
     """The first of `names` that `row` has."""
     return next((name for name in names if name in row), None)
+
+
+def _tensor(value: Any) -> Tensor:
+    """A tensor as it is, anything else as one on the CPU, whatever device is the default."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")

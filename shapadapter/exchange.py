@@ -61,11 +61,11 @@ def laid_out(values: ArrayLike, size: Size, box: Box, smooth: bool = False) -> N
         (H, W) float32, NaN outside the box.
     """
     down, across = (
-        (torch.arange(count, dtype=torch.float64) + 0.5 - start) / (end - start)
+        (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5 - start) / (end - start)
         for count, start, end in zip(size, box[:2], box[2:], strict=True)
     )  # (H,) and (W,), in 0..1 inside the box
     places = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (H, W, 2)
-    given = torch.as_tensor(values, dtype=torch.float64)[None, None]  # (1, 1, rows, cols)
+    given = torch.as_tensor(values, dtype=torch.float64, device="cpu")[None, None]  # (1, 1, rows, cols)
     mode = "bicubic" if smooth else "nearest"
     found = grid_sample(given, 2 * places[None] - 1, mode, "border", align_corners=False)[0, 0]  # (H, W)
     return found.where(((places >= 0) & (places < 1)).all(-1), torch.nan).float().numpy()

@@ -312,7 +312,7 @@ def one_pass(batch: Predicted) -> Explanation:
         probabilities=probabilities.cpu().clone(),
         labels=batch.labels,
         images=batch.seen,
-        evaluations=torch.zeros(len(kept), dtype=torch.int64),
+        evaluations=torch.zeros(len(kept), dtype=torch.int64, device="cpu"),
         frames=batch.frames,
     )
 

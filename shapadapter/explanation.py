@@ -217,12 +217,12 @@ class Explanation:
                 f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
             )
         column = found.int().argmax(dim=1)  # (B, C) -> (B,)
-        return values[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+        return values[torch.arange(len(self), device="cpu"), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
 
     def _best(self, values: Tensor) -> Tensor:
         """The entries of each image's likeliest shown class, (B, rows, cols), of values (B, rows, cols, C)."""
         column = self.logits.gather(1, self.classes).argmax(dim=1)  # (B, C) -> (B,)
-        return values[torch.arange(len(self)), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+        return values[torch.arange(len(self), device="cpu"), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
 
     def top(self, k: int = 3) -> list[list[Prediction]]:
         """The classes with the largest logits, best first.

@@ -45,7 +45,7 @@ def frames(opened: Sequence[Any], processor: Any, shape: tuple[int, int]) -> Ten
         # The edge of the original, if the measured value is less than a prepared pixel from it.
         edges = [float(edge) if abs(value - edge) < 0.6 * max(step, 0.5) else value for value, edge, step in pairs]
         found.append([*size, *edges])
-    return torch.tensor(found, dtype=torch.float64).view(-1, 6)
+    return torch.tensor(found, dtype=torch.float64, device="cpu").view(-1, 6)
 
 
 def _remembered(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -94,7 +94,7 @@ class PatchGame:
             estimate (N, K) float64, and its relative L2 error (K,), itself estimated by the difference of two halves.
         """
         if pays_for_all(evaluations, self.players):
-            return self.exact(), torch.zeros(len(self.full_values), dtype=torch.float64)
+            return self.exact(), torch.zeros(len(self.full_values), dtype=torch.float64, device="cpu")
         coalitions = sample_paired_coalitions(self.players, evaluations, generator)  # (M, N)
         arguments = (coalitions, self.values(coalitions).cpu(), self.null_values.cpu(), self.full_values.cpu())
         return kernel_shap(*arguments), kernel_shap_error(*arguments)

@@ -61,8 +61,8 @@ def shares(cells: Grid, players: Grid, offset: tuple[float, float] = (0.0, 0.0))
 def _shares_along(cells: int, players: int, offset: float) -> Tensor:
     """Shares along one axis, (players, cells): the overlap of intervals of length 1 / cells and 1 / players."""
     # A cell stays in the image by half at least, so that it has a place.
-    starts = (torch.arange(cells) + offset).clamp(-0.5, cells - 0.5) / cells
-    edges = torch.arange(players + 1) / players
+    starts = (torch.arange(cells, device="cpu") + offset).clamp(-0.5, cells - 0.5) / cells
+    edges = torch.arange(players + 1, device="cpu") / players
     low = torch.maximum(starts[None], edges[:-1, None])  # (players, cells)
     high = torch.minimum(starts[None] + 1 / cells, edges[1:, None])
     overlap = (high - low).clamp(min=0)

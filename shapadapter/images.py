@@ -258,7 +258,7 @@ def unprocess(pixels: Tensor, processor: Any) -> Tensor:
         pixels = pixels.flip(1)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     if getattr(processor, "do_normalize", True) and mean is not None and std is not None:
-        means, stds = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (mean, std))
+        means, stds = (torch.tensor(numbers, device="cpu").view(1, -1, 1, 1) for numbers in (mean, std))
         # EfficientNet divides by the deviation a second time for its classifier.
         twice = getattr(processor, "include_top", False)
         pixels = pixels * (stds.square() if twice else stds) + means

@@ -255,7 +255,7 @@ def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[
         if processor is not None:
             inputs = prepare_images([Image.new("RGB", (width, height))], processor)
         else:
-            inputs = {"pixel_values": torch.zeros(1, layer.anatomy.channels, height, width)}
+            inputs = {"pixel_values": torch.zeros(1, layer.anatomy.channels, height, width, device="cpu")}
         tiling = layer.tiling(**inputs, **layer.anatomy.options)
         return (tiling.seen, tiling.players)
     except ImageError:

@@ -83,11 +83,11 @@ class LabelRules:
             except ValueError:
                 raise self._refused(value, kind, column, {"row": row.get(ROW), "key": row.get("__key__")}) from None
         if kind == "class":
-            return torch.tensor(found)  # (B,)
+            return torch.tensor(found, device="cpu")  # (B,)
         wide = next((one for one in found if isinstance(one, list)), None)
         if wide is not None:
             found = [one if isinstance(one, list) else [one] * len(wide) for one in found]
-        return torch.tensor(found, dtype=torch.float32)  # (B, K) or (B,)
+        return torch.tensor(found, dtype=torch.float32, device="cpu")  # (B, K) or (B,)
 
     def check(self, values: Any, column: str) -> tuple[Kind, int]:
         """Refuse a column of a data set that holds something else than labels.

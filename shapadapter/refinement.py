@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shapadapter.shapley import exact_shapley_values, size_distribution
 
-LOG_RATIOS = torch.linspace(-10, 30, 81, dtype=torch.float64)
+LOG_RATIOS = torch.linspace(-10, 30, 81, dtype=torch.float64, device="cpu")
 """Grid of log R, R = how much the error of the prediction moves a pair, over how much the interactions do (variances)."""
 
 RANK = 1e-9
@@ -161,7 +161,7 @@ class _Fit:
         pairs, players = design.shape[-2:]
         left, scales, right = torch.linalg.svd(design, full_matrices=False)
         scales = torch.where(scales > RANK * scales.amax(-1, keepdim=True), scales, 0)  # (..., r)
-        sizes = torch.arange(1, players, dtype=torch.float64)  # (N - 1,)
+        sizes = torch.arange(1, players, dtype=torch.float64, device="cpu")  # (N - 1,)
         length = (size_distribution(players) * sizes * (players - sizes) / players).sum()  # E|z|^2
         ratios = length * torch.exp(-LOG_RATIOS)  # (G,)
         seen = left.mT @ gaps  # (..., r, K)

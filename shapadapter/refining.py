@@ -152,12 +152,12 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
     ends = torch.stack([explanation.null_values, explanation.logits], dim=1)  # (B, 2, K)
     ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C)
     if pays_for_all(plan.totals[0], players):
-        found = _enumerated(game, torch.arange(batch), ends, players)
-        mean, error, spent = found.mean, found.standard_error, torch.full((batch,), 2**players - 2)
+        found = _enumerated(game, torch.arange(batch, device="cpu"), ends, players)
+        mean, error, spent = found.mean, found.standard_error, torch.full((batch,), 2**players - 2, device="cpu")
     elif plan.relative_error and players <= MAX_ENUMERATED_PLAYERS:
         alone = [_sparing(game, image, prior[image], ends[image], plan, first + image) for image in range(batch)]
         mean, error = (torch.stack([getattr(one, part) for one, _ in alone]) for part in ("mean", "standard_error"))
-        spent = torch.tensor([evaluations for _, evaluations in alone])
+        spent = torch.tensor([evaluations for _, evaluations in alone], device="cpu")
     else:
         mean, error, spent = _sampled(game, prior, ends, plan, first)
     grid = explanation.attributions.shape[1:3]
@@ -177,10 +177,13 @@ def _sampled(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: in
     """
     batch, players, shown = prior.shape
     mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
-    spent = torch.zeros(batch, dtype=torch.int64)
+    spent = torch.zeros(batch, dtype=torch.int64, device="cpu")
     # Of the images that are not done yet, (b,): their coalitions and values so far.
-    images = torch.arange(batch)
-    coalitions, values = torch.empty(batch, 0, players, dtype=torch.bool), torch.empty(batch, 0, shown)
+    images = torch.arange(batch, device="cpu")
+    coalitions, values = (
+        torch.empty(batch, 0, players, dtype=torch.bool, device="cpu"),
+        torch.empty(batch, 0, shown, device="cpu"),
+    )
     for turn, total in enumerate(plan.totals):
         new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
         coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
@@ -221,7 +224,7 @@ def _sparing(
         exact = pays_for_all(total, players)
         rows = list(range(2**players)) if exact else _drawn(players, total + 2 - len(known), known, source)
         new = sorted(set(rows) - known)
-        table[new] = game.values(torch.tensor([image]), every[new][None])[0]
+        table[new] = game.values(torch.tensor([image], device="cpu"), every[new][None])[0]
         known.update(new)
         drawn += rows
         found = exact_posterior(table) if exact else shapley_posterior(prior, every[drawn], table[drawn], *ends)
@@ -236,7 +239,9 @@ def _drawn(players: int, count: int, known: set[int], source: torch.Generator) -
     for _ in range(REPEATS):
         sizes = sample_sizes(players, max(count, FIRST_ROUND) // 2, source)  # (m / 2,)
         coalitions = sample_in_turns(players, sizes, source)  # (m, N)
-        pairs = (coalitions.long() << torch.arange(players)).sum(dim=1).unflatten(0, (-1, 2))  # (m / 2, 2)
+        pairs = (
+            (coalitions.long() << torch.arange(players, device="cpu")).sum(dim=1).unflatten(0, (-1, 2))
+        )  # (m / 2, 2)
         for pair in pairs.tolist():
             if len(new) == count:
                 return rows

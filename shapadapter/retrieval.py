@@ -118,11 +118,11 @@ def retrieval_after_deletion(
         parts, start = [], 0
         for inputs in prepared_batches(images, processor, batch_size):
             placed = inputs_on(inputs, model)
-            own = torch.arange(start, start + len(inputs["pixel_values"]))
+            own = torch.arange(start, start + len(inputs["pixel_values"]), device="cpu")
             parts.append(_similarities(model, placed, directions, own, conditions, generator))
             start += len(own)
     similarity = torch.cat(parts, dim=1)  # (conditions, B, T)
-    matches = torch.tensor([[one == other for other in texts] for one in texts])  # (B, T)
+    matches = torch.tensor([[one == other for other in texts] for one in texts], device="cpu")  # (B, T)
     rows = [
         _row(condition, k, scores, matches)
         for condition, scores in zip(conditions, similarity, strict=True)
@@ -170,7 +170,7 @@ def _similarities(
     attributions = output.attributions.diagonal(dim1=0, dim2=2).t()  # (B, N, B) -> (N, B) -> (B, N)
     ranks = attributions.argsort(dim=1, descending=True).argsort(dim=1).cpu()  # (B, N), 0 for the largest
     batch, players = ranks.shape
-    noise = torch.rand(batch, players, generator=generator).argsort(dim=1)  # (B, N)
+    noise = torch.rand(batch, players, generator=generator, device="cpu").argsort(dim=1)  # (B, N)
     order = {"top": ranks, "bottom": players - 1 - ranks, "random": noise}
     present = torch.stack([order[name] >= round(share * players) for share, name in conditions], dim=1)  # (B, M, N)
     values = model(

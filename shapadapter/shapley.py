@@ -32,7 +32,7 @@ def size_distribution(players: int) -> Tensor:
     """
     if players < 2:
         raise ValueError(f"a coalition that is neither empty nor full needs at least 2 players, but got {players}")
-    sizes = torch.arange(1, players, dtype=torch.float64)  # (N - 1,)
+    sizes = torch.arange(1, players, dtype=torch.float64, device="cpu")  # (N - 1,)
     weights = 1 / (sizes * (players - sizes))
     return weights / weights.sum()
 
@@ -107,13 +107,15 @@ def sample_in_turns(players: int, sizes: Tensor, generator: torch.Generator) -> 
         its complement.
     """
     smaller = torch.minimum(sizes, players - sizes)  # (P,)
-    present = torch.empty(len(sizes), players, dtype=torch.bool)  # (P, N)
+    present = torch.empty(len(sizes), players, dtype=torch.bool, device="cpu")  # (P, N)
     for size in smaller.unique().tolist():
         places = (smaller == size).nonzero()[:, 0]  # (p,)
         parts = players // size if 3 * size <= players else 1
         orders = -(-len(places) // parts)
-        rank = torch.rand(orders, 1, players, generator=generator).argsort(-1)  # (orders, 1, N): a uniform order each
-        part = torch.arange(parts)[:, None]  # (parts, 1)
+        rank = torch.rand(orders, 1, players, generator=generator, device="cpu").argsort(
+            -1
+        )  # (orders, 1, N): a uniform order each
+        part = torch.arange(parts, device="cpu")[:, None]  # (parts, 1)
         turns = (rank >= part * size) & (rank < (part + 1) * size)  # (orders, parts, N)
         present[places] = turns.flatten(0, 1)[: len(places)]  # (orders * parts, N) -> (p, N)
     return torch.stack([present, ~present], dim=1).flatten(0, 1)  # (P, 2, N) -> (2 P, N)
@@ -164,8 +166,8 @@ def all_coalitions(players: int) -> Tensor:
             f"{players} players have 2**{players} coalitions; at most {MAX_ENUMERATED_PLAYERS} players can be "
             "enumerated. Estimate the values with `kernel_shap` instead."
         )
-    rows = torch.arange(2**players)[:, None]  # (2**N, 1)
-    return (rows >> torch.arange(players)) & 1 == 1  # (2**N, N)
+    rows = torch.arange(2**players, device="cpu")[:, None]  # (2**N, 1)
+    return (rows >> torch.arange(players, device="cpu")) & 1 == 1  # (2**N, N)
 
 
 def exact_shapley_values(values: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ def kernel_shap_error(coalitions: Tensor, values: Tensor, null_values: Tensor, f
     count = coalitions.shape[-2]
     if count % 4:
         raise ValueError(f"two halves of whole pairs need a multiple of 4 coalitions, but got {count}")
-    first = torch.arange(count) % 4 < 2  # (M,): every other pair
+    first = torch.arange(count, device="cpu") % 4 < 2  # (M,): every other pair
     one, other = (
         kernel_shap(coalitions[..., half, :], values[..., half, :], null_values, full_values)
         for half in (first, ~first)

@@ -42,7 +42,7 @@ def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) 
         if sharded or parameter.is_meta or is_quantised(parameter) or parameter.numel() == 0:
             return None
         part = next((block for block in anatomy.blocks if own.startswith(f"{block}.")), ".".join(own.split(".")[:2]))
-        parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64)) + _numbers(parameter)
+        parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64, device="cpu")) + _numbers(parameter)
     dtype = str(next(model.get_submodule(anatomy.entrance).parameters()).dtype).removeprefix("torch.")
     values = [parts[part].tolist() for part in sorted(parts)]
     return {"dtype": dtype, "values": [[square**0.5, sample**0.5, along] for square, sample, along in values]}
@@ -54,7 +54,7 @@ def _numbers(parameter: Tensor) -> Tensor:
     # On the CPU: some devices know no float64.
     sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double()
     # A direction without a period, so that exchanged weights are noticed.
-    direction = torch.arange(len(sample), dtype=torch.float64).square_().mul_(0.61803).cos_()
+    direction = torch.arange(len(sample), dtype=torch.float64, device="cpu").square_().mul_(0.61803).cos_()
     norm = torch.linalg.vector_norm(flat.float()).cpu().double()
     return torch.stack([norm.square(), sample.square().sum(), sample @ direction])
 

@@ -82,16 +82,17 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, config: ShapleyConfig, device: torch.device) -> None:
         """Give adapter `name` its parameters, in fp32 on `device`."""
-        leaves = new_leaves(
-            self.anatomy.width,
-            config.num_classes or self.anatomy.classes,
-            config.head_width,
-            # The base model's own head has no need of a null parameter: it is asked for v(empty).
-            null=config.prediction == "vote",
-            token=config.shapley_token,
-            mechanism=config.mechanism or self.anatomy.mechanism,
-            fill=(config.fill_color or [0.0] * self.anatomy.channels) if config.fill == "learned" else None,
-        )
+        with torch.device("cpu"):  # the same numbers whatever device is the default
+            leaves = new_leaves(
+                self.anatomy.width,
+                config.num_classes or self.anatomy.classes,
+                config.head_width,
+                # The base model's own head has no need of a null parameter: it is asked for v(empty).
+                null=config.prediction == "vote",
+                token=config.shapley_token,
+                mechanism=config.mechanism or self.anatomy.mechanism,
+                fill=(config.fill_color or [0.0] * self.anatomy.channels) if config.fill == "learned" else None,
+            )
         for leaf, value in leaves.items():
             getattr(self, f"lora_shapley_{leaf}")[name] = _placed(value, device)
         self.configs[name] = config
@@ -145,7 +146,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         assert self.active is not None
         learned = self._parameter("fill", self.active)
         colour = self.rules[self.active].fill_color or [0.0] * self.anatomy.channels
-        return torch.tensor(colour) if learned is None else learned.detach()
+        return torch.tensor(colour, device="cpu") if learned is None else learned.detach()
 
     def tiling(self, pixel_values: Tensor, **options: Any) -> Tiling:
         """How the active adapter's players lie on images (B, C, H, W).

@@ -137,7 +137,7 @@ def _explained(case: Case, method: str | OwnMethod) -> Explanation:
     else:
         answer = _own(case, method) if callable(method) else _OTHERS[method](case)
     errors = None if answer.standard_errors is None else _on_grid(case, answer.standard_errors)
-    spent = None if answer.evaluations is None else torch.full((case.images,), answer.evaluations)
+    spent = None if answer.evaluations is None else torch.full((case.images,), answer.evaluations, device="cpu")
     name = getattr(method, "__name__", type(method).__name__) if callable(method) else method
     return replace(
         ours, attributions=_on_grid(case, answer.maps), standard_errors=errors, evaluations=spent, method=name
@@ -179,6 +179,6 @@ def _own(case: Case, method: OwnMethod) -> Answer:
 def _as_tensor(found: Any) -> Tensor | None:
     """Numbers as a tensor, None if they are none."""
     try:
-        return torch.as_tensor(found)
+        return torch.as_tensor(found, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None

@@ -10,13 +10,15 @@ from .case import Answer, Case
 def random(case: Case) -> Answer:
     """Uniform numbers in 0..1, seeded."""
     shape = (case.players, case.batch.classes.shape[1])
-    return Answer(torch.stack([torch.rand(shape, generator=case.source(image)) for image in range(case.images)]))
+    return Answer(
+        torch.stack([torch.rand(shape, generator=case.source(image), device="cpu") for image in range(case.images)])
+    )
 
 
 def centre(case: Case) -> Answer:
     """A Gaussian bump in the middle of the image, a quarter of its sides wide: where photographers put things."""
     rows, cols = (
-        ((torch.arange(count) + 0.5) / count - 0.5).square() for count in case.batch.tiling.players
+        ((torch.arange(count, device="cpu") + 0.5) / count - 0.5).square() for count in case.batch.tiling.players
     )  # (rows,) and (cols,): squared distance from the middle, in sides
     bump = torch.exp(-(rows[:, None] + cols) / (2 * 0.25**2)).flatten()  # (N,)
     return Answer(bump[None, :, None].expand(case.images, -1, case.batch.classes.shape[1]))

@@ -50,7 +50,7 @@ def permutation(case: Case) -> Answer:
             f"A pair of orders of {players} players takes {cost} evaluations, got evaluations={case.evaluations}. Pass "
             f"evaluations={cost} or more, or method='kernel_shap'."
         )
-    draws = [torch.rand(pairs, players, generator=case.source(image)) for image in range(case.images)]
+    draws = [torch.rand(pairs, players, generator=case.source(image), device="cpu") for image in range(case.images)]
     place = torch.stack(draws).argsort(dim=-1)  # (B, P, N): when each player joins
     gains = _gains(case, torch.cat([place, players - 1 - place], dim=1))  # (B, 2 P, N, C)
     means = (gains[:, :pairs] + gains[:, pairs:]) / 2  # (B, P, N, C)
@@ -60,7 +60,7 @@ def permutation(case: Case) -> Answer:
 
 def _gains(case: Case, place: Tensor) -> Tensor:
     """What each player adds when the players join in the order of `place` (B, R, N): (B, R, N, C) float64."""
-    sizes = torch.arange(1, case.players)[:, None]  # (N - 1, 1)
+    sizes = torch.arange(1, case.players, device="cpu")[:, None]  # (N - 1, 1)
     coalitions = place[:, :, None] < sizes  # (B, R, N - 1, N)
     inner = _values(case, coalitions.flatten(1, 2)).unflatten(1, coalitions.shape[1:3])  # (B, R, N - 1, C)
     null, full = (end[:, None, None].expand(-1, place.shape[1], -1, -1) for end in _ends(case))  # (B, R, 1, C)
@@ -80,7 +80,7 @@ def exact(case: Case) -> Answer:
 
 def leave_one_out(case: Case) -> Answer:
     """What is lost without one player: v(all) - v(all without n)."""
-    without = ~torch.eye(case.players, dtype=torch.bool)  # (N, N)
+    without = ~torch.eye(case.players, dtype=torch.bool, device="cpu")  # (N, N)
     values = _values(case, without.expand(case.images, -1, -1))  # (B, N, C)
     return Answer(_ends(case)[1][:, None] - values, case.players)
 
@@ -88,7 +88,7 @@ def leave_one_out(case: Case) -> Answer:
 def _values(case: Case, coalitions: Tensor) -> Tensor:
     """v(S) of coalitions (B, M, N), whose sizes are the same for all images, for the shown classes: (B, M, C)."""
     game = BatchGame(case.model, case.batch.inputs, case.batch.classes, case.batch_size)
-    return game.values(torch.arange(case.images), coalitions)
+    return game.values(torch.arange(case.images, device="cpu"), coalitions)
 
 
 def _ends(case: Case) -> tuple[Tensor, Tensor]:

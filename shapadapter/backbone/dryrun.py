@@ -106,11 +106,11 @@ def noise(model: nn.Module, family: Family, image: tuple[int, int], seed: int = 
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     channels, patch = channels_of(model), patch_side(model)
     if not family.patches:
-        pixels = torch.randn(2, channels, *image, generator=generator)
+        pixels = torch.randn(2, channels, *image, generator=generator, device="cpu")
         return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
     valid, padding = image[0] * image[1], 2
-    patches = torch.randn(2, valid + padding, channels * patch**2, generator=generator)
-    mask = (torch.arange(valid + padding) < valid).long().expand(2, -1)  # (2, N)
+    patches = torch.randn(2, valid + padding, channels * patch**2, generator=generator, device="cpu")
+    mask = (torch.arange(valid + padding, device="cpu") < valid).long().expand(2, -1)  # (2, N)
     return {
         "pixel_values": patches.to(parameter.device, parameter.dtype),
         "pixel_attention_mask": mask.to(parameter.device),

@@ -46,7 +46,7 @@ def _centre(reach: Tensor) -> float:
     peak = (reach - reach.median()).clamp(min=0)
     if not peak.sum() > 0:
         return 0.0
-    places = torch.arange(len(peak), dtype=peak.dtype) + 0.5 - len(peak) / 2
+    places = torch.arange(len(peak), dtype=peak.dtype, device=peak.device) + 0.5 - len(peak) / 2
     return float((peak * places).sum() / peak.sum())
 
 
@@ -75,7 +75,9 @@ def _sensitivity(model: nn.Module, anatomy: Anatomy, batch: int) -> Tensor:
                 score(model, anatomy.kind, anatomy.family, {"pixel_values": images, **anatomy.options})
             assert current.features is not None
             chosen = current.features[range(4), middle]  # (4, D)
-            direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(batch)).to(chosen)
+            direction = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(batch), device="cpu").to(
+                chosen
+            )
             (gradient,) = torch.autograd.grad((chosen * direction).sum(), images)
     finally:
         carrier.detach()

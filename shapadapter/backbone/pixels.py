@@ -67,7 +67,7 @@ def sum_over_tiles(pixels: Tensor, players: tuple[int, int], seen: tuple[int, in
     """
     sums = pixels.float()
     for axis, (side, tiles) in enumerate(zip(seen, players, strict=True), start=1):
-        beyond = torch.full((pixels.shape[axis] - side,), tiles - 1)
+        beyond = torch.full((pixels.shape[axis] - side,), tiles - 1, device="cpu")
         index = torch.cat([_tile_of(side, tiles), beyond]).to(pixels.device)  # (H,), then (W,)
         shape = (*sums.shape[:axis], tiles, *sums.shape[axis + 1 :])
         sums = sums.new_zeros(shape).index_add(axis, index, sums)  # (B, rows, W, C), then (B, rows, cols, C)
@@ -76,7 +76,7 @@ def sum_over_tiles(pixels: Tensor, players: tuple[int, int], seen: tuple[int, in
 
 def _tile_of(pixels: int, tiles: int) -> Tensor:
     """The tile in which each pixel's centre lies, (pixels,), in whole numbers: rounding must not shift an edge."""
-    return torch.arange(1, 2 * pixels, 2) * tiles // (2 * pixels)
+    return torch.arange(1, 2 * pixels, 2, device="cpu") * tiles // (2 * pixels)
 
 
 def _blurred(images: Tensor, kept: Tensor, colour: Tensor, players: tuple[int, int]) -> Tensor:

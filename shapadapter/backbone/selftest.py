@@ -235,7 +235,9 @@ def _unordered(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> bo
     """Whether the blocks say the same of every patch when all come in another order, and so do the scores."""
     anatomy = carrier.anatomy
     rows, cols = anatomy.cells(**inputs)
-    order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(2)).to(inputs["pixel_values"].device)
+    order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(2), device="cpu").to(
+        inputs["pixel_values"].device
+    )
     entering: list[Tensor] = []
 
     def shuffle(
@@ -306,4 +308,4 @@ def _with_noise(inputs: dict[str, Any], present: Tensor, anatomy: Anatomy) -> di
 def noise_like(images: Tensor) -> Tensor:
     """Noise of the images' shape, from a generator of its own."""
     generator = torch.Generator().manual_seed(1)
-    return (3 * torch.randn(images.shape, generator=generator)).to(images.device, images.dtype)
+    return (3 * torch.randn(images.shape, generator=generator, device="cpu")).to(images.device, images.dtype)

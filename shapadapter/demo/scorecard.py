@@ -51,7 +51,7 @@ def localisation(explanation: Explanation, masks: Tensor) -> tuple[float, float]
     rows, cols = explanation.attributions.shape[1:3]
     inside = pixels_to_players(masks.float(), Grid(rows, cols))  # (B, rows, cols)
     best = explanation.logits.gather(1, explanation.classes).argmax(dim=1)  # (B,)
-    maps = explanation.attributions[torch.arange(len(explanation)), :, :, best]  # (B, rows, cols)
+    maps = explanation.attributions[torch.arange(len(explanation), device="cpu"), :, :, best]  # (B, rows, cols)
     return float(energy_inside(maps, inside).nanmean()), float(inside.mean())
 
 

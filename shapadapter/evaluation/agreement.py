@@ -20,7 +20,7 @@ def agreement(maps: Tensor, truth: Tensor, units: Sequence[bool]) -> dict[str, T
         units: whether each method speaks of the value; an error in the value's unit means nothing for the others.
     """
     true = truth[:, None]  # (B, 1, N)
-    error = relative_l2(maps, true).masked_fill(~torch.tensor(units), torch.nan)  # (B, methods)
+    error = relative_l2(maps, true).masked_fill(~torch.tensor(units, device="cpu"), torch.nan)  # (B, methods)
     return {
         "error": error,
         "pearson": informed(pearson(maps, true), maps),

@@ -142,5 +142,5 @@ class Rows:
 
 def choose(count: int, wanted: int, seed: int) -> list[int]:
     """`wanted` of `count` rows, drawn without replacement; fewer are a part of more."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # (count,)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")  # (count,)
     return sorted(order[:wanted].tolist())

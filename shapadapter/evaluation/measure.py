@@ -87,7 +87,7 @@ class Measurer:
             **agreement(maps, truth.values, [has_unit(one) for one in explanations[0]]),
             **curves.measures(),
             **sensitivity(games, maps, indices, seed),
-            "evaluations": torch.tensor([[_spent(one) for one in several] for several in explanations]),
+            "evaluations": torch.tensor([[_spent(one) for one in several] for several in explanations], device="cpu"),
         }
         lines = {"insertion": curves.insertion, "deletion": curves.deletion}
         if self.plan.thorough:
@@ -96,7 +96,7 @@ class Measurer:
             measures |= road_measures(kept)
             lines |= road_lines(kept)
         common = {
-            "players": torch.tensor([batch.tiling.players]).expand(len(indices), -1),
+            "players": torch.tensor([batch.tiling.players], device="cpu").expand(len(indices), -1),
             "class": games.classes.cpu(),
             "label": _single(rows.labels, len(indices)),
             "likelihood": games.full.likelihoods[:, 0],
@@ -162,7 +162,7 @@ def _by_method(names: list[str], values: dict[str, Tensor], place: int) -> dict[
 def _single(labels: Tensor | None, images: int) -> Tensor:
     """The one label of each image, (B,); nan where there is none, or several."""
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
-        return torch.full((images,), torch.nan)
+        return torch.full((images,), torch.nan, device="cpu")
     return labels.cpu()
 
 

@@ -40,7 +40,7 @@ def montages(measurer: Measurer, kept: Records, records: Sequence[Record]) -> tu
     found = []
     for four in fours:
         montage = _montage(measurer.rows.batch([record["index"] for record in four]).inputs["pixel_values"])
-        name = f"montage-{digest({'pixels': montage, 'classes': torch.tensor([r['class'] for r in four])}).hex()[:12]}"
+        name = f"montage-{digest({'pixels': montage, 'classes': torch.tensor([r['class'] for r in four], device='cpu')}).hex()[:12]}"
         record = kept.find(name) or _played(measurer, montage, four)
         kept.keep(name, record)
         found.append(record)
@@ -107,7 +107,7 @@ def _played(measurer: Measurer, montage: Tensor, four: Sequence[Record]) -> Reco
     for name in methods.names if cells else ():
         explanation = methods.explain(name, measurer.model, inputs, targets, four[0]["index"])
         maps = torch.cat([explanation.for_label(target) for target in targets])  # (cells, rows, cols)
-        share = grid_pointing(maps, torch.tensor([cell for cell, _ in cells]), SIDE)  # (cells,)
+        share = grid_pointing(maps, torch.tensor([cell for cell, _ in cells], device="cpu"), SIDE)  # (cells,)
         # Without positive attribution: what a map that knows nothing gets.
         shares[name] = {"grid_pointing": float(share.nan_to_num(1 / SIDE**2).mean())}
     return {"methods": plain(shares), "cells": len(cells)}

@@ -61,7 +61,7 @@ def _removed(order: Tensor) -> Tensor:
     """The players that are absent with each share, (methods, 2, shares, N) bool, for orders (methods, N)."""
     players = order.shape[-1]
     place = order.argsort(dim=-1)[:, None]  # (methods, 1, N)
-    counts = torch.tensor([min(max(round(share * players), 1), players - 1) for share in SHARES])[
+    counts = torch.tensor([min(max(round(share * players), 1), players - 1) for share in SHARES], device="cpu")[
         :, None
     ]  # (shares, 1)
     return torch.stack([place < counts, place >= players - counts], dim=1)  # (methods, 2, shares, N)
@@ -74,7 +74,7 @@ def _still_predicted(games: Games, place: int, absent: Tensor, generator: torch.
     seen, tiling = games.batch.tiling.seen, games.batch.tiling.players
     masks = absent.flatten(0, 2).unflatten(1, tiling)[:, None].float()  # (R, 1, rows, cols)
     tiles = interpolate(masks, size=seen, mode="nearest-exact")[:, 0] > 0.5  # (R, h, w)
-    gone = torch.zeros(len(tiles), height, width, dtype=torch.bool)  # (R, H, W)
+    gone = torch.zeros(len(tiles), height, width, dtype=torch.bool, device="cpu")  # (R, H, W)
     gone[:, : seen[0], : seen[1]] = tiles
     guesses = []
     for part in gone.to(image.device).split(max(1, _BYTES // (8 * height * width**2))):

@@ -32,7 +32,7 @@ def with_random_parameters(model: nn.Module, seed: int) -> nn.Module:
         for parameter in other.parameters():
             if parameter.is_floating_point() and parameter.numel() > 1:
                 numbers = parameter.float()
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
                 parameter.copy_(numbers.mean() + numbers.std() * noise)
     return other
 
@@ -56,7 +56,7 @@ def with_noise(
     parts = []
     for place, index in enumerate(indices):
         pixels = image_of(batch.inputs, place)["pixel_values"]  # (1, C, H, W)
-        drawn = torch.randn(pixels.shape, generator=generator_of(seed, index, "noise")).to(pixels)
+        drawn = torch.randn(pixels.shape, generator=generator_of(seed, index, "noise"), device="cpu").to(pixels)
         parts.append(pixels + NOISE * pixels.std() * drawn)
     inputs = {**_images(batch), "pixel_values": torch.cat(parts)}
     return again(model, replace(batch, inputs={**batch.inputs, **inputs}), options)

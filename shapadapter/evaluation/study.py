@@ -49,7 +49,7 @@ def study(
     measurer = Measurer(model, rows, plan, masks)
     kept = Records(cache, settings_of(model, plan, masks), model)
     records = _measured(measurer, kept, chosen)
-    own = None if groups is None else groups[torch.tensor(chosen)]
+    own = None if groups is None else groups[torch.tensor(chosen, device="cpu")]
     budgets = by_name(
         [dict(zip(map(str, plan.budgets), record["kernel_shap"], strict=True)) for record in records], own, plan.seed
     )
@@ -142,4 +142,4 @@ def _area(records: Sequence[Record], groups: Tensor | None, seed: int) -> float 
     """The mean share of the image that is the object; None without masks."""
     if "area" not in records[0]:
         return None
-    return mean_of(torch.tensor([record["area"] for record in records]), groups, seed).mean
+    return mean_of(torch.tensor([record["area"] for record in records], device="cpu"), groups, seed).mean

@@ -34,7 +34,9 @@ def by_name(records: Sequence[Mapping[str, Any]], groups: Tensor | None, seed: i
     names = list(dict.fromkeys(name for record in records for name in record))
     if not names:
         return {}
-    values = torch.tensor([[_number(record.get(name)) for name in names] for record in records], dtype=torch.float64)
+    values = torch.tensor(
+        [[_number(record.get(name)) for name in names] for record in records], dtype=torch.float64, device="cpu"
+    )
     means = intervals(values, groups, seed)  # (R, P) -> P
     return {name: mean for name, mean in zip(names, means, strict=True) if mean.count}
 
@@ -55,7 +57,7 @@ def mean_curves(
     for method in records[0]["curves"]:
         for name in records[0]["curves"][method]:
             lines = [[_number(point) for point in record["curves"][method][name]] for record in records]
-            values = torch.tensor(lines, dtype=torch.float64)  # (R, P)
+            values = torch.tensor(lines, dtype=torch.float64, device="cpu")  # (R, P)
             curves.setdefault(method, {})[name] = tuple(intervals(values, groups, seed))
     return curves
 
@@ -66,22 +68,30 @@ def equivalent(
     """The KernelSHAP budget whose mean error is that of a method, bootstrapped over images; None without errors."""
     own = [_number(record["methods"][method].get("error")) for record in records]
     ladder = [[_number(value) for value in record["kernel_shap"]] for record in records]
-    values = torch.tensor([[one, *rest] for one, rest in zip(own, ladder, strict=True)], dtype=torch.float64)
+    values = torch.tensor(
+        [[one, *rest] for one, rest in zip(own, ladder, strict=True)], dtype=torch.float64, device="cpu"
+    )
     known = values.isfinite().all(dim=1)  # (R,)
     if not bool(known.any()):
         return None
     values = values[known]  # (r, 1 + budgets)
-    names = torch.arange(len(values)) if groups is None else groups[known].unique(return_inverse=True)[1]
+    names = torch.arange(len(values), device="cpu") if groups is None else groups[known].unique(return_inverse=True)[1]
     count = int(names.max()) + 1
-    sums = torch.zeros(count, values.shape[1], dtype=torch.float64).index_add(0, names, values)  # (G, 1 + budgets)
-    sizes = torch.zeros(count, dtype=torch.float64).index_add(0, names, torch.ones(len(values)).double())
+    sums = torch.zeros(count, values.shape[1], dtype=torch.float64, device="cpu").index_add(
+        0, names, values
+    )  # (G, 1 + budgets)
+    sizes = torch.zeros(count, dtype=torch.float64, device="cpu").index_add(
+        0, names, torch.ones(len(values), device="cpu").double()
+    )
     best = _budget(values.mean(dim=0), budgets)
     if count < 2:
         return Equivalent(best.evaluations, best.bound, math.nan, math.nan)
-    chosen = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))  # (draws, G)
+    chosen = torch.randint(
+        count, (DRAWS, count), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )  # (draws, G)
     means = sums[chosen].sum(dim=1) / sizes[chosen].sum(dim=1, keepdim=True)  # (draws, 1 + budgets)
-    drawn = torch.tensor([_budget(mean, budgets).evaluations for mean in means], dtype=torch.float64)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    drawn = torch.tensor([_budget(mean, budgets).evaluations for mean in means], dtype=torch.float64, device="cpu")
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")).tolist()
     return Equivalent(best.evaluations, best.bound, low, high)
 
 

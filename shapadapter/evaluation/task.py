@@ -54,4 +54,4 @@ def _scores(logits: Tensor, found: Batch, likelihood: str) -> dict[str, Tensor]:
 def groups_of(names: Sequence[Any]) -> Tensor:
     """Numbers for the values of a group column, whatever they are: (R,) int64."""
     known = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([known[name] for name in names])
+    return torch.tensor([known[name] for name in names], device="cpu")

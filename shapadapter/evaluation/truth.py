@@ -59,8 +59,10 @@ def find_truth(games: Games, indices: Sequence[int], evaluations: int, budgets: 
     if is_exact(games.players):
         table = games.play(all_coalitions(games.players).expand(len(games), -1, -1)).values  # (B, 2^N)
         values = exact_shapley_values(table.t()).t()  # (2^N, B) -> (N, B) -> (B, N)
-        errors = torch.zeros(len(games), dtype=torch.float64)
-        rows = (stream.long() << torch.arange(games.players)).sum(dim=-1)  # (B, M): the table's row of a coalition
+        errors = torch.zeros(len(games), dtype=torch.float64, device="cpu")
+        rows = (stream.long() << torch.arange(games.players, device="cpu")).sum(
+            dim=-1
+        )  # (B, M): the table's row of a coalition
         streamed = table.gather(1, rows)  # (B, M)
     else:
         drawn = _draw(games.players, indices, evaluations, seed, "truth")  # (B, M, N)

@@ -72,7 +72,7 @@ class Job:
 
     def two_images(self) -> Tensor:
         """A batch to trace with, (2, C, H, W): from one image alone a tracer would conclude that there is always one."""
-        return self.pixels[torch.arange(2) % len(self.pixels)].clone()
+        return self.pixels[torch.arange(2, device="cpu") % len(self.pixels)].clone()
 
     def refused(self, target: str, error: BaseException) -> str:
         """What to say when a tracer gives up."""

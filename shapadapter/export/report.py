@@ -66,7 +66,7 @@ def compare(
         ExportError: one is larger, or an output has another shape.
     """
     largest = dict.fromkeys(OUTPUTS, 0.0)
-    order = torch.arange(max(image_count, sum(_BATCHES))) % image_count
+    order = torch.arange(max(image_count, sum(_BATCHES)), device="cpu") % image_count
     while len(order):
         for size in _BATCHES:
             part, order = order[:size], order[size:]

@@ -95,7 +95,7 @@ def bootstrap_intervals(
     if len(sums) > 1:
         chosen = _draw_with_replacement(len(sums), draws, seed)  # (draws, G)
         drawn = (chosen @ sums) / (chosen @ counts)  # (draws, G) @ (G, P) -> (draws, P)
-        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)  # (2,)
+        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")  # (2,)
         low, high = drawn.nanquantile(ends, dim=0)  # (draws, P) -> (2, P) -> (P,) each
     alone = (counts > 0).sum(dim=0) < 2  # (P,): nothing left to draw from
     low, high = low.masked_fill(alone, torch.nan), high.masked_fill(alone, torch.nan)
@@ -110,12 +110,14 @@ def _sums_of_groups(values: Tensor, groups: Tensor | None) -> tuple[Tensor, Tens
     if groups is None:
         return values, known
     names, index = groups.cpu().unique(return_inverse=True)  # (G,), (R,)
-    empty = torch.zeros(len(names), values.shape[1], dtype=torch.float64)  # (G, P)
+    empty = torch.zeros(len(names), values.shape[1], dtype=torch.float64, device="cpu")  # (G, P)
     return empty.index_add(0, index, values), empty.index_add(0, index, known)
 
 
 def _draw_with_replacement(count: int, draws: int, seed: int) -> Tensor:
     """How often each of `count` things comes up in `count` draws with replacement: (draws, count) float64."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (draws, count), generator=generator)  # (draws, count)
-    return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    drawn = torch.randint(count, (draws, count), generator=generator, device="cpu")  # (draws, count)
+    return torch.zeros(draws, count, dtype=torch.float64, device="cpu").scatter_add_(
+        1, drawn, torch.ones_like(drawn).double()
+    )

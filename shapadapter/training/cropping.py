@@ -46,7 +46,7 @@ def warn_of_crops(dataset: Any, collator: Any) -> None:
                 return
             shape = (pixels.shape[2], pixels.shape[3])
             shares += unseen(frames([image], processor, shape)).tolist()
-    share = torch.tensor(shares).nanmean().item()
+    share = torch.tensor(shares, device="cpu").nanmean().item()
     if share >= 0.01:
         size = {"height": shape[0], "width": shape[1]}
         remedy = f" To keep it, load the processor with do_center_crop=False, size={size}."

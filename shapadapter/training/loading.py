@@ -209,7 +209,7 @@ class LoadingTrainer(Trainer):
         assert self.rules is not None
         labels, readable = inputs.get("labels"), inputs.get("readable")
         if not isinstance(labels, Tensor):
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         known = known_labels(labels, self.rules.kind(several=False) == "quantity")  # (B,) or (B, K)
         if readable is not None:
             known = known | ~readable.view(-1, *[1] * (known.ndim - 1))

@@ -134,7 +134,7 @@ def class_weights(
     if not isinstance(wanted, str):
         if len(wanted) != classes:
             raise ShapleyError(f"class_weights has {len(wanted)} numbers; the model has {classes} classes.")
-        return torch.tensor(wanted, dtype=torch.float32)
+        return torch.tensor(wanted, dtype=torch.float32, device="cpu")
     counts = _counts(dataset, classes)
     missing = np.flatnonzero(counts[:classes] == 0).tolist()
     if missing:

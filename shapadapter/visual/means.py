@@ -104,8 +104,8 @@ def mean_maps(
     found = [running[index] for index in classes]
     return MeanMaps(
         labels=first.labels,
-        classes=torch.tensor(classes),
-        counts=torch.tensor([one.count for one in found]),
+        classes=torch.tensor(classes, device="cpu"),
+        counts=torch.tensor([one.count for one in found], device="cpu"),
         means=torch.stack([one.mean for one in found]),
         deviations=torch.stack([one.deviation for one in found]),
         pictures=torch.stack([one.picture.round().clamp(0, 255).byte() for one in found]),
@@ -119,7 +119,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.squares = self.picture = torch.zeros(())
+        self.mean = self.squares = self.picture = torch.zeros((), device="cpu")
 
     def add(self, values: Tensor, picture: Tensor) -> None:
         """Count one more map (rows, cols) and its picture (H, W, 3); Welford's running mean and squared distances."""
