@@ -156,7 +156,7 @@ def test_an_adapter_of_before_still_loads(folder):
         PeftModel.from_pretrained(fresh(folder / "base"), folder / "adapter")
 
 
-@pytest.mark.parametrize("name", ["levit_teacher", "swiftformer", "hgnet_v2", "resnet", "perceiver_learned"])
+@pytest.mark.parametrize("name", ["levit_teacher", "swiftformer", "hgnet_v2", "resnet"])
 @pytest.mark.parametrize("road", ["peft", "transformers"])
 def test_other_families(tmp_path, name, road):
     """Several heads, heads within containers, names that end alike."""

@@ -96,7 +96,7 @@ def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
         return names
     chosen = []
     for name in names:
-        probe = copy.copy(config)
+        probe: Any = copy.copy(config)
         probe.target_modules = {name.rpartition(".")[2]}
         if "." in name and check_target_module_exists(probe, name):
             chosen.append(name)
@@ -118,10 +118,10 @@ def _check_lora(config: ShapleyConfig) -> None:
     Raises:
         FieldError: with the option.
     """
-    if config.init_lora_weights == "lora_ga" and config.num_classes is not None:
+    start: Any = config.init_lora_weights
+    if start == "lora_ga" and config.num_classes is not None:
         # Saved before it was refused, and then without gradients; the weights come from the file.
-        config.init_lora_weights = True
-    start = config.init_lora_weights
+        config.init_lora_weights = start = True
     if (start.lower() if isinstance(start, str) else start) not in _STARTS or config.kasa_config is not None:
         option = f"init_lora_weights={start!r}" if config.kasa_config is None else "kasa_config"
         raise FieldError(
