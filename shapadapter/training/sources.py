@@ -15,6 +15,7 @@ from shapadapter.errors import ShapleyError
 from shapadapter.loading import find_base
 from shapadapter.remote import hub_trouble, is_path
 
+from .checkpoints import newest_first
 from .folders import list_folder, no_classes
 
 
@@ -51,6 +52,21 @@ def check_data(name: str) -> None:
         _refuse_path(name)
         return
     list_folder(Path(name))
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse to start a training where another one has left an adapter or checkpoints.
+
+    Raises:
+        ShapleyError: it has, and nobody said that it may go.
+    """
+    left = [folder / name for name in (CONFIG_NAME, *(path.name for path in newest_first(folder)))]
+    there = next((path.name for path in left if path.exists()), None)
+    if there is not None and not overwrite:
+        raise ShapleyError(
+            f"{folder} holds an earlier training ({there}). Go on with it by --resume-from-checkpoint last, choose another "
+            "folder, or pass --overwrite to lose it."
+        )
 
 
 def beside(name: str) -> str:
