@@ -118,8 +118,7 @@ def _check_output(arguments: list[str], script: Any) -> None:
     from shapadapter.training.sources import check_output
 
     asked = script.parse_known_args(arguments)[0]
-    if asked.resume_from_checkpoint in (None, "False", "false"):
-        check_output(Path(asked.output_dir), asked.overwrite)
+    check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
 
 
 def as_arguments(values: dict[str, Any], script: Any) -> list[str]:

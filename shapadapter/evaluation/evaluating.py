@@ -14,6 +14,7 @@ from shapadapter.backbone import evaluating
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
+from shapadapter.labels import LabelRules
 from shapadapter.metrics import Interval
 from shapadapter.options import check_options
 
@@ -83,13 +84,14 @@ def evaluate(
     plan = Plan.of(methods, seed, options, budgets, **effort)
     check_model(model)
     check_options(model, options, evaluate)
-    rows = Rows(dataset, processor, class_names(model))
+    rows = Rows(dataset, processor, *label_rules(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         found = task(model, rows, batch_size, options, progress)
         result = study(model, rows, plan, found_masks, belong, cache)
     means = {name: mean_of(values, belong, seed) for name, values in found.items()}
+    means = {name: mean for name, mean in means.items() if mean.count}  # none where no label is known
     gaps = found["efficiency_gap"]
     largest = Interval(float(gaps.max()), float("nan"), float("nan"), len(gaps))
     return replace(result, task={**means, "largest_efficiency_gap": largest})
@@ -108,9 +110,11 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def class_names(model: nn.Module) -> dict[int, str] | None:
-    """The names of the model's classes, by index, if it has any."""
-    return getattr(getattr(base_of(model), "config", None), "id2label", None)
+def label_rules(model: nn.Module) -> tuple[dict[int, str] | None, LabelRules]:
+    """The names of the model's classes, by index, if it has any, and what labels may be."""
+    config = getattr(base_of(model), "config", None)
+    rules = LabelRules(active_layer(model).classes, getattr(config, "problem_type", None))
+    return getattr(config, "id2label", None), rules
 
 
 def _groups(rows: Rows, column: str | None) -> Tensor | None:

@@ -175,11 +175,9 @@ def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments)
     Raises:
         ShapleyError: there is one, and neither `--overwrite` nor `--resume_from_checkpoint` was given.
     """
-    if training_args.resume_from_checkpoint not in (None, "False", "false"):
-        return
     folder = Path(str(training_args.output_dir))
-    check_output(folder, args.overwrite)
-    if training_args.should_save:
+    fresh = check_output(folder, training_args.resume_from_checkpoint, args.overwrite)
+    if fresh and training_args.should_save:
         for checkpoint in newest_first(folder):  # or the next run could go on from one of them
             discard(checkpoint)
 

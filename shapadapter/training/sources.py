@@ -54,19 +54,31 @@ def check_data(name: str) -> None:
     list_folder(Path(name))
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, resumed: str | None, overwrite: bool) -> bool:
     """Refuse to start a training where another one has left an adapter or checkpoints.
 
+    Args:
+        folder: of the training.
+        resumed: what it is to go on from, if anything: a path, "True", or "last".
+        overwrite: whether what is there may go.
+
+    Returns:
+        Whether the training starts from nothing.
+
     Raises:
-        ShapleyError: it has, and nobody said that it may go.
+        ShapleyError: there is something, and nobody said that it may go.
     """
-    left = [folder / name for name in (CONFIG_NAME, *(path.name for path in newest_first(folder)))]
-    there = next((path.name for path in left if path.exists()), None)
+    checkpoints = newest_first(folder)
+    if resumed not in (None, "False", "false") and (resumed != "last" or checkpoints):
+        return False
+    left = [path for path in (folder / CONFIG_NAME, *checkpoints) if path.exists()]
+    there = left[0].name if left else None
     if there is not None and not overwrite:
         raise ShapleyError(
             f"{folder} holds an earlier training ({there}). Go on with it by --resume-from-checkpoint last, choose another "
             "folder, or pass --overwrite to lose it."
         )
+    return True
 
 
 def beside(name: str) -> str:
