@@ -27,7 +27,15 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.training.finetune import ScriptArguments, accuracy, finish, load_images, parser, resumed_from
+from shapadapter.training.finetune import (
+    ScriptArguments,
+    accuracy,
+    clear_output,
+    finish,
+    load_images,
+    parser,
+    resumed_from,
+)
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
@@ -57,6 +65,7 @@ def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         processing_class=processor,
         compute_metrics=accuracy,
     )
+    clear_output(args, training_args)  # refuses the folder of an earlier training, without --overwrite
     result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
     # Saves the adapter, evaluates it, and explains held-out images.
     finish(trainer, result.metrics, images["test"], args.explained_images)

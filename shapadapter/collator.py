@@ -88,6 +88,8 @@ class ImageCollator:
         try:
             batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
         except ImageError:
+            if self.processor is None:
+                raise
             opened = [row and self._opened(row, prepare=True) for row in opened]  # which says what row it is
             batch = self._collated([row for row in opened if row is not None] or [_stand_in(rows[0])])
         if self.corrupt_images == "fail":
@@ -101,10 +103,12 @@ class ImageCollator:
         try:
             if FAULT in row:
                 raise UnreadableImageError(row[FAULT])
-            if prepare and self.processor is not None and "pixel_values" not in row:
-                with usable():
-                    prepare_opened([row[image_column(row)]], self.processor)
-            return open_row(row)
+            if not prepare:
+                return open_row(row)
+            image_column(row)  # without one it is not the image's fault
+            with usable():
+                self._pixels([row])
+            return row
         except UnreadableImageError as error:
             fault = row.get(FAULT) or named(str(error), row, self.class_names)
             if self._named is None:

@@ -203,7 +203,7 @@ def test_rows_of_shards_by_their_columns():
 def test_workers_share_the_shards_of_a_stream(tmp_path):
     rows = [{**row, "label": index} for index, row in enumerate(files())]
     stream = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_iterable_dataset(num_shards=2)
-    trainer = trainer_of(tmp_path, train=stream, dataloader_num_workers=2)
+    trainer = trainer_of(tmp_path, wrapped(12), train=stream, dataloader_num_workers=2)
     labels = [batch["labels"].tolist() for batch in trainer.get_train_dataloader()]
     assert sorted(itertools.chain(*labels)) == list(range(12))
 
@@ -259,8 +259,11 @@ def test_the_example_streams(tmp_path):
     with pytest.warns(UserWarning, match="1.png.* left out"):
         trainer_of(tmp_path, train=splits["train"], corrupt_images="skip").train()
     shutil.rmtree(tmp_path / "photos" / "test")
-    with pytest.raises(ValueError, match=r"pass --test_split, one of \['train'\]"):
-        example.load_images(example.ScriptArguments(**args), seed=0)
+    (tmp_path / "photos" / "train" / "green" / "1.png").unlink()
+    splits = example.load_images(example.ScriptArguments(**args), seed=0)  # a fifth of each class is held out
+    assert (len(list(splits["train"])), sorted(row["label"] for row in splits["test"])) == (5, [0, 1, 2])
+    with pytest.raises(ShapleyError, match="no split 'test'; there are train"):
+        example.load_images(example.ScriptArguments(**args, test_split="test"), seed=0)
 
 
 # -- corrupt images --------------------------------------------------------------------------------------------------
@@ -671,7 +674,7 @@ def on_two_processes(folder):
     streams = {"dispatched": (numbered, None), "sharded": (numbered, False)}
     for name, (data, dispatch) in streams.items():
         options = {"accelerator_config": {"dispatch_batches": dispatch}, "per_device_train_batch_size": 3}
-        trainer = trainer_of(folder, train=data.to_iterable_dataset(num_shards=4), **options)
+        trainer = trainer_of(folder, wrapped(20), train=data.to_iterable_dataset(num_shards=4), **options)
         found[name] = [label for batch in trainer.get_train_dataloader() for label in batch["labels"].tolist()]
 
     held_out = table(files(11, broken=[3]))

@@ -287,7 +287,8 @@ def test_evaluation_is_not_mixed_and_the_model_does_not_think_of_several_labels(
 
 def test_images_without_labels_are_mixed(tmp_path):
     rows = images(8, labels=False)
-    trainer = trainer_of(tmp_path, train=rows, held_out=rows, cutmix_alpha=1.0, shapley_warmup=0.0)
+    model = wrapped(prediction="classifier")
+    trainer = trainer_of(tmp_path, model, train=rows, held_out=rows, cutmix_alpha=1.0, shapley_warmup=0.0)
     before = trained(trainer.model)
     trainer.train()
     assert gap(before, trained(trainer.model)) > 0

@@ -58,7 +58,7 @@ def command(
 
     Every argument of ShapleyTrainingArguments is an option, too: --num-train-epochs 3, --bf16, --shapley-weight 10,
     --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
-    --explained-images. --resume-from-checkpoint last goes on where a run stopped.
+    --explained-images. --resume-from-checkpoint last goes on where a run stopped, --overwrite starts again in its folder.
     """
     hint = "Go on with the same command and --resume-from-checkpoint last."
     with reporting(context, json, hint) as say:
@@ -68,6 +68,7 @@ def command(
         where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
         arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
         check(arguments, given, script)
+        _check_output(arguments, script)
         if launch_config is not None and not launch_config.is_file():
             raise FileNotFoundError(f"There is no file {launch_config}.")
         code = launch(MODULE, arguments, launch_config, quiet_output=json)
@@ -106,6 +107,18 @@ def _check_sources(model: str, data: str) -> None:
         doubt = beside(name)
         if not Path(name).is_dir() and (name == data or doubt):
             warn(f"{name} is no folder here: it is looked for on the Hub.{doubt}")
+
+
+def _check_output(arguments: list[str], script: Any) -> None:
+    """Refuse the folder of an earlier training, before anything starts.
+
+    Raises:
+        ShapleyError: there is one, and nobody said that it may go.
+    """
+    from shapadapter.training.sources import check_output
+
+    asked = script.parse_known_args(arguments)[0]
+    check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
 
 
 def as_arguments(values: dict[str, Any], script: Any) -> list[str]:

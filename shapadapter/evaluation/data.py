@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from shapadapter.collator import ImageCollator
 from shapadapter.errors import ImageError, ShapleyError
 from shapadapter.images import IMAGE_COLUMNS, IMAGE_INPUTS
-from shapadapter.labels import LABEL_COLUMNS, as_model_counts
+from shapadapter.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_model_counts, as_row
 
 MASKS = "mask"
 """The column in which masks are looked for, and not missed, where no other is named."""
@@ -50,10 +50,17 @@ class Rows:
         dataset: has a length and rows by index: `datasets.Dataset`, a torch data set, a list of dicts.
         processor: the image processor, or a collator of the user's: rows in, `pixel_values` and `labels` out.
         names: of the model's classes, by index: what the data names alike is counted alike.
+        labels: what the model's labels may be; None takes any numbers.
     """
 
-    def __init__(self, dataset: Any, processor: Any | None, names: Mapping[int, str] | None = None) -> None:
-        if isinstance(dataset, Mapping):
+    def __init__(
+        self,
+        dataset: Any,
+        processor: Any | None,
+        names: Mapping[int, str] | None = None,
+        labels: LabelRules | None = None,
+    ) -> None:
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
             if set(IMAGE_COLUMNS) & dataset.keys():
                 raise ShapleyError("Expected a data set, got a single row: pass a list of rows, [row].")
             raise ShapleyError(
@@ -74,7 +81,7 @@ class Rows:
         own = processor is not None and not isinstance(processor, ImageProcessingMixin | ProcessorMixin)
         if own and not callable(processor):
             raise ShapleyError(f"Expected an image processor or a collator, got {type(processor).__name__}.")
-        self.collate: Callable[..., dict[str, Any]] = processor if own else ImageCollator(processor)  # type: ignore[assignment]
+        self.collate: Callable[..., dict[str, Any]] = processor if own else ImageCollator(processor, labels=labels)  # type: ignore[assignment]
         self.processor = getattr(processor, "processor", None) if own else processor
 
     def __len__(self) -> int:
@@ -84,7 +91,8 @@ class Rows:
         """The rows of these indices."""
         rows = [self.counted[index] for index in indices]
         if isinstance(self.collate, ImageCollator):
-            known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *IMAGE_INPUTS}
+            rows = [{**as_row(row), ROW: index} for row, index in zip(rows, indices, strict=True)]
+            known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *IMAGE_INPUTS, ROW, READY}
             if self.processor is None and "pixel_values" not in rows[0] and set(IMAGE_COLUMNS) & set(rows[0]):
                 raise ImageError(
                     "Images need an image processor: pass processor=AutoImageProcessor.from_pretrained(...)."
@@ -98,7 +106,7 @@ class Rows:
         dataset = self.dataset
         if name in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "select_columns"):
             dataset = dataset.with_format(None).select_columns([name])
-        return [dataset[index][name] for index in indices]
+        return [as_row(dataset[index])[name] for index in indices]
 
     def mask(self, name: str, index: int) -> NDArray[np.bool_]:
         """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object.
@@ -137,7 +145,7 @@ class Rows:
 
     def has(self, name: str) -> bool:
         """Whether the rows have a column."""
-        return name in self.dataset[0]
+        return name in as_row(self.dataset[0])
 
 
 def choose(count: int, wanted: int, seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import base_of
 from shapadapter.game import active_layer
+from shapadapter.labels import LabelRules
 from shapadapter.metrics import Interval
 from shapadapter.options import check_options
 
@@ -83,7 +84,7 @@ def evaluate(
     plan = Plan.of(methods, seed, options, budgets, **effort)
     check_model(model)
     check_options(model, options, evaluate)
-    rows = Rows(dataset, processor, class_names(model))
+    rows = Rows(dataset, processor, *label_rules(model))
     belong, found_masks = _groups(rows, groups), rows.masks(masks)
     # Not in the caller's inference mode: some methods ask for gradients.
     if any(module.training for module in model.modules()):
@@ -92,6 +93,7 @@ def evaluate(
         found = task(model, rows, batch_size, options, progress)
         result = study(model, rows, plan, found_masks, belong, cache)
     means = {name: mean_of(values, belong, seed) for name, values in found.items()}
+    means = {name: mean for name, mean in means.items() if mean.count}  # none where no label is known
     gaps = found["efficiency_gap"]
     largest = Interval(float(gaps.max()), float("nan"), float("nan"), len(gaps))
     return replace(result, task={**means, "largest_efficiency_gap": largest})
@@ -110,9 +112,11 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def class_names(model: nn.Module) -> dict[int, str] | None:
-    """The names of the model's classes, by index, if it has any."""
-    return getattr(getattr(base_of(model), "config", None), "id2label", None)
+def label_rules(model: nn.Module) -> tuple[dict[int, str] | None, LabelRules]:
+    """The names of the model's classes, by index, if it has any, and what labels may be."""
+    config = getattr(base_of(model), "config", None)
+    rules = LabelRules(active_layer(model).classes, getattr(config, "problem_type", None))
+    return getattr(config, "id2label", None), rules
 
 
 def _groups(rows: Rows, column: str | None) -> Tensor | None:

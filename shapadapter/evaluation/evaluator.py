@@ -12,7 +12,7 @@ from torch import nn
 from shapadapter.backbone import evaluation_view
 
 from .data import Rows
-from .evaluating import check_model, class_names
+from .evaluating import check_model, label_rules
 from .plan import Plan
 from .study import study
 
@@ -69,6 +69,6 @@ class Evaluator:
             progress=False,
             thorough=False,
         )
-        rows = Rows(dataset, processor, class_names(model))
+        rows = Rows(dataset, processor, *label_rules(model))
         with torch.no_grad():
             return study(evaluation_view(model), rows, plan, rows.masks(self.masks), None, None).metrics()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shapadapter.errors import ShapleyError
 from shapadapter.explaining import Predicted, predictions
+from shapadapter.labels import known_labels
 from shapadapter.metrics import relative_l2
 
 from .agreement import agreement
@@ -163,7 +164,8 @@ def _single(labels: Tensor | None, images: int) -> Tensor:
     """The one label of each image, (B,); nan where there is none, or several."""
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         return torch.full((images,), torch.nan, device="cpu")
-    return labels.cpu()
+    known = known_labels(labels, quantities=False)  # (B,)
+    return (labels if bool(known.all()) else labels.double().where(known, torch.nan)).cpu()
 
 
 def _spent(explanation: Any) -> float:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from shapadapter.explaining import predictions
+from shapadapter.labels import known_labels
 
 from .data import Batch, Rows
 
@@ -35,20 +36,25 @@ def task(model: nn.Module, rows: Rows, batch_size: int, options: dict[str, Any],
 
 
 def _scores(logits: Tensor, found: Batch, likelihood: str) -> dict[str, Tensor]:
-    """What labels say about logits (B, K), (B,) each."""
+    """What labels say about logits (B, K), (B,) each; NaN where no label of an image is known."""
     if found.labels is None:
         return {}
     logits, labels = logits.double().cpu(), found.labels.cpu()
+    known = known_labels(labels, likelihood == "none")  # (B,) or (B, K)
+    if likelihood == "softmax":
+        wanted = labels.where(known, 0).long()  # (B,)
+        right = (logits.argmax(dim=1) == wanted).double()
+        measures = {"accuracy": right, "cross_entropy": F.cross_entropy(logits, wanted, reduction="none")}
+        return {name: values.where(known, torch.nan) for name, values in measures.items()}
+    known, wanted = (values.view(len(labels), -1) for values in (known, labels.double()))  # (B, K) each
     if likelihood == "none":
-        off = logits - labels.double().view(len(labels), -1)  # (B, K)
-        return {"absolute_error": off.abs().mean(dim=1), "squared_error": off.square().mean(dim=1)}
-    if likelihood == "sigmoid":
-        wanted = labels.double()  # (B, K)
-        right = ((logits > 0) == (wanted > 0.5)).double().mean(dim=1)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
-        return {"accuracy": right, "cross_entropy": loss}
-    right = (logits.argmax(dim=1) == labels).double()
-    return {"accuracy": right, "cross_entropy": F.cross_entropy(logits, labels.long(), reduction="none")}
+        off = (logits - wanted).abs()  # (B, K)
+        measures = {"absolute_error": off, "squared_error": off.square()}
+    else:
+        right = ((logits > 0) == (wanted > 0.5)).double()  # (B, K)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted.where(known, 0), reduction="none")
+        measures = {"accuracy": right, "cross_entropy": loss}
+    return {name: values.where(known, torch.nan).nanmean(dim=1) for name, values in measures.items()}
 
 
 def groups_of(names: Sequence[Any]) -> Tensor:

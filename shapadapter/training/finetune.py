@@ -29,10 +29,10 @@ from shapadapter.remote import HUB_ERRORS
 from shapadapter.visual import gallery
 
 from .arguments import ShapleyTrainingArguments
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import discard, last_whole_checkpoint, newest_first
 from .folders import fifth, image_folder, in_words
 from .resuming import running_alone
-from .sources import check_data, check_model, columns, not_loaded
+from .sources import check_data, check_model, check_output, columns, not_loaded
 from .trainer import ShapleyTrainer
 
 # Of a stream from a folder, to be shared out among processes and workers.
@@ -60,6 +60,9 @@ class ScriptArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA updates."})
     explained_images: int = field(default=8, metadata={"help": "Held-out images to explain at the end."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start again in a folder with an earlier training, which is deleted."}
+    )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.image_folder is None):
@@ -168,6 +171,19 @@ def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
     return last_whole_checkpoint(folder) if wish == "last" else wish
 
 
+def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+    """Refuse a fresh training in the folder of another one; with `--overwrite` delete the other's checkpoints.
+
+    Raises:
+        ShapleyError: there is one, and neither `--overwrite` nor `--resume_from_checkpoint` was given.
+    """
+    folder = Path(str(training_args.output_dir))
+    fresh = check_output(folder, training_args.resume_from_checkpoint, args.overwrite)
+    if fresh and training_args.should_save:
+        for checkpoint in newest_first(folder):  # or the next run could go on from one of them
+            discard(checkpoint)
+
+
 def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | IterableDataset, count: int) -> None:
     """Save the adapter, measure it, and explain `count` held-out images: explanations.html and attributions.png."""
     trainer.save_model()  # the adapter, with the processor beside it: nothing is lost if measuring fails
@@ -199,6 +215,7 @@ def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):
         images = load_images(args, training_args.seed, training_args.corrupt_images)
+    clear_output(args, training_args)
     trainer = ShapleyTrainer(
         wrapped(args, images["train"].features["label"].names),
         training_args,

@@ -163,9 +163,11 @@ class ResumableTrainer(PushingTrainer):
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
         if trouble := self._trouble(folder):
+            self.save_model(_internal_call=True)  # not pushed
             raise CheckpointError(
-                f"The training is over, but its best model cannot be loaded from {folder}: {trouble}. The model still has "
-                "the weights of the last step; trainer.save_model() saves them."
+                f"The training is over, but its best model cannot be loaded from {folder}: {trouble}. The model has the "
+                f"weights of the last step, which are saved in {self.args.output_dir}; trainer.save_model(folder) saves them "
+                "elsewhere."
             )
         super()._load_best_model()
 

@@ -15,6 +15,7 @@ from shapadapter.loading import find_base
 from shapadapter.reading import read_json
 from shapadapter.remote import hub_trouble, is_path
 
+from .checkpoints import newest_first
 from .folders import list_folder, no_classes
 
 
@@ -51,6 +52,33 @@ def check_data(name: str) -> None:
         _refuse_path(name)
         return
     list_folder(Path(name))
+
+
+def check_output(folder: Path, resumed: str | None, overwrite: bool) -> bool:
+    """Refuse to start a training where another one has left an adapter or checkpoints.
+
+    Args:
+        folder: of the training.
+        resumed: what it is to go on from, if anything: a path, "True", or "last".
+        overwrite: whether what is there may go.
+
+    Returns:
+        Whether the training starts from nothing.
+
+    Raises:
+        ShapleyError: there is something, and nobody said that it may go.
+    """
+    checkpoints = newest_first(folder)
+    if resumed not in (None, "False", "false") and (resumed != "last" or checkpoints):
+        return False
+    left = [path for path in (folder / CONFIG_NAME, *checkpoints) if path.exists()]
+    there = left[0].name if left else None
+    if there is not None and not overwrite:
+        raise ShapleyError(
+            f"{folder} holds an earlier training ({there}). Go on with it by --resume-from-checkpoint last, choose another "
+            "folder, or pass --overwrite to lose it."
+        )
+    return True
 
 
 def beside(name: str) -> str:
