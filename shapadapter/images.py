@@ -257,11 +257,14 @@ def unprocess(pixels: Tensor, processor: Any) -> Tensor:
     if getattr(processor, "do_flip_channel_order", False):
         pixels = pixels.flip(1)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    told = getattr(processor, "data_config", None)  # timm's settings, which always scale
+    if told is not None:
+        mean, std = told["mean"], told["std"]
     if getattr(processor, "do_normalize", True) and mean is not None and std is not None:
         means, stds = (torch.tensor(numbers, device="cpu").view(1, -1, 1, 1) for numbers in (mean, std))
         # EfficientNet divides by the deviation a second time for its classifier.
         twice = getattr(processor, "include_top", False)
         pixels = pixels * (stds.square() if twice else stds) + means
-    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0 if told is None else 1 / 255
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
     return (pixels + offset) / factor

@@ -23,6 +23,7 @@ from transformers import (
 
 from shapadapter import Explanation, attribute, explain
 from shapadapter.collator import ImageCollator
+from shapadapter.explaining import as_pictures
 from shapadapter.frames import frames, unseen
 from shapadapter.images import prepare_opened, unpatchify
 from shapadapter.training.cropping import warn_of_crops
@@ -216,6 +217,21 @@ def test_pictures_on_the_original(model):
     assert strip.size[0] > draw_strip(explanation).size[0]
     with pytest.raises(ValueError, match="100 x 200 pixels, got 200 x 100"):
         explanation.figure(original=photo(200, 100))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_timm_says_where_it_looks_and_shows_what_it_saw(mode):
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+    processor = TimmWrapperImageProcessor({"input_size": (3, 32, 32), "crop_pct": 1.0, "crop_mode": mode})
+    image = Image.new("RGB", (150, 100), (200, 100, 50))
+    expected = {"center": (0, 25, 100, 125), "squash": (0, 0, 100, 150), "border": (-25, 0, 125, 150)}[mode]
+    found = frames([image], processor, (32, 32))[0, 2:]
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=5), found  # a prepared pixel
+    pixels = as_pictures(prepared(image, processor)[None], processor)
+    assert pixels[0, 16, 16].tolist() == [200, 100, 50]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
