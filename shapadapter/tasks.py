@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +77,9 @@ def register_task() -> None:
         "pt": (CheckpointLoader,),
         "type": "image",
     }
-    theirs = pipelines.find_adapter_config_file
-    if not hasattr(theirs, "_of_shapadapter"):
-        pipelines.find_adapter_config_file = wraps(theirs)(partial(_find_adapter_config_file, theirs))
-        pipelines.find_adapter_config_file._of_shapadapter = True
+    module: Any = pipelines
+    if not isinstance(module.find_adapter_config_file, partial):
+        module.find_adapter_config_file = partial(_find_adapter_config_file, module.find_adapter_config_file)
 
 
 def _find_adapter_config_file(theirs: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -63,9 +63,8 @@ class Page:
         self.upload = gr.Image(
             label="Picture", sources=["upload", "clipboard"], height=260, buttons=[], placeholder=INVITATION
         )
-        self.upload.async_move_resource_to_block_cache = partial(
-            _local, self.upload.async_move_resource_to_block_cache
-        )
+        upload: Any = self.upload
+        upload.async_move_resource_to_block_cache = partial(_local, upload.async_move_resource_to_block_cache)
         self.texts = gr.Textbox(
             "a photo of a cat\na photo of a dog", lines=3, label="Texts, one on each line", visible=self.matching
         )
