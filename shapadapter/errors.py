@@ -4,6 +4,10 @@
 class ShapleyError(Exception):
     """Base class: something shapadapter refuses, with what was expected, what came and what to type."""
 
+    def __str__(self) -> str:
+        # It may name a file or a class of somebody else's, with what UTF-8 cannot hold.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class UnsupportedModelError(ShapleyError, ValueError):
     """The model cannot be wrapped: a part was not found, or the self-test at wrapping time failed."""
