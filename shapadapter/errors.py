@@ -27,6 +27,10 @@ class ShapleyError(Exception):
     def __init__(self, *args: Any) -> None:
         super().__init__(*(redacted(one) if isinstance(one, str) else one for one in args))
 
+    def __str__(self) -> str:
+        # It may name a file or a class of somebody else's, with what UTF-8 cannot hold.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class UnsupportedModelError(ShapleyError, ValueError):
     """The model cannot be wrapped: a part was not found, or the self-test at wrapping time failed."""

@@ -23,7 +23,7 @@ _WORDS = {
     bool: "True or False",
     int: "a whole number",
     float: "a finite number",
-    str: "a text",
+    str: "a text in UTF-8",
     NoneType: "None",
     Any: "anything",
 }
@@ -48,7 +48,8 @@ class Between:
 
     def holds(self, value: Any) -> bool:
         """Whether the value is in it."""
-        return self.low <= (value if isinstance(value, Real) else len(value)) <= self.high
+        size: Any = value if isinstance(value, Real) else len(value)
+        return bool(self.low <= size <= self.high)
 
 
 class FileName:
@@ -121,10 +122,9 @@ def _is(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     if kind is bool or kind is NoneType or kind is None:
         return isinstance(value, bool if kind is bool else NoneType)
     if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return (
-            number and -LARGEST < value < LARGEST if isinstance(value, Integral) else number and math.isfinite(value)
-        )
+        if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+            return False
+        return abs(int(value)) <= LARGEST if isinstance(value, Integral) else math.isfinite(value)
     if kind is str:
         return isinstance(value, str) and not _LONE.search(value)
     # What is a dataclass in Python is a mapping in a file.

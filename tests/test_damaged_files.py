@@ -101,8 +101,8 @@ GOOD = {"kind": "a", "sizes": [1, 9], "place": (0.5, 1), "names": {0: "é"}}
         ({"place": (1.0, float("inf"))}, "place[1] must be a finite number, got inf"),
         ({"place": (1.0, 10**400)}, "place[1] must be a finite number, got a whole number of more than 64 bits"),
         ({"names": {"0": "a"}}, "a key of names must be a whole number, got '0'"),
-        ({"names": {0: "\ud800"}}, "names[0] must be a text, got '\\ud800'"),
-        ({"file": "\ud800"}, "file must be a text, got '\\ud800'"),
+        ({"names": {0: "\ud800"}}, "names[0] must be a text in UTF-8, got '\\ud800'"),
+        ({"file": "\ud800"}, "file must be a text in UTF-8, got '\\ud800'"),
     ],
 )
 def test_a_fault_is_named_with_its_place(change, told):
@@ -440,7 +440,7 @@ def forged(name, **changes):
         (forged("weights.pt", bytes=10**400), "64 bits"),
         (forged("weights.pt", bytes=-1), "0 or more"),
         (forged("weights.pt", bytes="3"), "whole number"),
-        (forged("weights.pt", sha256=5), "a text"),
+        (forged("weights.pt", sha256=5), "a text in UTF-8"),
         (forged("weights.pt"), "other bytes"),
         (forged("gone.pt"), "is missing"),
         (forged("x" * 300), "too long"),

@@ -45,6 +45,10 @@ class AutoMapping(TypedDict):
     parent_library: str
 
 
+class _Ours(TypedDict):
+    peft_type: Literal["SHAPLEY"]
+
+
 # What PEFT's own type hints leave open, or say too narrowly.
 _PEFT_FIELDS: dict[str, Any] = {
     "auto_mapping": AutoMapping | None,
@@ -319,7 +323,7 @@ def check_files_when_read() -> None:
         return theirs(cls, path_json_file, **kwargs)
 
     from_json_file._of_shapadapter = True  # type: ignore[attr-defined]
-    PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[assignment,method-assign]
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[assignment,method-assign,arg-type]
 
 
 def check_files(path: Path, content: Mapping[str, Any]) -> None:
@@ -330,7 +334,7 @@ def check_files(path: Path, content: Mapping[str, Any]) -> None:
     """
     if content.get("peft_type") != PeftType.SHAPLEY.value:  # type: ignore[attr-defined]
         if "shapadapter_version" in content:
-            checked(content, TypedDict("Adapter", {"peft_type": Literal["SHAPLEY"]}), path)
+            checked(content, _Ours, path)
         return
     known = {own.name for own in fields(ShapleyConfig)} - {"peft_type", "runtime_config"}
     try:

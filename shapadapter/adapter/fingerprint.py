@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from shapadapter.backbone import Anatomy, original_name
 
-from .config import ShapleyConfig
+from .config import Fingerprint, ShapleyConfig
 from .quantised import is_quantised
 
 # Relative to a part's norm. In half precision each weight is rounded by about 0.1 %, in fp32 not at all.
@@ -22,7 +20,7 @@ _SAMPLE = 65_536
 
 
 @torch.no_grad()
-def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> dict[str, Any] | None:
+def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> Fingerprint | None:
     """Numbers for each part of the base model that the adapter relies on and does not bring along.
 
     The parts are the blocks, what else the backbone holds, and with `prediction="classifier"`, or texts, all others.
@@ -45,7 +43,7 @@ def base_fingerprint(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) 
         parts[part] = parts.get(part, torch.zeros(3, dtype=torch.float64, device="cpu")) + _numbers(parameter)
     dtype = str(next(model.get_submodule(anatomy.entrance).parameters()).dtype).removeprefix("torch.")
     values = [parts[part].tolist() for part in sorted(parts)]
-    return {"dtype": dtype, "values": [[square**0.5, sample**0.5, along] for square, sample, along in values]}
+    return {"dtype": dtype, "values": [(square**0.5, sample**0.5, along) for square, sample, along in values]}
 
 
 def _numbers(parameter: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def _comes_along(name: str, own: str, config: ShapleyConfig) -> bool:
     return bool({part.split(".")[-1] for part in config.modules_to_save or ()} & set(own.split(".")))
 
 
-def same_fingerprint(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+def same_fingerprint(one: Fingerprint | None, other: Fingerprint | None) -> bool:
     """Whether two fingerprints can belong to the same base; unknown ones can."""
     if one is None or other is None:
         return True

@@ -15,7 +15,7 @@ from shapadapter.atomic import write_together
 from shapadapter.attributing import METHODS as KNOWN
 from shapadapter.card import weights_digest
 from shapadapter.classes import class_names
-from shapadapter.errors import ShapleyError
+from shapadapter.errors import CheckpointError, ShapleyError
 from shapadapter.files import refuse_link
 from shapadapter.game import active_layer
 from shapadapter.loading import load
@@ -97,10 +97,13 @@ def _check_output(output: Path, checkpoint: str) -> None:
     """Refuse a folder with the evaluation of another adapter.
 
     Raises:
-        ShapleyError: it is.
+        ShapleyError: it is, or nobody can say.
     """
     file = output / "evaluation.json"
-    other = Evaluation.load(file).about.get("checkpoint") if file.is_file() else None
+    try:
+        other = Evaluation.load(file).about.get("checkpoint") if file.exists() else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Move it away, or choose another --output.") from error
     if other is not None and Path(other).resolve() != Path(checkpoint).resolve():
         raise ShapleyError(f"{output} holds the evaluation of {other}. Choose another --output for {checkpoint}.")
 

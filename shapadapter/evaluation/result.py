@@ -57,7 +57,15 @@ class SavedEquivalent(TypedDict):
     high: float | None
 
 
-class About(TypedDict):
+class Named(TypedDict):
+    """What is read of an evaluation that need not be whole."""
+
+    checkpoint: NotRequired[Annotated[str, FileName]]
+    folder: NotRequired[Annotated[str, FileName]]
+    weights: NotRequired[str | None]
+
+
+class About(Named):
     """What is known of every evaluation."""
 
     model: str
@@ -79,9 +87,6 @@ class About(TypedDict):
     groups: int | None
     area: float | None
     methods: NotRequired[list[str]]
-    checkpoint: NotRequired[Annotated[str, FileName]]
-    folder: NotRequired[Annotated[str, FileName]]
-    weights: NotRequired[str | None]
 
 
 class Saved(TypedDict):
@@ -89,7 +94,7 @@ class Saved(TypedDict):
 
     format: Literal["shapadapter.evaluation"]
     format_version: Literal[1]
-    about: dict[str, Any]
+    about: Named
     task: dict[str, SavedInterval]
     methods: dict[str, dict[str, SavedInterval]]
     kernel_shap: dict[str, SavedInterval]
