@@ -37,8 +37,8 @@ from trainings import RECIPE, SCALES, Setting, TwoRates, accuracy_of, demo_setti
 from transformers.utils import logging
 
 from shapadapter import attribute, evaluate, explain
-from shapadapter.evaluation import Evaluation
 from shapadapter.atomic import write_together
+from shapadapter.evaluation import Evaluation
 from shapadapter.game import PatchGame
 from shapadapter.metrics import pearson, relative_l2, spearman
 from shapadapter.shapley import kernel_shap, kernel_shap_error, sample_pairs

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from trainings import DEVICE, Setting
 
-from shapadapter.evaluation.about import versions
 from shapadapter.atomic import write_together
+from shapadapter.evaluation.about import versions
 from shapadapter.metrics import Interval, bootstrap_interval, equivalent_evaluations
 
 MEASURES = {
