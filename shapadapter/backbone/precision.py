@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -47,17 +47,35 @@ def refuse_faint(message: str, seen: Tensor) -> UnsupportedModelError:
     return (UnsupportedModelError if seen.dtype == torch.float64 else FaintSignalError)(message)
 
 
-def in_sufficient_precision(ask: Callable[[nn.Module], _Found], model: nn.Module) -> _Found:
-    """What `ask` finds in the model or, where that is too faint, in a copy of it in float64 on the CPU.
+def in_sufficient_precision(ask: Callable[[], _Found], model: nn.Module) -> _Found:
+    """What `ask` finds in the model or, where that is too faint, in the model in float64.
 
     Raises:
-        UnsupportedModelError: it does not show there either.
+        UnsupportedModelError: it does not show there either, or the model cannot compute in float64.
     """
     try:
-        return ask(model)
+        return ask()
     except FaintSignalError as error:
-        try:
-            twin = copy.deepcopy(model).to("cpu", torch.float64)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # quantised, or not all in this process
-            raise error from None
-    return ask(twin)
+        faint = error
+    try:
+        with _in_float64(model):
+            return ask()
+    except UnsupportedModelError as error:
+        why = "" if str(faint) in str(error) else f" Tried in float64, because in the model's own precision {faint}."
+        raise UnsupportedModelError(f"{error}{why}") from error
+    except (RuntimeError, TypeError) as error:  # quantised weights, or a device that knows no float64
+        raise UnsupportedModelError(f"{type(model).__name__}: {faint}, as far as its precision shows.") from error
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Compute in float64. The model itself, not a copy, whose methods may still be bound to the original."""
+    tensors = {*model.parameters(), *model.buffers()}
+    own = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+    try:
+        for tensor, data in own:
+            tensor.data = data.double()
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data

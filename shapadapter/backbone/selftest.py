@@ -59,9 +59,7 @@ def settle(
             influence. The message says what was looked for and found, in each way that was tried.
     """
     known(model)
-    return in_sufficient_precision(
-        lambda precise: _settle(precise, removal=removal, grid=grid, with_token=with_token), model
-    )
+    return in_sufficient_precision(partial(_settle, model, removal, grid=grid, with_token=with_token), model)
 
 
 def _settle(model: nn.Module, removal: Choice, **rules: Any) -> tuple[Anatomy, Removal]:
@@ -101,7 +99,7 @@ def choose_removal(
     Raises:
         UnsupportedModelError: the token changes the base logits, or an absent player has influence.
     """
-    return in_sufficient_precision(lambda precise: _proved(precise, anatomy, removal, grid, with_token), model)
+    return in_sufficient_precision(partial(_proved, model, anatomy, removal, grid, with_token), model)
 
 
 def _proved(
