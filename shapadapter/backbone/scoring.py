@@ -28,21 +28,21 @@ def score(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) 
         family: what is known about it.
         inputs: keyword arguments of its forward.
     """
+    return ask(model, kind, family, inputs)[0]
+
+
+def ask(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What `score` returns; and the same again or, of a model without scores, the first tensor in its output, if any."""
     if kind == "matching":
-        return embed(model, inputs)
+        embedded = embed(model, inputs)
+        return embedded, embedded
     # `forward`, not a call: the hooks on the model would start a pass of their own.
     output = model.forward(**inputs, **named_fields(model))
     scores = getattr(output, family.scores, None)
-    return scores if isinstance(scores, Tensor) else None
-
-
-def reply(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> Tensor | None:
-    """What `score` returns; of a model without scores the first tensor in its output, None if there is none."""
-    if kind == "matching":
-        return embed(model, inputs)
-    output = model.forward(**inputs, **named_fields(model))
+    if isinstance(scores, Tensor):
+        return scores, scores
     fields = output.values() if isinstance(output, Mapping) else ()
-    return next((t for t in (getattr(output, family.scores, None), *fields) if isinstance(t, Tensor)), None)
+    return None, next((field for field in fields if isinstance(field, Tensor)), None)
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -107,9 +107,11 @@ def _proved(
 ) -> Removal:
     carrier = carrier_for(anatomy, partial(_token, model, anatomy) if with_token else _nothing)
     inputs = {**noise(model, anatomy.family, anatomy.sample), **anatomy.options}
-    with torch.no_grad(), evaluating(model), unchanged(model), watched(model, anatomy) as plain:
-        scores = score(model, anatomy.kind, anatomy.family, inputs)  # (2, K)
+    plain, scores = Stream(), None
     with torch.no_grad(), evaluating(model), unchanged(model):
+        if anatomy.blocks:  # a carrier without them only reads
+            with watched(model, anatomy) as plain:
+                scores = score(model, anatomy.kind, anatomy.family, inputs)  # (2, K)
         carrier.attach(model)
         try:
             _check_base(model, carrier, inputs, plain, scores)
