@@ -25,6 +25,7 @@ TINY = {
     "MobileViT": {"hidden_sizes": [12, 16, 20], "neck_hidden_sizes": [8, 8, 16, 16, 32, 32, 32], "image_size": 32},
     "MobileViTV2": {"width_multiplier": 0.25, "n_attn_blocks": [1, 1, 2], "image_size": 64},
     "HGNetV2": {
+        "hidden_sizes": [64, 128, 256, 512],
         "stem_channels": [3, 16, 16],
         "stage_in_channels": [16, 64, 128, 256],
         "stage_num_blocks": [1, 1, 2, 1],

@@ -44,6 +44,7 @@ from .start import start_from_classifier
 from .zero import whole
 
 CHILD = "shapley"
+"""Name of the layer among the children of the base model."""
 
 # Ways to initialise LoRA that take part of the base weights into the adapter.
 _REWRITING = ("pissa", "olora", "corda", "loftq")
