@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import ShapleyLayer
-from .backbone import evaluation_view
+from .adapter import CHILD, ShapleyLayer
+from .backbone import evaluation_view, reached
 from .errors import ImageError, ShapleyError
 from .shapley import (
     all_coalitions,
@@ -24,13 +24,20 @@ def active_layer(model: nn.Module) -> ShapleyLayer:
     """The Shapley layer of a wrapped model.
 
     Raises:
-        ShapleyError: the model has none, or no adapter in it is active.
+        ShapleyError: the model has none, no adapter in it is active, or it is a module around the wrapped model.
     """
     layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
     if len(layers) != 1 or layers[0].active is None:
         raise ShapleyError(
             f"Expected a model with an active Shapley adapter, got {type(model).__name__}"
             + (" whose adapters are disabled." if layers else ". Wrap it: get_peft_model(model, ShapleyConfig()).")
+        )
+    # What hands attributes on to the model inside, as `torch.compile` and FSDP do, serves as that model.
+    if getattr(model, CHILD, None) is not layers[0]:
+        inner = next(name for name, m in model.named_modules() if name and getattr(m, CHILD, None) is layers[0])
+        raise ShapleyError(
+            f"Expected the wrapped model itself, got {type(model).__name__} around it. Pass the model inside: "
+            f"{reached('outer', inner)}, as in explain({reached('outer', inner)}, ...)."
         )
     return layers[0]
 

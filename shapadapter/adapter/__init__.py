@@ -5,9 +5,9 @@ Importing it makes the method `SHAPLEY` known to PEFT.
 
 from .config import ShapleyConfig
 from .layer import ShapleyLayer
-from .model import ShapleyModel
+from .model import CHILD, ShapleyModel
 from .registration import register
 
-__all__ = ["ShapleyConfig", "ShapleyLayer", "ShapleyModel", "register"]
+__all__ = ["CHILD", "ShapleyConfig", "ShapleyLayer", "ShapleyModel", "register"]
 
 register()

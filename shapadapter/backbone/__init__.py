@@ -3,7 +3,7 @@
 The only room that knows how models are built.
 """
 
-from .anatomy import Anatomy, evaluating, original_name
+from .anatomy import Anatomy, evaluating, original_name, reached
 from .attention import attention_weights
 from .carrier import Carrier, Pass, Removal, cells_first, with_patch_mask
 from .dryrun import configured_size, first_tensor
@@ -42,6 +42,7 @@ __all__ = [
     "named_fields",
     "normalised",
     "original_name",
+    "reached",
     "register_family",
     "replace_forward",
     "restore_forward",

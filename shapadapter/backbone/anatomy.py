@@ -133,6 +133,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def reached(model: str, name: str) -> str:
+    """What to type for the submodule `name` of what is called `model`."""
+    parts = name.split(".")
+    return f"{model}.{name}" if all(map(str.isidentifier, parts)) else f"{model}.get_submodule({name!r})"
+
+
 def original_name(name: str) -> str:
     """A module's name without the wrappers PEFT puts in between (base_layer, modules_to_save)."""
     kept: list[str] = []

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from shapadapter.errors import UnsupportedModelError
 
-from .anatomy import Anatomy, Kind
+from .anatomy import Anatomy, Kind, reached
 from .dryrun import DryRun, channels_of, configured_size, dry_run
 from .families import Family, family_of
 from .scoring import kind_of
@@ -91,12 +92,12 @@ def known(model: nn.Module) -> tuple[Family, Kind]:
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "num_labels"):
         raise UnsupportedModelError(
             f"Expected a Hugging Face vision model (AutoModelForImageClassification.from_pretrained(...)), "
-            f"got {type(model).__name__}."
+            f"got {type(model).__name__}.{_hint(model)}"
         )
     family = family_of(model)
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
-            f"Expected a vision model, got {type(model).__name__}, whose forward takes no pixel_values."
+            f"Expected a vision model, got {type(model).__name__}, whose forward takes no pixel_values.{_hint(model)}"
         )
     kind = kind_of(model)
     if kind == "matching" and not isinstance(getattr(model, "logit_scale", None), nn.Parameter):
@@ -105,6 +106,13 @@ def known(model: nn.Module) -> tuple[Family, Kind]:
             f"{type(model).__name__} has no logit_scale."
         )
     return family, kind
+
+
+def _hint(model: Any) -> str:
+    """Which model to wrap instead of one that is around it."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, module in modules if name and isinstance(module, PreTrainedModel)), None)
+    return "" if inner is None else f" Wrap the model inside: get_peft_model({reached('outer', inner)}, ...)."
 
 
 def first_run(model: nn.Module, kind: Kind, family: Family, attempts: _Attempts) -> DryRun:

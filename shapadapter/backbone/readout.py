@@ -13,6 +13,7 @@ from .anatomy import Anatomy, Kind
 from .dryrun import DryRun, all_flows_through, channels_of, configured_size, dry_run, patch_side
 from .examine import INTERPOLATE, MOST_PREFIX, behind, classes, entrance, finished, first_run, known, leading, settled
 from .families import Family, Layout
+from .precision import FaintSignalError
 
 # What a feature map is looked for on: not square, so that rows and columns cannot be taken for each other, and large
 # enough for several cells of 32 pixels; or so many patches, where these do not divide it.
@@ -36,12 +37,15 @@ def find_readout(model: nn.Module) -> Anatomy:
 
     Raises:
         UnsupportedModelError: there is none; the message says what was looked for.
+        FaintSignalError: the model's precision does not show what flows where.
     """
     family, kind = known(model)
     if family.patches:
         raise UnsupportedModelError("images that come as patches have no feature map to read out")
     try:
         return _read_at(model, kind, family, _sample(model))
+    except FaintSignalError:
+        raise
     except UnsupportedModelError as error:
         refused = error
     try:

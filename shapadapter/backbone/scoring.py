@@ -29,26 +29,21 @@ def score(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) 
         family: what is known about it.
         inputs: keyword arguments of its forward.
     """
+    return ask(model, kind, family, inputs)[0]
+
+
+def ask(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What `score` returns; and the same again or, of a model without scores, the first tensor in its output, if any."""
     if kind == "matching":
-        return embed(model, inputs)
-    output = _asked(model, inputs)
+        embedded = embed(model, inputs)
+        return embedded, embedded
+    with asking_base():  # through `forward`: hooks on a call would hear of a pass they know nothing of
+        output = model.forward(**inputs, **named_fields(model))
     scores = getattr(output, family.scores, None)
-    return scores if isinstance(scores, Tensor) else None
-
-
-def reply(model: nn.Module, kind: Kind, family: Family, inputs: dict[str, Any]) -> Tensor | None:
-    """What `score` returns; of a model without scores the first tensor in its output, None if there is none."""
-    if kind == "matching":
-        return embed(model, inputs)
-    output = _asked(model, inputs)
+    if isinstance(scores, Tensor):
+        return scores, scores
     fields = output.values() if isinstance(output, Mapping) else ()
-    return next((t for t in (getattr(output, family.scores, None), *fields) if isinstance(t, Tensor)), None)
-
-
-def _asked(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """The base model's own answer. `forward`, not a call: hooks on the model would hear of a pass they know nothing of."""
-    with asking_base():
-        return model.forward(**inputs, **named_fields(model))
+    return None, next((field for field in fields if isinstance(field, Tensor)), None)
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:

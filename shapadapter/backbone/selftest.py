@@ -16,15 +16,20 @@ from shapadapter.errors import UnsupportedModelError
 
 from .anatomy import Anatomy, evaluating
 from .carrier import Carrier, Pass, Removal, with_patch_mask
-from .dryrun import configured_size, noise, unchanged
+from .dryrun import Stream, configured_size, noise, unchanged, watched
 from .examine import AmbiguousModelError, find_sequence, known
 from .pixels import pixels_of
+from .precision import (
+    TOLERANCE,
+    FaintSignalError,
+    exceeds_rounding,
+    in_sufficient_precision,
+    refuse_faint,
+    same_but_rounding,
+)
 from .readout import find_readout
 from .scoring import score
 from .token import TokenCarrier, keep_cells
-
-# Rounding that a different split of the same sums may cause, relative to the logits' size.
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 _MISTAKEN = (
     "with removal='drop' the present patches are taken for others: the model has rotary or relative positions, or mixes "
@@ -54,9 +59,15 @@ def settle(
             influence. The message says what was looked for and found, in each way that was tried.
     """
     known(model)
+    return in_sufficient_precision(partial(_settle, model, removal, grid=grid, with_token=with_token), model)
+
+
+def _settle(model: nn.Module, removal: Choice, **rules: Any) -> tuple[Anatomy, Removal]:
     try:
         anatomy = find_sequence(model)
-        return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
+        return anatomy, _proved(model, anatomy, removal, **rules)
+    except FaintSignalError:
+        raise
     except AmbiguousModelError as error:
         raise UnsupportedModelError(f"{type(model).__name__}: {error}.") from error
     except UnsupportedModelError as error:
@@ -68,7 +79,9 @@ def settle(
         ) from no_sequence
     try:
         anatomy = find_readout(model)
-        return anatomy, choose_removal(model, anatomy, removal, grid, with_token)
+        return anatomy, _proved(model, anatomy, removal, **rules)
+    except FaintSignalError:
+        raise
     except UnsupportedModelError as error:
         told = dict.fromkeys([str(no_sequence).rstrip("."), str(error).rstrip(".")])
         raise UnsupportedModelError(f"{type(model).__name__}: {'; '.join(told)}.") from error
@@ -86,14 +99,25 @@ def choose_removal(
     Raises:
         UnsupportedModelError: the token changes the base logits, or an absent player has influence.
     """
+    return in_sufficient_precision(partial(_proved, model, anatomy, removal, grid, with_token), model)
+
+
+def _proved(
+    model: nn.Module, anatomy: Anatomy, removal: Choice, grid: tuple[int, int] | None, with_token: bool
+) -> Removal:
     carrier = carrier_for(anatomy, partial(_token, model, anatomy) if with_token else _nothing)
     inputs = {**noise(model, anatomy.family, anatomy.sample), **anatomy.options}
+    plain, scores = Stream(), None
     with torch.no_grad(), evaluating(model), unchanged(model):
-        plain = score(model, anatomy.kind, anatomy.family, inputs)  # (2, K)
+        if anatomy.blocks:  # a carrier without them only reads
+            with watched(model, anatomy) as plain:
+                scores = score(model, anatomy.kind, anatomy.family, inputs)  # (2, K)
         carrier.attach(model)
         try:
-            _check_base(model, carrier, inputs, plain)
+            _check_base(model, carrier, inputs, plain, scores)
             return _chosen(model, carrier, inputs, removal, grid)
+        except FaintSignalError:
+            raise
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
             # The model itself broke, e.g. on fewer tokens.
             raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
@@ -138,18 +162,40 @@ def _run(
     return current, scores
 
 
-def _check_base(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], plain: Tensor | None) -> None:
-    current, scores = _run(model, carrier, inputs)
-    if plain is not None and scores is not None:
-        gap = (scores - plain).abs().max().item()
-        if not gap <= _TOLERANCE.get(plain.dtype, 2e-2) * max(1.0, plain.abs().max().item()):
+def _check_base(
+    model: nn.Module, carrier: Carrier, inputs: dict[str, Any], plain: Stream, scores: Tensor | None
+) -> None:
+    """Refuse a token that the base model hears, and features that know nothing of the image."""
+    with watched(model, carrier.anatomy) as stream:
+        current, again = _run(model, carrier, inputs)
+    if scores is not None and again is not None:
+        gap = (again - scores).abs().max().item()
+        if not gap <= TOLERANCE.get(scores.dtype, 2e-2) * max(1.0, scores.abs().max().item()):
             raise UnsupportedModelError(f"the Shapley token changes the model's own logits by {gap:.1e}; expected 0")
     features = current.features
-    if features is None or torch.equal(features[0], features[1]):
-        raise UnsupportedModelError(f"the features of {carrier.anatomy.source} do not depend on the image")
-    travels = isinstance(carrier, TokenCarrier) and carrier.has_token()
-    if travels and (current.token is None or torch.equal(current.token[0], current.token[1])):
-        raise UnsupportedModelError("the Shapley token does not read the image")
+    if features is None or not exceeds_rounding(features[0] - features[1], features):
+        message = f"the features of {carrier.anatomy.source} do not depend on the image"
+        raise UnsupportedModelError(message) if features is None else refuse_faint(message, features)
+    if carrier.anatomy.blocks:
+        _check_blocks(carrier.anatomy, plain, stream)
+    if isinstance(carrier, TokenCarrier) and carrier.has_token():
+        token = current.token
+        if token is None or not exceeds_rounding(token[0] - token[1], token):
+            raise refuse_faint("the Shapley token does not read the image", features)
+
+
+def _check_blocks(anatomy: Anatomy, plain: Stream, stream: Stream) -> None:
+    """Refuse a token that moves what the blocks make of the image, however little a head may show of that."""
+    moved, one, other = plain.moved(), plain.leaving, stream.leaving
+    assert one is not None
+    assert other is not None
+    if one.dtype != torch.float64 and not exceeds_rounding(moved, one):
+        raise FaintSignalError(f"the blocks up to {anatomy.source} change nothing")
+    if not same_but_rounding(one, other, moved):
+        gap = (other - one).abs().max().item() / moved.abs().max().item()
+        raise UnsupportedModelError(
+            f"the Shapley token changes the model's own features by {gap:.1e} of what its blocks add; expected 0"
+        )
 
 
 def _chosen(
@@ -190,11 +236,7 @@ def _as_told(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal
 
 def _check_leak(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], removal: Removal) -> Tensor:
     """Refuse if noise in absent players reaches anything; returns the present players' features (2, s, D)."""
-    rows, cols = carrier.anatomy.cells(**inputs)
-    present = torch.arange(rows * cols, device=inputs["pixel_values"].device) % 2 == 0
-    present = torch.stack([present, present.flip(0)])  # (2, cells), of one size
-    if rows * cols % 2 == 0:
-        present[1] = ~present[0]
+    present = _every_other(carrier, inputs)
     clean, _ = _run(model, carrier, inputs, present, removal)
     dirty, _ = _run(model, carrier, _with_noise(inputs, present, carrier.anatomy), present, removal)
     for name, one, other in (("features", clean.features, dirty.features), ("token", clean.token, dirty.token)):
@@ -205,6 +247,13 @@ def _check_leak(model: nn.Module, carrier: Carrier, inputs: dict[str, Any], remo
             )
     assert clean.features is not None
     return clean.features
+
+
+def _every_other(carrier: Carrier, inputs: dict[str, Any]) -> Tensor:
+    """Half of the cells of each of two images, (2, cells) bool; of the second the others, if that is as many."""
+    rows, cols = carrier.anatomy.cells(**inputs)
+    present = torch.arange(rows * cols, device=inputs["pixel_values"].device) % 2 == 0
+    return torch.stack([present, ~present if rows * cols % 2 == 0 else present.flip(0)])
 
 
 def _cheapest_sound(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> Removal:
@@ -228,7 +277,14 @@ def _in_place(
     They are if masking the neighbours gives the same. Where nothing can be masked, blocks and head must take patches as
     a set: then only the embeddings in front of them know a place.
     """
-    return _unordered(model, carrier, inputs) if masked is None else _agree(dropped, masked)
+    if masked is None:
+        return _unordered(model, carrier, inputs)
+    with watched(model, carrier.anatomy) as stream:
+        _run(model, carrier, inputs)
+    present = _every_other(carrier, inputs).nonzero()[:, 1].view(2, -1)  # (2, s)
+    assert stream.entering is not None
+    entering = keep_cells(stream.entering, present, carrier.anatomy.prefix)[:, carrier.anatomy.prefix :]  # (2, s, D)
+    return same_but_rounding(dropped, masked, masked - entering, TOLERANCE.get(masked.dtype, 2e-2))
 
 
 def _unordered(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> bool:
@@ -253,19 +309,9 @@ def _unordered(model: nn.Module, carrier: Carrier, inputs: dict[str, Any]) -> bo
     assert plain.features is not None
     assert shuffled.features is not None
     moved = shuffled.features - entering[0][:, anatomy.prefix :]  # (2, cells, D), what the blocks add
-    same = scores is None or again is None or _agree(scores, again)
-    return same and _same(plain.features[:, order], shuffled.features, moved)
-
-
-def _same(one: Tensor, other: Tensor, moved: Tensor) -> bool:
-    """Whether features are equal but for rounding, measured by how far the blocks `moved` them.
-
-    By themselves they would hide a difference where the blocks are all but silent, as those of a new model with a
-    LayerScale of 1e-5.
-    """
-    share = 10 * _TOLERANCE.get(one.dtype, 5e-3)
-    rounding = torch.finfo(one.dtype).eps * one.float().norm()
-    return bool((one.float() - other.float()).norm() <= share * moved.float().norm() + rounding)
+    tolerance = None if scores is None else TOLERANCE.get(scores.dtype, 2e-2)
+    same = scores is None or again is None or same_but_rounding(scores, again, scores, tolerance)
+    return same and same_but_rounding(plain.features[:, order], shuffled.features, moved)
 
 
 def _cuts_patches(model: nn.Module, anatomy: Anatomy, grid: tuple[int, int] | None) -> bool:
@@ -283,11 +329,6 @@ def _try_leak(
         return _check_leak(model, carrier, inputs, removal), None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a model may break outright on fewer tokens
         return None, error
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    tolerance = 10 * _TOLERANCE.get(one.dtype, 2e-2) * max(1.0, one.abs().max().item())
-    return bool((one - other).abs().max() <= tolerance)
 
 
 def _with_noise(inputs: dict[str, Any], present: Tensor, anatomy: Anatomy) -> dict[str, Any]:
