@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
+from typing_extensions import override
 
 from .classes import find_class
 from .errors import ImageError, ShapleyError
@@ -84,6 +85,7 @@ class ImageAttributionPipeline(Pipeline):
         """
         return super().__call__(inputs, **kwargs)
 
+    @override
     def _sanitize_parameters(  # type: ignore[override]
         self,
         top_k: int | None = None,
@@ -118,6 +120,7 @@ class ImageAttributionPipeline(Pipeline):
         """An image as pixel values (1, C, H, W)."""
         return prepare_images([_opened(input_, timeout)], self.prepares)
 
+    @override
     def _forward(  # type: ignore[override]
         self,
         input_tensors: dict[str, Tensor],

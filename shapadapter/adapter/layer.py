@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from shapadapter.backbone import Anatomy, Pass, Tiling, carrier_for, named_fields, tile
 from shapadapter.errors import ShapleyError
@@ -162,6 +163,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing to take back."""
 
+    @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer; `add` has put the parameters where the blocks are.
         return None

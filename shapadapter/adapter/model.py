@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from shapadapter import __version__
 from shapadapter.backbone import (
@@ -107,6 +108,7 @@ class ShapleyModel(LoraModel):
         layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
         layer.train(model.training)
 
+    @override
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -139,6 +141,7 @@ class ShapleyModel(LoraModel):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     @classmethod
+    @override
     def _get_adapter_state_dict(
         cls,
         model: Any,
@@ -157,6 +160,7 @@ class ShapleyModel(LoraModel):
         return saved
 
     @classmethod
+    @override
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from shapadapter.installing import check_overrides
+
 NAME = "SHAPLEY"
 
 
@@ -12,14 +14,19 @@ def register() -> None:
     """Register the method with PEFT; a second call changes nothing.
 
     PEFT accepts members of its enum only, and transformers asks them for `.value`, so the member has to be real.
+
+    Raises:
+        ImportError: PEFT has no longer what the adapter overrides.
     """
     _extend_enum()
     from .cards import install
     from .config import ShapleyConfig
+    from .layer import ShapleyLayer
     from .model import ShapleyModel
 
     install()
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        check_overrides(ShapleyModel, ShapleyLayer)
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer
+from typing_extensions import override
 
 from shapadapter.collator import FAULT, IMAGE_COLUMNS, ROW, TEXT_COLUMNS
 from shapadapter.images import undecoded
@@ -60,9 +61,11 @@ class LoadingTrainer(Trainer):
         """The data set that names, or passes over, what it cannot read."""
         return guarded(dataset, self.data_collator, self.args.corrupt_images, self.class_names)
 
+    @override
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
 
+    @override
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: Any = self._signature_columns

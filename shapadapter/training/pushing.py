@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
+from typing_extensions import override
 
 from shapadapter.card import card_for_push
 from shapadapter.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
@@ -32,6 +33,7 @@ class PushingTrainer(Trainer):
 
     push_in_progress: Any
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_token(self.args):
             super()._save(output_dir, state_dict)
@@ -78,6 +80,7 @@ class PushingTrainer(Trainer):
         done = self._upload(Path(str(self.args.output_dir)), ADAPTER_FILES, message, token, branch)
         return done.result() if blocking else done
 
+    @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the adapter of a checkpoint in the background, and with some strategies the whole checkpoint."""
         strategy, folder = HubStrategy(self.args.hub_strategy), Path(checkpoint_folder)
@@ -126,6 +129,7 @@ class PushingTrainer(Trainer):
         options = {"token": token, "revision": revision, "path_in_repo": path_in_repo, "commit_message": message}
         return hf_api().run_as_future(_commit, copy, str(self.hub_model_id), options)
 
+    @override
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
         self._report_failures()
