@@ -7,17 +7,15 @@ it before an adapter is loaded.
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
+import threading
 from typing import TYPE_CHECKING, Any
+
+from .importing import follow
 
 __version__ = "0.1.0.dev0"
 
-# Our own command alone does without: its subcommands import what they need, and `--help` need not wait for torch. Processes
-# that it spawns have its name, but come through multiprocessing.
-_PROGRAM = Path((getattr(sys, "argv", None) or [""])[0]).stem
-if _PROGRAM != "shapadapter" or "multiprocessing" in sys.modules:
-    from . import adapter, tasks  # noqa: F401 - they register the PEFT method and the pipeline
+# They register the PEFT method and the pipeline. PEFT and transformers take seconds: `--help` need not wait for them.
+follow({"peft": f"{__name__}.adapter", "transformers.pipelines": f"{__name__}.tasks"})
 
 if TYPE_CHECKING:
     from .adapter import ShapleyConfig, ShapleyModel
@@ -42,6 +40,9 @@ if TYPE_CHECKING:
     from .outputs import MatchingOutput, ShapleyOutput
     from .retrieval import retrieval_after_deletion
     from .training import ShapleyTrainer, ShapleyTrainingArguments, last_whole_checkpoint
+
+# transformers' modules are not to be imported by two threads at a time.
+_IMPORTING = threading.RLock()
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
 _LAZY = {
@@ -114,6 +115,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    with _IMPORTING:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
+from typing_extensions import override
 
 from .classes import class_names, find_classes
 from .errors import ShapleyError
@@ -90,6 +91,7 @@ class ImageAttributionPipeline(Pipeline):
             inputs = as_list(inputs) if hasattr(inputs, "__len__") else each(inputs)
         return super().__call__(inputs, **kwargs)
 
+    @override
     def _sanitize_parameters(  # type: ignore[override]
         self,
         top_k: int | None = None,
@@ -124,6 +126,7 @@ class ImageAttributionPipeline(Pipeline):
         """An image as pixel values (1, C, H, W)."""
         return prepare_images([_opened(input_, timeout)], self.prepares)
 
+    @override
     def _forward(  # type: ignore[override]
         self,
         input_tensors: dict[str, Tensor],

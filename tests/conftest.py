@@ -5,6 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# On AMD's processors MKL rounds a product by where in memory its factors lie, unless it is told which instructions to use.
+# Weights that safetensors reads lie elsewhere than those that were trained; equal ones shall give equal bits.
+os.environ.setdefault("MKL_CBWR", "AVX2")
 
 import random
 import signal

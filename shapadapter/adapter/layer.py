@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from shapadapter.backbone import (
     Anatomy,
@@ -201,6 +202,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing to take back."""
 
+    @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer; `add` has put the parameters where the blocks are.
         return None

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from shapadapter import __version__
 from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
@@ -118,6 +119,7 @@ class ShapleyModel(LoraModel):
         layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
         layer.train(model.training)
 
+    @override
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -204,6 +206,7 @@ class ShapleyModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     @classmethod
+    @override
     def _get_adapter_state_dict(
         cls,
         model: Any,
@@ -226,6 +229,7 @@ class ShapleyModel(LoraModel):
         return saved
 
     @classmethod
+    @override
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         raise CheckpointError(
             "path_initial_model_for_weight_conversion is for LoRA that has rewritten the base model's weights, which a "
@@ -233,6 +237,7 @@ class ShapleyModel(LoraModel):
         )
 
     @classmethod
+    @override
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 from transformers import PreTrainedModel
 
+from shapadapter.installing import check_overrides
+
 NAME = "SHAPLEY"
 
 
@@ -17,10 +19,14 @@ def register() -> None:
     """Register the method with PEFT; a second call changes nothing.
 
     PEFT accepts members of its enum only, and transformers asks them for `.value`, so the member has to be real.
+
+    Raises:
+        ImportError: PEFT has no longer what the adapter overrides.
     """
     _extend_enum()
     from . import cards, saving
     from .config import ShapleyConfig, check_files_when_read
+    from .layer import ShapleyLayer
     from .model import ShapleyModel
 
     cards.install()
@@ -28,6 +34,7 @@ def register() -> None:
     check_files_when_read()
     cards.wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        check_overrides(ShapleyModel, ShapleyLayer)
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")
 

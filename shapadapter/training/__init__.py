@@ -1,9 +1,12 @@
 """Fine-tuning with the Shapley objective."""
 
 from shapadapter.collator import ImageCollator
+from shapadapter.installing import check_overrides
 
 from .arguments import ShapleyTrainingArguments
 from .checkpoints import last_whole_checkpoint
 from .trainer import ShapleyTrainer
 
 __all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments", "last_whole_checkpoint"]
+
+check_overrides(ShapleyTrainer)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.atomic import naming
@@ -35,6 +36,7 @@ class CardingTrainer(Trainer):
     _minutes = 0.0
     _loaded: tuple[int, int] | None = None  # the length of the log when the best weights were loaded, and their step
 
+    @override
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         resumed = kwargs.get("resume_from_checkpoint")
         self._minutes = 0.0 if resumed is None else _minutes_of(Path(resumed))
@@ -47,6 +49,7 @@ class CardingTrainer(Trainer):
     def _minutes_so_far(self) -> float:
         return self._minutes + (0.0 if self._began is None else (time.monotonic() - self._began) / 60)
 
+    @override
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._loaded = len(self.state.log_history), int(self.state.best_global_step or 0)
@@ -65,6 +68,7 @@ class CardingTrainer(Trainer):
         if not self._saving and not pushed:
             self._draw(Path(str(output_dir or self.args.output_dir)))
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         config = self._adapter()
         if self.args.should_save and config is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import enable_full_determinism
+from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.collator import FAULT, TEXT_COLUMNS, ImageCollator
@@ -219,9 +220,11 @@ class LoadingTrainer(Trainer):
         """The data set that names, or passes over, what it cannot read."""
         return guarded(dataset, self.data_collator, self.args.corrupt_images, self.class_names)
 
+    @override
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
 
+    @override
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: Any = self._signature_columns

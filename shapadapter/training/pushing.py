@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
+from typing_extensions import override
 
 from shapadapter.atomic import passing
 from shapadapter.card import card_for_push
@@ -34,6 +35,7 @@ class PushingTrainer(Trainer):
 
     push_in_progress: Any
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_token(self.args):
             super()._save(output_dir, state_dict)
@@ -80,6 +82,7 @@ class PushingTrainer(Trainer):
         done = self._upload(Path(str(self.args.output_dir)), ADAPTER_FILES, message, token, branch)
         return done.result() if blocking else done
 
+    @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the adapter of a checkpoint in the background, and with some strategies the whole checkpoint."""
         strategy, folder = HubStrategy(self.args.hub_strategy), Path(checkpoint_folder)
@@ -136,6 +139,7 @@ class PushingTrainer(Trainer):
         options = {"token": token, "revision": revision, "path_in_repo": path_in_repo, "commit_message": message}
         return hf_api().run_as_future(_commit, copy, str(self.hub_model_id), options)
 
+    @override
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
         self._report_failures()

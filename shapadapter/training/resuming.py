@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing_extensions import override
 
 from shapadapter.atomic import free_megabytes
 from shapadapter.errors import CheckpointError, DiskFullError, ShapleyError
@@ -37,6 +38,7 @@ class ResumableTrainer(PushingTrainer):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
+    @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`Trainer`'s checkpoint, declared whole when all processes have written theirs; only then older ones go."""
         run = Path(self._get_output_dir(trial))
@@ -66,6 +68,7 @@ class ResumableTrainer(PushingTrainer):
             with without_token(self.args):
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, now with the limit
 
+    @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:
             super()._push_from_checkpoint(checkpoint_folder)
@@ -160,6 +163,7 @@ class ResumableTrainer(PushingTrainer):
             f"Pass {whole} instead." if whole else "No other one beside it is whole: leave resume_from_checkpoint out."
         )
 
+    @override
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
         if trouble := self._trouble(folder):
@@ -181,6 +185,7 @@ class ResumableTrainer(PushingTrainer):
         mine = judge(folder) if self.args.local_process_index == 0 else None
         return next((found for found in gather_object([mine]) if found), None)
 
+    @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:
             # Resumed from its last checkpoint: transformers would take one step more before it looks.

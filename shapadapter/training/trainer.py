@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
+from typing_extensions import override
 
 from shapadapter.adapter.answer import task_loss
 from shapadapter.collator import ImageCollator
@@ -237,6 +238,7 @@ class ShapleyTrainer(
             warn_of_crops(self.train_dataset, self.data_collator)
         return super().train(*args, **kwargs)
 
+    @override
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With `auto_find_batch_size` there are several attempts, and what one left behind is not the next one's.
         self._sums["train"], self._drawn_at, self._skipped = {}, -1, Skipped()

@@ -54,6 +54,45 @@ def test_help_and_wrong_usage_do_not_wait_for_torch(tmp_path, words):
     assert HEAVY & set((tmp_path / "modules").read_text().split()) == set()
 
 
+# Whatever the program is called, and whichever is imported first.
+KNOWN = """
+{imports}
+import peft
+from transformers.pipelines import PIPELINE_REGISTRY
+assert "SHAPLEY" in peft.PeftType.__members__
+assert "image-attribution" in PIPELINE_REGISTRY.supported_tasks
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import shapadapter", "import transformers.pipelines, peft, shapadapter"])
+def test_a_program_of_the_command_s_name_knows_method_and_task(tmp_path, imports):
+    script = tmp_path / "shapadapter"
+    script.write_text(KNOWN.format(imports=imports))
+    done = start(script)
+    assert done.returncode == 0, done.stderr
+
+
+THREADS = """
+import threading, shapadapter
+threads = [threading.Thread(target=getattr, args=(shapadapter, name)) for name in ("explain", "load", "ShapleyConfig")]
+failed = []
+threading.excepthook = failed.append
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+import peft
+assert not failed and "SHAPLEY" in peft.PeftType.__members__, failed
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_are_the_first_to_use_the_package(tmp_path):
+    done = start("-c", THREADS)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_command_that_is_its_process_and_what_it_spawns(folder, tmp_path):
     """Nothing but the command itself imports the adapter there; its json stands alone on the standard output."""

@@ -1,0 +1,51 @@
+"""Follow an import: what plugs into a library is imported as soon as the library is, and no earlier."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class _Followers(MetaPathFinder):
+    """Finds nothing by itself: it lets others find a module, and has another one imported after it."""
+
+    def __init__(self, followers: Mapping[str, str]) -> None:
+        self.followers = followers
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """How to load `name`, with what follows it; None if nothing does."""
+        if name not in self.followers:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            """Load the module, then what follows it."""
+            execute(module)
+            # One that another thread is importing waits for this module: to wait for it here would be a deadlock.
+            if self.followers[name] not in sys.modules:
+                import_module(self.followers[name])
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # each spec has a loader of its own
+        return spec
+
+
+def follow(followers: Mapping[str, str]) -> None:
+    """Import modules after others: now where those are there already, else when they are imported.
+
+    Args:
+        followers: names of modules, and of what is to be imported after each.
+    """
+    sys.meta_path.insert(0, _Followers(followers))
+    for name, follower in followers.items():
+        if name in sys.modules:
+            import_module(follower)
