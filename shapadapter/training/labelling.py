@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
 from shapadapter.augmenting import Augmented, seeded
-from shapadapter.collator import IMAGE_COLUMNS
 from shapadapter.errors import ShapleyError
+from shapadapter.images import IMAGE_COLUMNS
 from shapadapter.labels import LabelRules, Relabelled, as_row
 
 from .reading import is_transformed

@@ -100,7 +100,8 @@ class LoadingTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         """`Trainer`'s, of which every model has to be wrapped; it gets the names of the classes, too."""
-        model, self._first = self._first or super().call_model_init(trial), None
+        model: Any = self._first or super().call_model_init(trial)
+        self._first = None
         self.layer = active_layer(model)
         config: Any = getattr(base_of(model), "config", None)
         if self.class_names is not None and config is not None and self.rules is not None:
