@@ -29,6 +29,10 @@ ROOT = Path(shapadapter.__file__).parent
 OVERRIDDEN = {
     (LoraModel, "_get_adapter_state_dict"): "model config adapter_name state_dict unwanted_adapter_names",
     (LoraModel, "_remap_adapter_state_dict_for_load"): "model config adapter_name state_dict",
+    (LoraModel, "_convert_state_dict_for_initial_model"): (
+        "peft_model peft_config path_initial_model_for_weight_conversion output_state_dict kwargs"
+    ),
+    (LoraModel, "_enable_peft_forward_hooks"): "args kwargs",
     (BaseTuner, "_unload_and_optionally_merge"): "merge progressbar safe_merge adapter_names",
     (BaseTunerLayer, "_move_adapter_to_device_of_base_layer"): "adapter_name device",
     (Pipeline, "_forward"): "input_tensors forward_parameters",
@@ -64,9 +68,11 @@ READ = {
     "_assert_tensor_metadata": lambda: torch.ops.aten._assert_tensor_metadata.default,
     "_attn_implementation": lambda: transformers.ViTConfig()._attn_implementation,
     "_forward_pre_hooks": lambda: nn.Module()._forward_pre_hooks,
-    "_loss_function": lambda: None,  # asked for with a default: of a model that was given a loss of the user's
+    "_is_hf_initialized": lambda: "_is_hf_initialized" in inspect.getsource(transformers.modeling_utils) or 1 / 0,
     "_member_map_": lambda: peft.PeftType._member_map_,
     "_member_names_": lambda: peft.PeftType._member_names_,
+    "_modules": lambda: nn.Module()._modules,
+    "_orig_mod": lambda: torch.compile(nn.Linear(1, 1))._orig_mod,
     "_option_string_actions": lambda: __import__("argparse").ArgumentParser()._option_string_actions,
     "_replace": lambda: transformers.trainer_utils.EvalLoopOutput._replace,
     "_value2member_map_": lambda: peft.PeftType._value2member_map_,
@@ -128,14 +134,15 @@ def private_names():
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                     own.add(name)
                 case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
                     own.add(name)
                 case ast.Attribute(attr=name):
                     used.add(name)
                 case ast.Call(
-                    func=ast.Name(id="getattr" | "hasattr" | "_wrap"), args=[_, ast.Constant(value=str(name)), *_]
+                    func=ast.Name(id="getattr" | "hasattr" | "wrap_method") | ast.Attribute(attr="wrap_method"),
+                    args=[_, ast.Constant(value=str(name)), *_],
                 ):
                     used.add(name)
     return {name for name in used - own if name.startswith("_") and not name.startswith("__")}

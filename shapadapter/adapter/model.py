@@ -200,6 +200,7 @@ class ShapleyModel(LoraModel):
             "model.set_adapter(name), or train one adapter on all the data."
         )
 
+    @override
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
             raise ShapleyError(MIXED)
