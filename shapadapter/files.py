@@ -72,7 +72,7 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
             f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {writer} wrote "
-            f"{version!r}: pip install --upgrade shapadapter"
+            f"{version!r}. Install that version, or a later one."
         )
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from shapadapter.card.escaping import one_line
 from shapadapter.errors import ShapleyError
+from shapadapter.installing import copy_package
 
 from .contents import program, readme, requirements
 from .sources import Source
 from .uploads import open_upload
 
 FILES = ("README.md", "app.py", "requirements.txt")
-FOLDERS = ("adapter", "base", "examples")
+FOLDERS = ("adapter", "base", "examples", "shapadapter")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def write_space(
     try:
         unfinished.mkdir(parents=True)
         source.copy(unfinished)
+        copy_package(unfinished)
         _copy_examples(examples, unfinished / "examples")
         for name, text in texts.items():
             (unfinished / name).write_text(text, encoding="utf-8")
