@@ -140,9 +140,11 @@ def targets(model, anatomy):
     return " and ".join(["linear layers"] * linear + ["convolutions"] * convolutions)
 
 
-def notes(anatomy, remake):
+def notes(model, anatomy, remake):
     """What limits its use."""
-    said = []
+    # DINOv3's processor serves both of its architectures.
+    torchvision = model.config.model_type.startswith(("dinov3", "pp_lcnet"))
+    said = ["its image processor needs `torchvision`"] if torchvision else []
     if remake is not None:
         said.append("takes the configured size alone")
     elif anatomy.options:
@@ -165,7 +167,7 @@ def render():
                 operators(model, removal),
                 grid(model, anatomy, remake),
                 targets(model, anatomy),
-                notes(anatomy, remake),
+                notes(model, anatomy, remake),
             ],
         )
     parts = [INTRODUCTION]

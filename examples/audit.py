@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[train,plot]", "mlxtend"]
+# [tool.uv.sources]
+# shapadapter = { path = ".." }
 # ///
 """Audit a model that cheats: find what it looks at, take that away, and see that it has learned the task.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[train,plot]"]
+# [tool.uv.sources]
+# shapadapter = { path = ".." }
 # ///
 """Fine-tune an image classifier that explains itself, on a Hub data set or on a folder of images.
 

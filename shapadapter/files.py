@@ -89,7 +89,7 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
             f"Expected format_version 1 to {FORMAT_VERSION} in {directory}, but shapadapter {shown(writer).strip(chr(39))} wrote "
-            f"{shown(version)}: pip install --upgrade shapadapter"
+            f"{shown(version)}. Install that version, or a later one."
         )
     if trouble := fault(about, Words, ""):
         raise CheckpointError(f"The Explanation in {directory} is incomplete: of {JSON_NAME} {trouble}.")

@@ -176,7 +176,7 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         raise ShapleyError(f"{name} cannot be loaded. {trouble}") from error
     try:
         return model, AutoImageProcessor.from_pretrained(name, **options)
-    except Exception:  # as above
+    except Exception:  # as above; one that needs torchvision, too
         return model, None
 
 

@@ -1,18 +1,25 @@
-"""How the package, and what it plugs into, is installed: words for those who lack something, and a check of versions.
+"""How the package, and what it plugs into, is installed: for those who have nothing yet, and a check of what is there.
 
-On the day of its release the package is on the index of packages: `ON_INDEX = True` is all there is to change.
+Where it is installed, from wherever, `pip install "shapadapter[plot]"` finds its extras. For others it is not on the index of
+packages yet; on the day of its release, `ON_INDEX = True` is all there is to change.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
+from collections.abc import Sequence
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 ON_INDEX = False
 """Whether `pip install shapadapter` finds the package."""
+
+PUBLIC = ("github.com", "gitlab.com", "codeberg.org", "huggingface.co")
+"""Where a repository that is named in a card can be reached by its readers."""
 
 LOWEST = {"peft": "0.21", "transformers": "5.23"}
 """What the adapter plugs into, and the lowest version of each that it works with."""
@@ -21,14 +28,14 @@ TESTED = {"peft": "0.21"}
 """The newest minor version that the tests have passed with; a later one is met by a warning."""
 
 
-def how_to_install(version: str) -> tuple[str, ...]:
-    """What someone who has nothing yet is to type to get a version of the package, with a word before it if need be."""
+def how_to_install() -> tuple[str, ...]:
+    """What someone who has nothing yet is to type to get the package, with a word before it if need be."""
     if ON_INDEX:
         return ("pip install shapadapter",)
     if (url := _repository()) is not None:
         return (f'pip install "shapadapter @ {url}"',)
     return (
-        f"# shapadapter {version} is not on the package index yet: in a clone of its repository,",
+        "# shapadapter is not on the package index yet: in a clone of its repository,",
         "# or with the path of its wheel in place of the dot",
         "pip install .",
     )
@@ -41,9 +48,28 @@ def _repository() -> str | None:
     except (metadata.PackageNotFoundError, ValueError):
         return None
     url, commit = str(noted.get("url")), str(noted.get("vcs_info", {}).get("commit_id"))
-    # Neither a place on this machine, nor an address with credentials or anything else that a shell would read.
-    public = re.fullmatch(r"https://[\w.-]+(:\d+)?/[\w./~+-]+", url) and re.fullmatch(r"[0-9a-f]{7,64}", commit)
-    return f"git+{url}@{commit}" if public else None
+    # Neither a place on this machine or of a private network, nor credentials, nor anything else that a shell would read.
+    public = re.fullmatch(rf"https://({'|'.join(map(re.escape, PUBLIC))})/[\w./-]+", url)
+    return f"git+{url}@{commit}" if public and re.fullmatch(r"[0-9a-f]{7,64}", commit) else None
+
+
+def requirements(extras: Sequence[str], version: str) -> list[str]:
+    """What pip is to install for a program that uses the package, in a folder with `copy_package` where that is needed."""
+    if ON_INDEX:
+        return [f"shapadapter[{','.join(extras)}]=={version}"]
+    asked = [line.partition(";") for line in metadata.requires("shapadapter") or []]
+    wanted = [(name.strip(), re.search(r"extra == [\"'](\w+)", marker)) for name, _, marker in asked]
+    return [name for name, extra in wanted if extra is None or extra[1] in extras]
+
+
+def copy_package(folder: Path) -> None:
+    """Put the package into the folder of a program, which imports it from there; nothing where pip can find it."""
+    if ON_INDEX:
+        return
+    here = Path(__file__).parent
+    shutil.copytree(here, folder / here.name, ignore=shutil.ignore_patterns("__pycache__"))
+    license = metadata.distribution("shapadapter").read_text("licenses/LICENSE")
+    (folder / here.name / "LICENSE").write_text(license or "Apache-2.0\n", encoding="utf-8")
 
 
 def check_versions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -187,7 +188,9 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
     """
     maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
     try:
-        return maker.from_pretrained(place, **options)
+        return load_processor(place, maker, **options)
+    except ShapleyError:
+        raise
     except Exception as error:  # as above
         hub_trouble(error, place)  # for the credentials in it
         if "trust_remote_code" in str(error):
@@ -201,6 +204,24 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
 def told(error: BaseException) -> str:
     """The first line of an error, or its kind."""
     return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
+
+
+def load_processor(place: str | Path, maker: Any = AutoImageProcessor, **options: Any) -> Any:
+    """What a class of transformers makes of the processor in a folder or a repository.
+
+    Raises:
+        ShapleyError: it needs torchvision, as those of DINOv3 and PP-LCNet do, and that is not installed.
+        OSError, ValueError: whatever else transformers raises.
+    """
+    try:
+        return maker.from_pretrained(place, **options)
+    except (ImportError, ValueError) as error:
+        if "torchvision" in str(error).lower() and find_spec("torchvision") is None:
+            raise ShapleyError(
+                f"The image processor in {place} needs torchvision, which is not installed: pip install torchvision, in "
+                f"the release that goes with torch {torch.__version__}."
+            ) from error
+        raise
 
 
 def find_base(folder: Path, name: str) -> str:

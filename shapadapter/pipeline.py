@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor
 from transformers.pipelines.base import Pipeline
 from typing_extensions import override
 
@@ -20,6 +19,7 @@ from .explanation import Explanation
 from .fetching import fetch
 from .game import active_layer
 from .images import as_list, each, image_side, is_one, open_image, prepare_images
+from .loading import load_processor
 from .tasks import TASK, LoadedCheckpoint
 from .visual import overlay as laid_over
 from .visual import symmetric_limit
@@ -51,7 +51,7 @@ class ImageAttributionPipeline(Pipeline):
             processor = own if processor is None and image_processor is None else processor
         active_layer(model)
         if isinstance(image_processor, str | Path):
-            image_processor = AutoImageProcessor.from_pretrained(image_processor)
+            image_processor = load_processor(image_processor)
         whole = image_processor if processor is None else processor
         if whole is None:
             raise ShapleyError(

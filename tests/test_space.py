@@ -4,9 +4,12 @@ import ast
 import functools
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import matching
@@ -14,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from peft import get_peft_model
 from PIL import Image
 from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
 from transformers import AutoModel
 
-from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
+import shapadapter
+from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, installing, load
 from shapadapter.hub.space import push_space, uploads, write_space, writing
 from shapadapter.hub.space.uploads import open_upload
 from shapadapter.hub.space.view import (
@@ -48,7 +53,9 @@ def picture(tmp_path_factory):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """What is there beside the copy of the package."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith("shapadapter/"))
 
 
 def header(folder):
@@ -89,8 +96,30 @@ def test_a_folder_is_copied_with_its_base_and_nothing_else(checkpoint, picture, 
     assert not seen["pinned"]
     assert "models" not in seen
     assert call(folder)[1].keys() == {"base", "title", "examples"}
-    assert (folder / "requirements.txt").read_text().startswith("shapadapter[app]==")
     assert [path.name for path in folder.parent.iterdir()] == ["space"]
+
+
+def test_what_a_space_needs_can_be_installed(tmp_path):
+    """The package is on no index yet: the Space brings it, and names what it needs."""
+    folder = write_space("ada/birds", tmp_path / "space")
+    code = "import shapadapter.hub.space.view, shapadapter.visual; print(shapadapter.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == folder / "shapadapter" / "__init__.py", done.stderr
+    assert "Apache License" in (folder / "shapadapter" / "LICENSE").read_text()
+    asked = {one.name: one for one in map(Requirement, (folder / "requirements.txt").read_text().split())}
+    assert {"torch", "transformers", "peft", "gradio", "pyyaml"} <= asked.keys()
+    assert not {"shapadapter", "timm", "matplotlib"} & asked.keys()
+    for name in asked.keys() - {"gradio"}:
+        assert asked[name].specifier.contains(metadata.version(name), prereleases=True), name
+
+
+def test_a_space_after_the_release_names_the_package(checkpoint, tmp_path, monkeypatch):
+    folder = write_space("ada/birds", tmp_path / "space")
+    monkeypatch.setattr(installing, "ON_INDEX", True)
+    write_space("ada/birds", folder)
+    assert not (folder / "shapadapter").exists()
+    assert (folder / "requirements.txt").read_text().startswith(f"shapadapter[app]=={shapadapter.__version__}\n")
 
 
 def test_a_name_on_the_hub_is_named(tmp_path):
@@ -178,6 +207,8 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
     (folder / "notes.txt").write_text("mine")
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "app.pyc").write_text("")
+    (folder / "shapadapter" / "__pycache__").mkdir()
+    (folder / "shapadapter" / "__pycache__" / "app.pyc").write_text("")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with server.LocalHub() as hub:
@@ -191,7 +222,10 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
     assert address.endswith(f"spaces/{server.OWNER}/birds")
     assert repo.private
     assert repo.sdk == "gradio"
-    assert sent == {
+    package = {name for name in sent if name.startswith("shapadapter/")}
+    assert {"shapadapter/__init__.py", "shapadapter/LICENSE", "shapadapter/hub/space/app.py"} <= package
+    assert not any(name.endswith(".pyc") for name in sent)
+    assert {name: content for name, content in sent.items() if name not in package} == {
         name: (folder / name).read_bytes()
         for name in files(folder)
         if name not in ("notes.txt", "__pycache__/app.pyc")

@@ -29,6 +29,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
         "README.md",
         "app.py",
         "requirements.txt",
+        "shapadapter",
     ]
     assert pushed == [(("space", "you/cats-and-dogs"), {"private": True})]
     assert isinstance(names["app"], gradio.Blocks)

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[demo,compare]", "scikit-learn"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """Everything side by side on one model in one process: faithfulness, localisation, sanity, cost, refinement, rivals.
 

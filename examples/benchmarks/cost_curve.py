@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[plot]"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """How do time and memory of a training step grow with players, classes, pairs and batch?
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[demo]"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """Does every kind of classifier learn to explain itself? Four small ones on the demo's digits, one after the other.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[demo]"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """Images and texts: a small CLIP on the demo's digits and captions made for them.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[onnx]"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """How fast is an exported model in onnxruntime beside PyTorch: predicting, and predicting with all attributions?
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[demo,compare]", "scikit-learn"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """Why the training recipe is what it is: each variant of it trained from the same base model, with as many steps.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """What does the Shapley objective cost beside plain fine-tuning, and explaining beside predicting?
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["shapadapter[demo]"]
+# [tool.uv.sources]
+# shapadapter = { path = "../.." }
 # ///
 """Does the Shapley token help? The demo's fine-tuning with and without it, several seeds, one base model.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from shapadapter.installing import how_to_install
+
 from .escaping import one_line
 from .facts import MATCHING, Facts
 
@@ -16,7 +18,7 @@ def usage(facts: Facts) -> str:
     matching = facts.task == MATCHING
     parts = [
         "## Use",
-        "```bash\npip install shapadapter\n```",
+        "```bash\n" + "\n".join(how_to_install()) + "\n```",
         f"```python\n{_explaining(name, place + revision, matching)}\n```",
     ]
     if not matching and facts.subfolder is None:  # pipeline() looks at the top only

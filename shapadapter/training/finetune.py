@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers import AutoModelForImageClassification, HfArgumentParser, set_seed
 
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.atomic import naming
@@ -25,6 +25,7 @@ from shapadapter.classes import some
 from shapadapter.errors import ShapleyError, UnreadableImageError
 from shapadapter.explaining import explain
 from shapadapter.images import open_image
+from shapadapter.loading import load_processor
 from shapadapter.remote import HUB_ERRORS
 from shapadapter.visual import gallery
 
@@ -221,7 +222,7 @@ def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None
         training_args,
         train_dataset=images["train"],
         eval_dataset=images["test"],
-        processing_class=AutoImageProcessor.from_pretrained(args.model_name_or_path),
+        processing_class=load_processor(args.model_name_or_path),
         compute_metrics=accuracy,
     )
     result = trainer.train(resume_from_checkpoint=resumed_from(training_args))

@@ -7,6 +7,7 @@ from importlib import metadata
 import yaml
 
 import shapadapter
+from shapadapter import installing
 from shapadapter.card.escaping import words
 
 from .sources import Source
@@ -83,9 +84,9 @@ def program(source: Source, title: str, revision: str | None, examples: bool) ->
 
 def requirements(source: Source) -> str:
     """requirements.txt; gradio is not in it where the header's `sdk_version` brings it."""
-    extras = "app,timm" if source.timm else "app"
-    pinned = [f"{name}=={_installed(name)}" for name in ("transformers", "peft")]
-    return "\n".join([f"shapadapter[{extras}]=={shapadapter.__version__}", *pinned]) + "\n"
+    asked = installing.requirements(("app", "timm") if source.timm else ("app",), shapadapter.__version__)
+    pinned = {name: f"{name}=={_installed(name)}" for name in ("transformers", "peft")}
+    return "\n".join([*(one for one in asked if not one.startswith(tuple(pinned))), *pinned.values()]) + "\n"
 
 
 def _installed(package: str) -> str | None:

@@ -47,6 +47,7 @@ def push_space(
             repo_type="space",
             folder_path=folder,
             allow_patterns=[*FILES, *(f"{name}/*" for name in FOLDERS)],
+            ignore_patterns=["*.pyc"],
             commit_message="Demo app of a shapadapter checkpoint",
         )
     except HUB_ERRORS as error:

@@ -10,13 +10,14 @@ from pathlib import Path
 from shapadapter.atomic import whole_folder
 from shapadapter.card.escaping import one_line
 from shapadapter.errors import ShapleyError
+from shapadapter.installing import copy_package
 
 from .contents import program, readme, requirements
 from .sources import Source
 from .uploads import open_upload
 
 FILES = ("README.md", "app.py", "requirements.txt")
-FOLDERS = ("adapter", "base", "examples")
+FOLDERS = ("adapter", "base", "examples", "shapadapter")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def write_space(
     }
     with whole_folder(folder, ours=(*FILES, *FOLDERS)) as place:
         source.copy(place)
+        copy_package(place)
         _copy_examples(examples, place / "examples")
         for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
