@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .outputs import MatchingOutput, ShapleyOutput
     from .retrieval import retrieval_after_deletion
-    from .training import ShapleyTrainer, ShapleyTrainingArguments, last_whole_checkpoint
+    from .training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_whole_checkpoint
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
 _LAZY = {
@@ -69,6 +69,7 @@ _LAZY = {
     "explain": "explaining",
     "export_onnx": "export",
     "export_program": "export",
+    "image_folder": "training",
     "last_whole_checkpoint": "training",
     "load": "loading",
     "map_agreement": "evaluation",
@@ -103,6 +104,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_program",
+    "image_folder",
     "last_whole_checkpoint",
     "load",
     "map_agreement",
