@@ -140,7 +140,7 @@ def predictions(
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
-    if batch_size < 1 or (hasattr(targets, "__len__") and not len(targets)):
+    if batch_size < 1 or (isinstance(targets, Sequence) and not targets):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
     labels, options = _classes(model, layer, texts, processor, options)
     chosen = None if targets is None else find_classes(labels, targets)
