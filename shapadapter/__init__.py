@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .outputs import MatchingOutput, ShapleyOutput
     from .retrieval import retrieval_after_deletion
-    from .training import ShapleyTrainer, ShapleyTrainingArguments, last_whole_checkpoint
+    from .training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_whole_checkpoint
 
 # transformers' modules are not to be imported by two threads at a time.
 _IMPORTING = threading.RLock()
@@ -70,6 +70,7 @@ _LAZY = {
     "explain": "explaining",
     "export_onnx": "export",
     "export_program": "export",
+    "image_folder": "training",
     "last_whole_checkpoint": "training",
     "load": "loading",
     "map_agreement": "evaluation",
@@ -104,6 +105,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_program",
+    "image_folder",
     "last_whole_checkpoint",
     "load",
     "map_agreement",

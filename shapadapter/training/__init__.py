@@ -5,8 +5,9 @@ from shapadapter.installing import check_overrides
 
 from .arguments import ShapleyTrainingArguments
 from .checkpoints import last_whole_checkpoint
+from .folders import image_folder
 from .trainer import ShapleyTrainer
 
-__all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments", "last_whole_checkpoint"]
+__all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments", "image_folder", "last_whole_checkpoint"]
 
 check_overrides(ShapleyTrainer)

@@ -6,12 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 
 from shapadapter.classes import some
 from shapadapter.errors import ShapleyError
@@ -46,7 +46,7 @@ class Listing:
     archives: list[Path] = field(default_factory=list)
 
 
-def image_folder(folder: str | Path, corrupt_images: Literal["fail", "skip"] = "fail") -> DatasetDict:
+def image_folder(folder: str | Path, corrupt_images: Literal["fail", "skip"] = "fail") -> Any:
     """The images of a folder with a subfolder for each class, or with `train/`, `validation/` and `test/` above these.
 
     `datasets.load_dataset("imagefolder")` makes splits of whatever has "train", "test" or "val" anywhere in its path, and
@@ -59,12 +59,17 @@ def image_folder(folder: str | Path, corrupt_images: Literal["fail", "skip"] = "
         corrupt_images: whether a file that is no image is an error ("fail") or named in a warning ("skip").
 
     Returns:
-        Splits "train", "validation", "test", as far as there are folders for them (without any: "train"), with the columns
+        A `datasets.DatasetDict` of "train", "validation", "test", as far as there are folders for them (without any: "train"), with the columns
         `image` and `label`, classes numbered by the alphabet.
 
     Raises:
         ShapleyError: the folder leaves open what is a class, a class has no image, or a file is no image.
+        ImportError: datasets is missing.
     """
+    if find_spec("datasets") is None:
+        raise ImportError('A folder is read as a data set of datasets: pip install "shapadapter[train]"')
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+
     listing = list_folder(Path(folder))
     if listing.archives:
         parts: dict[str, list[str]] = {}
