@@ -81,11 +81,7 @@ class Explanation:
     def __post_init__(self) -> None:
         check_names(self.labels, "labels")
         check_names([self.method], "method")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("labels", "method") and not isinstance(value, Tensor) and value is not field.default:
-                raise FieldError(f"Expected {field.name} to be a tensor, but got a {type(value).__name__}.")
-        shapes = [tuple(value.shape) for value in (self.attributions, self.logits, self.images)]
+        shapes = [tuple(getattr(value, "shape", ())) for value in (self.attributions, self.logits, self.images)]
         if [len(shape) for shape in shapes] != [4, 2, 4]:
             raise FieldError(
                 "Expected attributions (B, rows, cols, C), logits (B, K) and images (B, H, W, 3), but got shapes "
@@ -342,16 +338,13 @@ class Explanation:
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    plain = (
-        value.dtype == dtype
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.requires_grad
-    )
-    if tuple(value.shape) != shape or not plain:
+    here = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not here or value.dtype != dtype or tuple(value.shape) != shape or value.requires_grad:
+        said = ("dtype", "layout", "device", "shape")
+        came = ", ".join(f"{one} {getattr(value, one)}" for one in said if hasattr(value, one))
+        grad = ", requiring grad" if getattr(value, "requires_grad", False) else ""
         raise FieldError(
-            f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {value.dtype} on "
-            f"{value.device} of shape {tuple(value.shape)}{', requiring grad' if value.requires_grad else ''}."
+            f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {type(value).__name__} {came}{grad}."
         )
 
 
