@@ -54,6 +54,19 @@ class ShapleyModel(LoraModel):
     prefix = "lora_"
     tuner_layer_cls = (LoraLayer, ShapleyLayer)  # type: ignore[assignment]
 
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        before = dict(getattr(model, "peft_config", {}))
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            # Both are written before anything is tried, the second by transformers.
+            if hasattr(model, "peft_config"):
+                model.peft_config.clear()
+                model.peft_config.update(before)
+            else:
+                model._hf_peft_config_loaded = False
+            raise
+
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put adapter `adapter_name` into `model`, in place, and prove that it is harmless.
 
@@ -63,16 +76,8 @@ class ShapleyModel(LoraModel):
             CheckpointError: the config was saved for another base or class count.
         """
         refuse_unloaded(model)
-        known = getattr(getattr(model, CHILD, None), "rules", {})
-        try:
-            with whole(model):
-                self._inject(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            if adapter_name not in known:
-                self.peft_config.pop(adapter_name, None)
-            if not hasattr(model, "peft_config"):
-                model._hf_peft_config_loaded = False  # transformers says so before it tries
-            raise
+        with whole(model):
+            self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT hands the user's own object in; what is written here belongs to this model alone.
