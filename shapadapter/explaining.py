@@ -202,7 +202,7 @@ def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tenso
         ShapleyError: there is no tokenizer, or a text is longer than the model takes.
     """
     inputs = prepare_texts(texts, processor, text_rules(model))
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         return normalised(
             base_of(evaluation_view(model)).get_text_features(
@@ -218,9 +218,27 @@ def base_of(model: nn.Module) -> Any:
 
 def inputs_on(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The inputs on the device of `model`, pixels in its precision."""
-    parameter = next(model.parameters())
-    placed = {name: value.to(parameter.device) for name, value in inputs.items()}
-    return {**placed, "pixel_values": placed["pixel_values"].to(parameter.dtype)}
+    placed = {name: value.to(device_of(model)) for name, value in inputs.items()}
+    return {**placed, "pixel_values": placed["pixel_values"].to(next(model.parameters()).dtype)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: where its weights are or, if accelerate offloads them, where it brings them.
+
+    Raises:
+        ShapleyError: it has no weights.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    for hook in (inner for hook in hooks for inner in getattr(hook, "hooks", [hook])):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    raise ShapleyError(
+        f"{type(base_of(model)).__name__} has no weights, they are on the meta device: load it, for instance by "
+        "shapadapter.load(adapter)."
+    )
 
 
 def _seen(pixels: Tensor, tiling: Tiling) -> Tensor:

@@ -50,6 +50,11 @@ class ImageAttributionPipeline(Pipeline):
             model, own = model
             processor = own if processor is None and image_processor is None else processor
         active_layer(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ShapleyError(
+                "A pipeline moves its model to a device, which accelerate's offload does not allow. Explain an offloaded "
+                "model by explain(model, images, processor)."
+            )
         if isinstance(image_processor, str | Path):
             image_processor = load_processor(image_processor)
         whole = image_processor if processor is None else processor

@@ -55,14 +55,13 @@ def refuse_unloaded(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: a weight is on the meta device.
     """
-    if getattr(model, "hf_device_map", None) is not None:
-        return  # accelerate fetches what is offloaded
     elsewhere = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if elsewhere is not None:
         raise UnsupportedModelError(
             f"The weights of {type(model).__name__} are not all in this process: {elsewhere} is on the meta device, and "
-            "wrapping tries the model on a tiny batch. Load it in every process; with FSDP set "
-            "fsdp_cpu_ram_efficient_loading: false in accelerate's config."
+            "wrapping tries the model on a tiny batch. Load it whole, in every process; offload it after it was wrapped or "
+            "its adapter loaded, accelerate.cpu_offload(model); with FSDP set fsdp_cpu_ram_efficient_loading: false in "
+            "accelerate's config."
         )
 
 
@@ -145,8 +144,15 @@ def check_restorable(model: nn.Module, layer: ShapleyLayer, config: ShapleyConfi
         saved: the adapter's state dict as it would be written.
 
     Raises:
-        CheckpointError: base parameters are trained, or changed, or other adapters are stacked on the model.
+        CheckpointError: base parameters are trained, or changed, or other adapters are stacked on the model; or weights of
+            the adapter are offloaded.
     """
+    away = next((name for name, tensor in saved.items() if tensor.is_meta), None)
+    if away is not None:
+        raise CheckpointError(
+            f"Not saved: the adapter's weights are offloaded, e.g. {away}. Save it before, or take accelerate's hooks off "
+            "first: accelerate.hooks.remove_hook_from_submodules(model)."
+        )
     foreign = sorted(_adapter_names(model) - set(layer.rules))
     if foreign:
         raise CheckpointError(

@@ -1,4 +1,7 @@
-"""What DeepSpeed's ZeRO-3 asks of a layer: it splits every weight among the processes and gathers it for a module's call."""
+"""What DeepSpeed's ZeRO-3 and accelerate's offload ask of a layer.
+
+Weights are split among the processes, or lie on the CPU or a disk, and are all there for a module's call only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class BareParameters(nn.ParameterDict):
 
     def read(self, name: str) -> Tensor:
         """The parameter of adapter `name`, by a call where something waits for calls."""
-        if not self._forward_pre_hooks:
+        if not (self._forward_pre_hooks or hasattr(self, "_hf_hook")):
             return self[name]
         called: Any = nn.Module.__call__  # ParameterDict's own refuses
         return called(self, name)

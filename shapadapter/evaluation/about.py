@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shapadapter.explaining import Predicted, base_of
+from shapadapter.explaining import Predicted, base_of, device_of
 from shapadapter.game import active_layer
 
 from .agreement import top_count
@@ -21,7 +21,7 @@ from .truth import is_exact
 def settings_of(model: nn.Module, plan: Plan, masks: str | None) -> dict[str, Any]:
     """What the record of an image depends on, besides the image and the weights."""
     layer = active_layer(model)
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     return {
         "model": type(base_of(model)).__name__,
         "adapter": repr(layer.rules[layer.active or ""]),
@@ -67,7 +67,7 @@ def about(model: nn.Module, plan: Plan, batch: Predicted, counts: Mapping[str, A
         "removal_draws": DRAWS,
         "seed": plan.seed,
         "precision": precision(model),
-        "device": next(model.parameters()).device.type,
+        "device": device_of(model).type,
         "versions": versions(),
         **counts,
     }

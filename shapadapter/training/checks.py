@@ -29,6 +29,11 @@ def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool
             f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share "
             "one adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ShapleyError(
+            "The model's weights are offloaded, or were never loaded: they are on the meta device, and the Trainer cannot "
+            "move them. Train it before it is offloaded; an offloaded one can be explained and evaluated."
+        )
     if trains and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ShapleyError(
             "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
