@@ -215,7 +215,8 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         ShapleyError: a link leads nowhere, or round in a circle.
     """
-    folders, files = [], []
+    folders: list[Path] = []
+    files: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in _LITTER:
             continue

@@ -146,7 +146,7 @@ def is_transformed(dataset: Any) -> bool:
 def is_doubtful(row: Mapping[str, Any]) -> bool:
     """Whether the image of a row may be of no use: its file has no head of an image, or it is of a rare kind."""
     column = next((name for name in IMAGE_COLUMNS if name in row), None)
-    image = None if column in (None, "pixel_values") else row[image_column(dict(row))]
+    image: Any = None if column in (None, "pixel_values") else row[image_column(dict(row))]
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if column in (None, "pixel_values") or isinstance(image, Tensor) or (isinstance(image, str) and "://" in image):
@@ -258,11 +258,12 @@ def of_known(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., di
     def compute(evaluation: Any, **options: Any) -> dict[str, Any]:
         predictions, labels = evaluation.predictions, evaluation.label_ids
         batches = isinstance(labels, list)  # eval_do_concat_batches=False: an array for each batch
-        kept = list(map(_are_known, labels)) if batches else _are_known(labels)
-        if all(one.all() for one in (kept if batches else [kept])):
+        each = list(map(_are_known, labels if batches else [labels]))
+        if all(one.all() for one in each):
             return compute_metrics(evaluation, **options)
-        if not options and not any(one.any() for one in (kept if batches else [kept])):
+        if not options and not any(one.any() for one in each):
             return {}
+        kept = each if batches else each[0]
         parts = (predictions, labels, evaluation.inputs, evaluation.losses)
         predictions, labels, inputs, losses = (_rows_of(part, kept) for part in parts)
         return compute_metrics(EvalPrediction(predictions, labels, inputs=inputs, losses=losses), **options)
