@@ -224,7 +224,7 @@ def device_of(model: nn.Module) -> torch.device:
     if device.type != "meta":
         return device
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    for hook in (inner for hook in hooks for inner in getattr(hook, "hooks", [hook])):
+    for hook in (inner for outer in hooks for inner in getattr(outer, "hooks", [outer])):
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
     raise ShapleyError(
