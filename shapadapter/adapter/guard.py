@@ -16,11 +16,12 @@ from shapadapter.backbone import Anatomy
 from shapadapter.classes import class_names
 from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
 
-from .config import ShapleyConfig, not_finite
+from .config import ShapleyConfig
 from .fingerprint import base_fingerprint, same_fingerprint
 from .layer import ShapleyLayer
 from .origin import commit_of
 from .quantised import is_quantised
+from .stored import not_finite
 
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
