@@ -275,7 +275,11 @@ def test_what_cannot_be_traced_is_named(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=expected) as caught:
         export_program(model, tmp_path / "program", images=pictures(1), processor=PROCESSOR)
     assert "long story" not in str(caught.value)
+    assert "pip install" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    with pytest.raises(ExportError, match=r'Tested with torch 2\.13, got 2\.6\.0\+cpu: pip install "torch>=2\.13"$'):
+        export_program(model, tmp_path / "program", images=pictures(1), processor=PROCESSOR)
 
 
 def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
@@ -302,7 +306,7 @@ def test_other_files_are_left_alone(tmp_path):
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("export", [export_onnx, export_program])
+@pytest.mark.parametrize("export", [pytest.param(export_onnx, marks=needs_onnx), export_program])
 def test_what_is_refused(export, tmp_path, monkeypatch):
     model, folder = families.wrap("vit"), tmp_path / "out"
     with pytest.raises(ShapleyError, match="active Shapley adapter"):

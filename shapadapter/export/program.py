@@ -19,6 +19,9 @@ from .deployed import Job, prepare, quiet
 from .folder import COMPANIONS, new_folder, sizes, write_companions
 from .report import ExportReport, compare
 
+TESTED = (2, 13)
+"""The release of torch that programs were tested with."""
+
 _FILE = "model.pt2"
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
 
@@ -93,13 +96,26 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
             strict=False,
         )
     except Exception as error:  # of many kinds, from many layers
-        raise ExportError(job.refused("torch.export", error)) from error
+        raise ExportError(job.refused("torch.export", error) + _older()) from error
     if job.deployed.text_embeds is not None:
         program = program.run_decompositions({})  # without operations in place, which would keep the text tower alive
     graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop("stack_trace", None)
     return _without_unused(program)
+
+
+def _older() -> str:
+    """What to try where torch is older than the one that the programs were tested with; torch 2.6 cannot trace them."""
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return (
+        ""
+        if release >= TESTED
+        else (
+            f" Tested with torch {'.'.join(map(str, TESTED))}, got {torch.__version__}: "
+            f'pip install "torch>={".".join(map(str, TESTED))}"'
+        )
+    )
 
 
 def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
