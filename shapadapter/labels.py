@@ -207,7 +207,10 @@ def _number(value: Any) -> float:
         value = value.item()
     if not isinstance(value, Real | np.bool_):
         raise ValueError(value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(value) from error
 
 
 def known_labels(labels: Tensor, quantities: bool) -> Tensor:

@@ -141,6 +141,14 @@ def test_links(tmp_path):
         (root / name).unlink()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    root = fill(tmp_path, "cat/1.png", "dog/1.png")
+    os.mkfifo(root / "cat" / "2.png")
+    with pytest.raises(ShapleyError, match=r"2\.png is neither a file nor a folder"):
+        image_folder(root)
+
+
 def test_names_that_are_no_utf8(tmp_path):
     fill(tmp_path, "cat/1.png", "dog/1.png")
     odd = os.fsdecode(b"caf\xe9.png")

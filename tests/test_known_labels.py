@@ -174,6 +174,7 @@ NO_LABELS = {
     "below": ([0, 1, -2, 0], r"got -2 \(row 2, column 'label'\)"),
     "not hot": ([[0, 1, 0], [0, 2, 0]], r"zeros and ones.*got \[0, 2, 0\] \(row 1"),
     "short": ([[0, 1], [0, 1]], r"each of 3 classes.*got \[0, 1\] \(row 0"),
+    "huge": ([0, 10**400, 1, 2], r"got 1000.*\(row 1"),
     "infinite": ([0, math.inf, 1, 2], r"got inf \(row 1"),
 }
 
@@ -186,6 +187,16 @@ def test_what_is_no_label_is_said_before_the_first_step(tmp_path, kind):
         trainer.train()
     assert trainer.state.global_step == 0
     assert "\n" not in str(caught.value)
+
+
+def test_several_data_sets_are_evaluated_by_name(tmp_path):
+    parts = {"seen": images(4), "unseen": images(4)}
+    trainer = trainer_of(tmp_path, held_out=parts)
+    found = trainer.evaluate()
+    assert {"eval_seen_loss", "eval_unseen_loss"} <= set(found)
+    trainer.eval_dataset["unseen"] = rows([0, 1, 2, 7])
+    with pytest.raises(ShapleyError, match=r"got 7 \(row 3"):
+        trainer.evaluate()
 
 
 def test_columns_of_data_sets_subsets_and_folders_are_read(tmp_path):

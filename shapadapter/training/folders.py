@@ -213,7 +213,7 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in a folder, without what is hidden.
 
     Raises:
-        ShapleyError: a link leads nowhere, or round in a circle.
+        ShapleyError: a link leads nowhere, or round in a circle; or there is a pipe or a device.
     """
     folders: list[Path] = []
     files: list[Path] = []
@@ -225,6 +225,8 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
         ):
             where = "the folder it is in" if path.exists() else f"{path.readlink()}, which is not there"
             raise ShapleyError(f"{path} is a link to {where}. Remove it.")
+        if not path.is_dir() and not path.is_file():
+            raise ShapleyError(f"{path} is neither a file nor a folder, such as a pipe, and may never end. Remove it.")
         (folders if path.is_dir() else files).append(path)
     return folders, files
 

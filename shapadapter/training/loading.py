@@ -114,6 +114,9 @@ class LoadingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer`'s loader; classes are found by name."""
+        if isinstance(eval_dataset, str):  # one of several, which have been counted as the model does
+            self._looked_at(self.eval_dataset[eval_dataset])
+            return super().get_eval_dataloader(eval_dataset)
         return super().get_eval_dataloader(self._looked_at(self._counted(eval_dataset, several=True)))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

@@ -140,7 +140,8 @@ def is_transformed(dataset: Any) -> bool:
     """Whether a data set's rows are made by the user's function when they are read."""
     if isinstance(dataset, Relabelled | Augmented | Subset):
         return is_transformed(dataset.dataset)
-    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
+    form = getattr(dataset, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def is_doubtful(row: Mapping[str, Any]) -> bool:
