@@ -94,7 +94,7 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
     (space / ".git" / "refs" / "main").write_text("mine")
     (space / "notes.txt").write_text("mine")
     old = contents(space)
-    write_space(checkpoint, space, title="New", examples=[picture])
+    write_space(checkpoint, space, title="New", examples=[picture], copy_base=True)
     new = contents(space)
     assert new.items() > {".git/refs/main": b"mine", "notes.txt": b"mine"}.items()
     assert set(new) - set(old) >= {"adapter/adapter_model.safetensors", "base/model.safetensors", "examples/001.png"}
@@ -104,7 +104,9 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
         write_space("ada/birds", space)
         assert contents(space) == old
         assert names_in(place) == ["space"]  # what the one that was killed has left is gone
-        killed = killed_at(step, place, lambda: write_space(checkpoint, space, title="New", examples=[picture]))
+        killed = killed_at(
+            step, place, lambda: write_space(checkpoint, space, title="New", examples=[picture], copy_base=True)
+        )
         if not in_one_step:
             remove_leftovers(place)
         assert contents(space) in (old, new), step
@@ -313,7 +315,7 @@ def made():
 def test_a_space_that_has_no_room_leaves_the_old_one(checkpoint, tmp_path):
     space = write_space("ada/birds", tmp_path / "space")
     before = contents(space)
-    assert f"{space} could not be written" in full(5000, lambda: write_space(checkpoint, space))
+    assert f"{space} could not be written" in full(5000, lambda: write_space(checkpoint, space, copy_base=True))
     assert contents(space) == before
     assert names_in(tmp_path) == ["space"]
 

@@ -63,7 +63,7 @@ class ShapleyModel(LoraModel):
             if hasattr(model, "peft_config"):
                 model.peft_config.clear()
                 model.peft_config.update(before)
-            else:
+            elif vars(model).get("_hf_peft_config_loaded"):
                 model._hf_peft_config_loaded = False
             raise
 

@@ -87,10 +87,10 @@ def test_a_folder_in_use_is_free_for_what_ends_whole(tmp_path):
     with another_run(tmp_path / "space"):
         pass  # it was killed: its lock is in the folder
     (tmp_path / "space" / NAME).unlink()
-    run("space", "out", tmp_path / "space")
+    run("space", "out", tmp_path / "space", "--copy-base")
     run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", "json,html")
     left = [left_by_a_killed_run(tmp_path / name) for name in ("space", "program", "maps/explanations.json")]
-    run("space", "out", tmp_path / "space")
+    run("space", "out", tmp_path / "space", "--copy-base")
     run("export", "out", tmp_path / "program", "--to", "torch", "--images", "photos/ant")
     run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", "json,html")
     assert not any(path.exists() for path in left)
@@ -112,7 +112,8 @@ def test_explanations_without_room_are_one_sentence(tmp_path, formats, most, nam
 
 
 @pytest.mark.parametrize(
-    "words", [("export", "out", "PLACE", "--to", "torch", "--images", "photos/ant"), ("space", "out", "PLACE")]
+    "words",
+    [("export", "out", "PLACE", "--to", "torch", "--images", "photos/ant"), ("space", "out", "PLACE", "--copy-base")],
 )
 def test_a_folder_without_room_is_one_sentence_and_not_there(words, tmp_path):
     with small_disk(3_000):
