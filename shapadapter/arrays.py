@@ -66,7 +66,7 @@ def eight_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     Raises:
         ImageError: the range leaves open what is white.
     """
-    if pixels.dtype == np.uint8:
+    if pixels.dtype == np.uint8 and pixels.max() != 1:
         return pixels
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * np.uint8(255)
@@ -81,7 +81,12 @@ def eight_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
                 "divide by 255: what is prepared for the model goes without a processor, in a data set in a column "
                 "pixel_values; where 1 is white, pass (255 * image).round() as uint8."
             )
-    elif (pixels.dtype.kind, pixels.dtype.itemsize, pixels.shape[-1]) == ("u", 2, 1) and high > 255:
+    elif (pixels.dtype.kind, pixels.dtype.itemsize, pixels.shape[-1]) == ("u", 2, 1):
+        if 0 < high <= 255:
+            raise ImageError(
+                f"Expected grey in 16 bits from 0 to 65,535, got {pixels.dtype} up to {high}: where white is 255, pass "
+                "image.astype(np.uint8); where it is 65,535, pass (image / 257).astype(np.uint8)."
+            )
         return from_sixteen_bits(pixels)
     if low < 0 or high > 255 or (high == 1 and pixels.dtype.kind != "f"):
         raise ImageError(

@@ -142,8 +142,8 @@ class ImageCollator:
         if "pixel_values" in rows[0]:
             own = [name for name in IMAGE_INPUTS if name in rows[0]]
             if READY in rows[0] and self.processor is not None and not self._looked:
-                self._looked = True
                 _check_normalised(torch.stack([row["pixel_values"] for row in rows]), self.processor)
+                self._looked = True
             return {name: _stacked(name, [_tensor(row[name]) for row in rows]) for name in own}
         if self.processor is None:
             raise ImageError(

@@ -145,7 +145,7 @@ def predictions(
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
-    wanted: Any = targets
+    wanted: Any = targets.tolist() if hasattr(targets, "tolist") else targets
     if batch_size < 1 or (hasattr(wanted, "__len__") and not len(wanted)):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
     labels, options = _classes(model, layer, texts, processor, options)
@@ -268,6 +268,11 @@ def _batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[tu
         known = {name: images[name] for name in IMAGE_INPUTS if name in images}
         if not isinstance(known.get("pixel_values"), Tensor) or not len(known["pixel_values"]):
             raise ImageError(f"Expected pixel_values of at least one image as a tensor, got {sorted(images)}.")
+        if not known["pixel_values"].is_floating_point():
+            raise ImageError(
+                f"Expected pixel_values as the image processor makes them, got {known['pixel_values'].dtype}. Pass the images "
+                "themselves with processor=..."
+            )
         for start in range(0, len(known["pixel_values"]), batch_size):
             yield [], {name: value[start : start + batch_size] for name, value in known.items()}
         return

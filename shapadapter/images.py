@@ -6,12 +6,14 @@ import errno
 import io
 import math
 import os
+import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Ima
 """What Pillow and the file system raise for an image that cannot be read."""
 
 
+_FILES = (stat.S_IFREG, stat.S_IFDIR)  # the latter with words of its own
+
+
 def open_image(image: Any) -> Any:
     """Any image as an upright RGB image of 8 bits a channel, transparent parts on white.
 
@@ -49,6 +54,8 @@ def open_image(image: Any) -> Any:
         content = _content(image)
         if isinstance(content, Image.Image):
             return _upright(content)
+        if isinstance(content, str | os.PathLike) and stat.S_IFMT(Path(content).stat().st_mode) not in _FILES:
+            raise UnreadableImageError(f"Cannot read image {_name(image)}: a pipe or a device may never end.")
         if isinstance(content, str | os.PathLike) or hasattr(content, "read"):
             with Image.open(content) as file:
                 return _upright(file)

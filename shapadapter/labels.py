@@ -149,6 +149,8 @@ class LabelRules:
             number = _number(value)
             if kind == "class":
                 return self._class(number)
+            if kind == "classes" and number in UNKNOWN:
+                return math.nan  # nothing is known of the whole row
             if math.isnan(number) or (kind == "quantity" and self.classes == 1 and math.isfinite(number)):
                 return number
             raise ValueError(value)
@@ -184,7 +186,7 @@ class LabelRules:
             remedy = " The one class of an image is a number, not a list."
         elif kind == "class" and _length(value) == self.classes > 1:
             remedy = ' Several labels of an image need a base with problem_type="multi_label_classification".'
-        shown = repr(value)
+        shown = repr(value.item() if isinstance(value, np.generic) else value)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
         return ShapleyError(
             f"Expected {wanted} as the label of each image ({unknown} if it is not known), got {shown} "

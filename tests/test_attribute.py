@@ -360,7 +360,7 @@ def test_grad_cam_of_tokens_by_hand(model):
 def test_grad_cam_where_the_class_token_predicts(chosen):
     """The last block's patches have no part in the prediction; what enters it does."""
     base = copy.deepcopy(chosen)
-    shapley(base).detach()  # no Shapley token in the way
+    shapley(base).detach(base.get_base_model())  # no Shapley token in the way
     caught = []
     last = base.get_base_model().vit.layers[-1]
     with last.register_forward_pre_hook(lambda module, args: caught.append(args[0])):

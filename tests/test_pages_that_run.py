@@ -13,7 +13,7 @@ from pathlib import Path
 import pages
 import pytest
 import torch
-from datasets import Dataset, config
+from datasets import ClassLabel, Dataset, config
 from peft import PeftModel
 from PIL import Image
 
@@ -62,14 +62,15 @@ def _here(place, tmp_path, monkeypatch):
 def test_readme(monkeypatch):
     pushed = []
     monkeypatch.setattr(ShapleyTrainer, "push_to_hub", lambda self: pushed.append(self))
-    rows = rows_of(8)
+    listed = [{"image": row["image"], "label": row["label"]} for row in rows_of(8)]
+    rows = Dataset.from_list(listed).cast_column("label", ClassLabel(names=CLASSES))
     names = {
         "name": "demo-output/pretrained",
         "dataset": {"train": rows, "test": rows},
         "images": pictures(2),
         "pixels": torch.zeros(2, 3, 8 * ROWS, 8 * ROWS),
     }
-    here = {"num_train_epochs=5": QUICK, '"you/out"': '"out"', "num_labels=10": "num_labels=4"}
+    here = {"num_train_epochs=5": QUICK, '"you/out"': '"out"'}
     pages.run("README.md", names, here)
     assert isinstance(names["model"], PeftModel)
     assert names["refined"].standard_errors.shape == (2, ROWS, ROWS, 3)

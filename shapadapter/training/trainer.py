@@ -232,6 +232,10 @@ class ShapleyTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s training, after looking at the data, and measuring the colour of absent pixels where that is its mean."""
+        if torch.is_inference_mode_enabled():
+            raise ShapleyError(
+                "There is no training in inference mode, which keeps no gradients: call train() outside of it."
+            )
         self._look_at_data()
         self._measure_fill()
         if self.is_world_process_zero():

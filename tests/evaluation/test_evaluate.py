@@ -364,7 +364,7 @@ def test_saved_and_loaded(result, tmp_path):
     assert json.loads(path.read_text()) == result.to_dict()
     assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
     path.write_text(path.read_text()[:100])
-    with pytest.raises(CheckpointError, match="no evaluation"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         Evaluation.load(path)
 
 

@@ -94,7 +94,7 @@ def test_where_one_side_has_no_names_numbers_count(tmp_path):
     digits = dataset(["0", "1", "2", "3"], labels=1)
     assert as_model_counts(digits, NAMES, "") is digits
     unknown = dataset(labels=-1)
-    assert as_model_counts(unknown, NAMES, "")[0]["label"] == -1
+    assert as_model_counts(unknown, NAMES, "")[0]["label"] == -100
 
 
 def test_a_stream_in_another_order_is_counted_as_the_model_counts():
