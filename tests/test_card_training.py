@@ -255,7 +255,7 @@ def test_a_release_without_a_private_name_costs_no_more_than_a_card():
     class Own:
         pass
 
-    cards._wrap(Own, "_upload_modified_files", print)
+    cards.wrap_method(Own, "_upload_modified_files", print)
     assert not hasattr(Own, "_upload_modified_files")
 
 

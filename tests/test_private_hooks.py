@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -68,6 +69,7 @@ READ = {
     "_assert_tensor_metadata": lambda: torch.ops.aten._assert_tensor_metadata.default,
     "_attn_implementation": lambda: transformers.ViTConfig()._attn_implementation,
     "_forward_pre_hooks": lambda: nn.Module()._forward_pre_hooks,
+    "_hf_hook": lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook())._hf_hook,
     "_is_hf_initialized": lambda: "_is_hf_initialized" in inspect.getsource(transformers.modeling_utils) or 1 / 0,
     "_member_map_": lambda: peft.PeftType._member_map_,
     "_member_names_": lambda: peft.PeftType._member_names_,

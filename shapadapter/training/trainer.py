@@ -139,7 +139,7 @@ class ShapleyTrainer(
         self._note(outputs, inputs, terms, "train" if model.training else "eval")
         weights = self._weights(model.training)
         says = {name: self._say if name in TASK else self._share for name in terms}
-        loss = torch.stack([says[name] * weights[name] * term for name, term in terms.items()]).sum()
+        loss = torch.stack([says[name] * weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         if model.training:
             self.note_finite(loss)
         return (loss, outputs) if return_outputs else loss
