@@ -159,7 +159,12 @@ def test_what_passes_on_no_gradient_is_refused_for_training_alone(load, tmp_path
     with pytest.raises(UnsupportedModelError, match="passes on no gradient"):
         get_peft_model(load("ao8dynamic"), ShapleyConfig())
     wrapped(load("ao8")).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(load("ao8dynamic"), tmp_path)
+    try:
+        model = PeftModel.from_pretrained(load("ao8dynamic"), tmp_path)
+    except UnsupportedModelError as error:
+        # On some processors the kernels for 8 bits round activations by what else is in the batch.
+        assert "removal='drop'" in str(error)
+        pytest.skip("this processor's kernels round by what else is in the batch, which the self-test finds out")
     assert explain(model, families.images()).efficiency_gap.max() < 1e-4
 
 

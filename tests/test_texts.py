@@ -191,9 +191,11 @@ def test_a_classifier_has_no_use_for_texts():
 
 def test_images_that_do_not_fit():
     model = wrapped()
-    for nothing in ({"pixel_values": torch.zeros(0, 3, 32, 32)}, {"image": 1}, {"pixel_values": None}):
+    for nothing in ({"pixel_values": torch.zeros(0, 3, 32, 32)}, {"pixel_values": None}):
         with pytest.raises(ImageError, match="at least one image"):
             explain(model, nothing, processor(), texts=TEXTS)
+    with pytest.raises(ImageError, match="a path, an array or a tensor, got int"):
+        explain(model, {"image": 1}, processor(), texts=TEXTS)  # a row
     with pytest.raises(ImageError, match="at least two players"):
         explain(model, {"pixel_values": torch.zeros(2, 3, 8, 8)}, processor(), texts=TEXTS)
     with pytest.raises(ImageError, match="at least one"):
