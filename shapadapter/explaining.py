@@ -145,7 +145,8 @@ def predictions(
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
         raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
-    wanted: Any = targets.tolist() if hasattr(targets, "tolist") else targets
+    wanted: Any = targets
+    wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
     if batch_size < 1 or (hasattr(wanted, "__len__") and not len(wanted)):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
     labels, options = _classes(model, layer, texts, processor, options)

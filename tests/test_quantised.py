@@ -162,8 +162,9 @@ def test_what_passes_on_no_gradient_is_refused_for_training_alone(load, tmp_path
     try:
         model = PeftModel.from_pretrained(load("ao8dynamic"), tmp_path)
     except UnsupportedModelError as error:
+        if "removal='drop'" not in str(error):
+            raise
         # On some processors the kernels for 8 bits round activations by what else is in the batch.
-        assert "removal='drop'" in str(error)
         pytest.skip("this processor's kernels round by what else is in the batch, which the self-test finds out")
     assert explain(model, families.images()).efficiency_gap.max() < 1e-4
 

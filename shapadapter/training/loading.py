@@ -115,7 +115,8 @@ class LoadingTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer`'s loader; classes are found by name."""
         if isinstance(eval_dataset, str):  # one of several, which have been counted as the model does
-            self._looked_at(self.eval_dataset[eval_dataset])
+            several: Any = self.eval_dataset
+            self._looked_at(several[eval_dataset])
             return super().get_eval_dataloader(eval_dataset)
         return super().get_eval_dataloader(self._looked_at(self._counted(eval_dataset, several=True)))
 
