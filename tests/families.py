@@ -120,7 +120,8 @@ def same_bits(one, other):
     On AMD's, kernels round by where in memory the weights lie, and those of a file lie elsewhere; what MKL_CBWR mends for
     MKL (see conftest.py) stays for convolutions. A wrong weight is far off.
     """
-    return torch.equal(one, other) or (_ROUNDS_BY_PLACE and torch.allclose(one, other, rtol=2e-6, atol=1e-6))
+    close = one.shape == other.shape and (one - other).abs().max() <= 5e-6 * max(1.0, float(other.abs().max()))
+    return torch.equal(one, other) or (_ROUNDS_BY_PLACE and bool(close))
 
 
 def images(batch=2, height=SIDE, width=SIDE, seed=0):
