@@ -86,6 +86,9 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
         monkeypatch.setattr(atomic, "_exchanged", lambda one, other: False)
     elif not sys.platform.startswith("linux"):
         pytest.skip("needs Linux")
+    monkeypatch.setattr(
+        "shapadapter.installing.ON_INDEX", True
+    )  # the package's own files would be hundreds of steps more
     picture, place = tmp_path / "picture.png", tmp_path / "place"
     noise().save(picture)
     place.mkdir()
