@@ -22,7 +22,7 @@ from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, ViTConfig, V
 
 from shapadapter.backbone import default_targets, settle
 from shapadapter.backbone.families import refused_families
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.core.errors import UnsupportedModelError
 
 SIDE = 224
 SUFFIX = "ForImageClassification"

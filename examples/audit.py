@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain
-from shapadapter.metrics import Interval, bootstrap_interval
+from shapadapter.core.statistics import Interval, bootstrap_interval
 from shapadapter.visual import MeanMaps, draw_class_means, mean_maps
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -19,7 +19,7 @@ python examples/finetune.py \
 What does not fit on the disk is read while training: `--streaming --max_steps 10000`.
 
 `shapadapter train --model facebook/dinov2-small --data photos --output dinov2-photos` does the same. This file is the road to
-copy: what you will change is here, reading a folder and measuring at the end are `shapadapter.training.finetune`'s.
+copy: what you will change is here, reading a folder and measuring at the end are `shapadapter.training.script`'s.
 
 On several GPUs: `accelerate launch --config_file examples/configs/multi-gpu-ddp.yaml examples/finetune.py ...`; the
 other files there are for the CPU, FSDP and DeepSpeed. `--help` lists every argument.
@@ -29,7 +29,7 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.training.finetune import (
+from shapadapter.training.script import (
     ScriptArguments,
     accuracy,
     clear_output,

@@ -10,19 +10,42 @@ import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from .importing import follow
+from shapadapter.core.imports import find_moved, follow
 
 __version__ = "0.1.0.dev0"
 
 # They register the PEFT method and the pipeline. PEFT and transformers take seconds: `--help` need not wait for them.
-follow({"peft": f"{__name__}.adapter", "transformers.pipelines": f"{__name__}.tasks"})
+follow({"peft": f"{__name__}.adapter", "transformers.pipelines": f"{__name__}.hub.tasks"})
+
+# Modules that the documentation of 0.1 named, by their names of that time.
+find_moved(
+    {
+        f"{__name__}.{old}": f"{__name__}.{new}"
+        for old, new in {
+            "collator": "data.collator",
+            "errors": "core.errors",
+            "explaining": "explanation.api",
+            "game": "explanation.game",
+            "grid": "core.grid",
+            "images": "data.images",
+            "inspecting": "hub.inspection",
+            "loading": "hub.load",
+            "objective": "core.losses",
+            "outputs": "adapter.answer",
+            "refinement": "core.posterior",
+            "retrieval": "evaluation.retrieval",
+            "shapley": "core.shapley",
+            "texts": "data.texts",
+            "training.finetune": "training.script",
+        }.items()
+    }
+)
 
 if TYPE_CHECKING:
-    from .adapter import ShapleyConfig, ShapleyModel
-    from .attributing import attribute
-    from .augmenting import Augmented
-    from .backbone import register_family
-    from .errors import (
+    from shapadapter.adapter import ShapleyConfig, ShapleyModel
+    from shapadapter.adapter.answer import MatchingOutput, ShapleyOutput
+    from shapadapter.backbone import register_family
+    from shapadapter.core.errors import (
         CheckpointError,
         ClassNotFoundError,
         ExportError,
@@ -31,52 +54,53 @@ if TYPE_CHECKING:
         ShapleyError,
         UnsupportedModelError,
     )
-    from .evaluation import Evaluation, Evaluator, evaluate, map_agreement
-    from .explaining import explain
-    from .explanation import Explanation
-    from .export import ExportReport, export_onnx, export_program
-    from .game import PatchGame
-    from .loading import load
-    from .outputs import MatchingOutput, ShapleyOutput
-    from .retrieval import retrieval_after_deletion
-    from .training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_whole_checkpoint
+    from shapadapter.data.augmentation import Augmented
+    from shapadapter.evaluation import Evaluation, Evaluator, evaluate, map_agreement
+    from shapadapter.evaluation.retrieval import retrieval_after_deletion
+    from shapadapter.explanation.api import explain
+    from shapadapter.explanation.explanation import Explanation
+    from shapadapter.explanation.game import PatchGame
+    from shapadapter.explanation.methods import attribute
+    from shapadapter.export import ExportReport, export_onnx, export_program
+    from shapadapter.hub.load import load
+    from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_whole_checkpoint
 
 # transformers' modules are not to be imported by two threads at a time.
 _IMPORTING = threading.RLock()
 
 # Loaded when they are first used: a trainer brings accelerate and data sets, which loading an adapter does not need.
 _LAZY = {
-    "Augmented": "augmenting",
-    "CheckpointError": "errors",
-    "ClassNotFoundError": "errors",
+    "Augmented": "data.augmentation",
+    "CheckpointError": "core.errors",
+    "ClassNotFoundError": "core.errors",
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
-    "Explanation": "explanation",
-    "ExportError": "errors",
+    "Explanation": "explanation.explanation",
+    "ExportError": "core.errors",
     "ExportReport": "export",
-    "ImageError": "errors",
-    "MatchingOutput": "outputs",
-    "PatchGame": "game",
-    "ShapleyCollapseWarning": "errors",
+    "ImageError": "core.errors",
+    "MatchingOutput": "adapter.answer",
+    "PatchGame": "explanation.game",
+    "ShapleyCollapseWarning": "core.errors",
     "ShapleyConfig": "adapter",
-    "ShapleyError": "errors",
+    "ShapleyError": "core.errors",
     "ShapleyModel": "adapter",
-    "ShapleyOutput": "outputs",
+    "ShapleyOutput": "adapter.answer",
     "ShapleyTrainer": "training",
     "ShapleyTrainingArguments": "training",
-    "UnsupportedModelError": "errors",
-    "attribute": "attributing",
+    "UnsupportedModelError": "core.errors",
+    "attribute": "explanation.methods",
     "evaluate": "evaluation",
-    "explain": "explaining",
+    "explain": "explanation.api",
     "export_onnx": "export",
     "export_program": "export",
-    "image_folder": "training",
+    "image_folder": "data.folders",
     "last_whole_checkpoint": "training",
-    "load": "loading",
+    "load": "hub.load",
     "map_agreement": "evaluation",
     "register": "adapter",
     "register_family": "backbone",
-    "retrieval_after_deletion": "retrieval",
+    "retrieval_after_deletion": "evaluation.retrieval",
 }
 
 __all__ = [

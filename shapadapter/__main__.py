@@ -1,5 +1,5 @@
 """`python -m shapadapter`."""
 
-from .cli import main
+from shapadapter.cli import main
 
 main()

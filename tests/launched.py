@@ -13,7 +13,7 @@ from test_finetune_example import train_on_given_coalitions
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, trained, trainer_of, wrapped
 
 from shapadapter import explain
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs
 
 
 def pretend_accelerators() -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from test_trainer import images, tiny_vit, trained, trainer_of, wrapped
 from transformers import TrainerCallback
 
-from shapadapter.augmenting import Augmented
+from shapadapter.data.augmentation import Augmented
 from shapadapter.training import last_whole_checkpoint
 
 OPTIONS = {

@@ -19,11 +19,12 @@ from spaces import noise, write_checkpoint
 from test_explanation import explanation  # noqa: F401
 from test_trainer import trainer_of
 
-from shapadapter import ShapleyError, atomic, explain, export_onnx, export_program
-from shapadapter.atomic import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
-from shapadapter.errors import DiskFullError
+from shapadapter import ShapleyError, explain, export_onnx, export_program
+from shapadapter.core import files as atomic
+from shapadapter.core.errors import DiskFullError
+from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
 from shapadapter.evaluation.records import Records
-from shapadapter.hub.cards import update_card
+from shapadapter.hub.card.update import update_card
 from shapadapter.hub.space import write_space
 from shapadapter.visual import draw_explanation
 
@@ -87,7 +88,7 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
     elif not sys.platform.startswith("linux"):
         pytest.skip("needs Linux")
     monkeypatch.setattr(
-        "shapadapter.installing.ON_INDEX", True
+        "shapadapter.core.installation.ON_INDEX", True
     )  # the package's own files would be hundreds of steps more
     picture, place = tmp_path / "picture.png", tmp_path / "place"
     noise().save(picture)

@@ -12,10 +12,10 @@ import zoo
 from families import CLASSES, images, shapley, wrap
 
 from shapadapter import PatchGame, attribute, explain
-from shapadapter.attributing import METHODS
 from shapadapter.backbone import attention_weights, fill_absent, sum_over_tiles
-from shapadapter.errors import ClassNotFoundError, ImageError, ShapleyError
-from shapadapter.shapley import all_coalitions
+from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
+from shapadapter.core.shapley import all_coalitions
+from shapadapter.explanation.methods import METHODS
 
 attr = pytest.importorskip("captum.attr")
 

@@ -39,10 +39,10 @@ from shapadapter import ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.backbone import default_targets, evaluating, linear_layers, settle
 from shapadapter.backbone import families as table
-from shapadapter.backbone.examine import find_sequence
 from shapadapter.backbone.families import register_family
 from shapadapter.backbone.readout import find_readout
-from shapadapter.errors import ImageError, UnsupportedModelError
+from shapadapter.backbone.sequence import find_sequence
+from shapadapter.core.errors import ImageError, UnsupportedModelError
 
 BLOCKS = {
     "vit": "vit.layers",

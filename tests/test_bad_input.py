@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyConfig
-from shapadapter.errors import CheckpointError, ClassNotFoundError, ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.core.errors import (
+    CheckpointError,
+    ClassNotFoundError,
+    ImageError,
+    ShapleyError,
+    UnsupportedModelError,
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil as Processor
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.training.glance import some_rows
+from shapadapter.data.rows import some_rows
 
 # -- a batch that does not fit ---------------------------------------------------------------------------------------
 

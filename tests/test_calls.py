@@ -17,8 +17,8 @@ from torch import nn
 
 from shapadapter import PatchGame, ShapleyConfig, attribute, explain
 from shapadapter.backbone.attention import _collecting
-from shapadapter.backbone.carrier import _running
-from shapadapter.backbone.forwards import _asked
+from shapadapter.backbone.forward import _asked
+from shapadapter.backbone.hooks import _running
 
 THREADS, PATIENCE = 8, 60
 

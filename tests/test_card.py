@@ -9,7 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from shapadapter.card import Facts, settled, untouched, updated, write_card
+from shapadapter.hub.card.facts import Facts, settled
+from shapadapter.hub.card.render import untouched, updated, write_card
 
 EVIL = (
     "<script>alert(1)</script> [click](http://evil.test) ![see](http://evil.test/x.png) `code` ``more`` | bar \\| \n"
@@ -417,7 +418,7 @@ def test_only_pictures_that_exist_are_shown(tmp_path):
 def test_a_crash_leaves_the_old_card(tmp_path, monkeypatch):
     write_card(tmp_path, CONFIG)
     before = (tmp_path / "README.md").read_bytes()
-    monkeypatch.setattr("shapadapter.atomic.to_disk", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("shapadapter.core.files.to_disk", lambda path: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_card(tmp_path, {**CONFIG, "r": 99})
     assert (tmp_path / "README.md").read_bytes() == before

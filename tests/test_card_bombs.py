@@ -6,9 +6,11 @@ import time
 import pytest
 from spaces import write_checkpoint
 
-from shapadapter.card import card_metadata, metadata, read_card, sections, updated
-from shapadapter.card.facts import Facts
 from shapadapter.hub import update_card
+from shapadapter.hub.card import metadata
+from shapadapter.hub.card import metadata as sections
+from shapadapter.hub.card.facts import Facts
+from shapadapter.hub.card.render import card_metadata, read_card, updated
 from shapadapter.hub.space import write_space
 
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))

@@ -16,9 +16,10 @@ from test_trainer import images, tiny_vit, trainer_of, wrapped
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from shapadapter import ShapleyError, evaluate
-from shapadapter.adapter import cards
-from shapadapter.card import read_config, untouched, weights_digest
+from shapadapter.adapter import card_saving as cards
 from shapadapter.hub import update_card
+from shapadapter.hub.card.facts import read_config, weights_digest
+from shapadapter.hub.card.render import untouched
 from shapadapter.training.checkpoints import trouble_with
 
 NAMES = {0: "red <b>", 1: "green | x", 2: "blue"}

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from shapadapter.errors import ImageError, ShapleyError
-from shapadapter.images import open_image
-from shapadapter.texts import TextRules
+from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.data.images import open_image
+from shapadapter.data.texts import TextRules
 from shapadapter.training import ImageCollator
 
 RED = (255, 0, 0)

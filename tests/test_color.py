@@ -14,7 +14,7 @@ from transformers import ViTImageProcessorPil
 
 from shapadapter import ShapleyConfig, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.training import ImageCollator
-from shapadapter.training.color import mean_color
+from shapadapter.training.validation import mean_color
 
 
 def tensors(count=300, seed=0):

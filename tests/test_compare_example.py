@@ -22,8 +22,8 @@ import trainings
 
 import shapadapter.demo.models
 from shapadapter import attribute
-from shapadapter.attributing import METHODS
-from shapadapter.demo.scale import Scale
+from shapadapter.demo.models import Scale
+from shapadapter.explanation.methods import METHODS
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from shapadapter.attributing import METHODS
+from shapadapter.explanation.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "compare-methods.md"
 

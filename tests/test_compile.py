@@ -10,9 +10,9 @@ from families import wrap
 from test_trainer import trained, trainer_of
 from torch._dynamo.utils import counters
 
-from shapadapter.game import active_layer
-from shapadapter.objective import shapley_loss_of_sums
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.losses import shapley_loss_of_sums
+from shapadapter.core.shapley import sample_pairs
+from shapadapter.explanation.game import active_layer
 
 KINDS = {
     "vit": lambda prediction: (wrap("vit", prediction), families.images(3)),

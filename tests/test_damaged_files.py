@@ -18,13 +18,12 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from shapadapter import CheckpointError, Evaluation, Explanation, ShapleyConfig, ShapleyError, load
-from shapadapter.cli import config as cli_config
-from shapadapter.errors import FieldError
+from shapadapter.cli import options as cli_config
+from shapadapter.core.documents import Between, FileName, fault, read_json
+from shapadapter.core.errors import FieldError
+from shapadapter.core.statistics import Interval
 from shapadapter.evaluation.records import Records
-from shapadapter.hub.cards import update_card
-from shapadapter.metrics import Interval
-from shapadapter.reading import read_json
-from shapadapter.schema import Between, FileName, fault
+from shapadapter.hub.card.update import update_card
 from shapadapter.training.checkpoints import MANIFEST, seal, trouble_with, unreadable_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -36,13 +36,13 @@ from test_trainer import (
 from transformers import ViTImageProcessorPil as Processor
 
 from shapadapter import Augmented, ImageError, ShapleyError, ShapleyTrainer
-from shapadapter.errors import UnreadableImageError
-from shapadapter.evaluation.data import Rows
-from shapadapter.images import open_image
+from shapadapter.core.errors import UnreadableImageError
+from shapadapter.data.images import open_image
+from shapadapter.data.rows import in_place, readable_rows
+from shapadapter.evaluation.dataset import Rows
 from shapadapter.training import ImageCollator
-from shapadapter.training import finetune as example
-from shapadapter.training.color import mean_color
-from shapadapter.training.reading import in_place, readable_rows
+from shapadapter.training import script as example
+from shapadapter.training.validation import mean_color
 
 datasets = pytest.importorskip("datasets")
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from shapadapter.demo.folders import claim, whole_folder
-from shapadapter.errors import ShapleyError
+from shapadapter.core.errors import ShapleyError
+from shapadapter.demo.models import claim, whole_folder
 
 
 def write(folder, text):
@@ -52,8 +52,7 @@ def test_the_card_of_the_demos_adapter_tells_how_it_is_loaded_and_was_trained(tm
     pytest.importorskip("datasets")
     import shapadapter
     from shapadapter.demo.digits import build_digits
-    from shapadapter.demo.models import pretrain, tune
-    from shapadapter.demo.scale import Scale
+    from shapadapter.demo.models import Scale, pretrain, tune
 
     scale, scenes = Scale(60, 1, 1, 1, truth_images=2, truth_evaluations=128), build_digits(0, 60)
     train, test = (scenes.to_dataset(indices) for indices in scenes.split())
@@ -74,8 +73,8 @@ def test_what_the_demo_leaves_can_be_evaluated(tmp_path):
     from PIL import Image
 
     from shapadapter.demo.digits import NAMES, build_digits
-    from shapadapter.demo.pictures import save_pictures
-    from shapadapter.evaluation.checkpoint import labelled_images
+    from shapadapter.demo.models import save_pictures
+    from shapadapter.evaluation.folder_run import labelled_images
 
     scenes = build_digits(0, 500)
     save_pictures(scenes, tmp_path)

@@ -142,7 +142,7 @@ def test_every_command_line_parses():
 
 
 def test_the_scripts_and_options_of_every_command_exist():
-    from shapadapter.training.finetune import parser
+    from shapadapter.training.script import parser
 
     options = {option for action in parser()._actions for option in action.option_strings}
     extras = re.search(

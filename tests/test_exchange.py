@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_explanation import LABELS, explanation  # noqa: F401 - the fixture
 
-from shapadapter.errors import ClassNotFoundError
+from shapadapter.core.errors import ClassNotFoundError
 
 
 def test_arrays_are_copies_of_the_tensors(explanation):  # noqa: F811

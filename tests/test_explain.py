@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from shapadapter import Explanation, explain
-from shapadapter.errors import ClassNotFoundError, ImageError, ShapleyError
+from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_corrupt_files_give_one_kind_of_error(model, processor, tmp_path, kind):
         for position in rng.integers(0, min(len(whole), 400), 3):
             content[position] = rng.integers(256)
         damaged.append(bytes(content))
-    from shapadapter.images import open_image
+    from shapadapter.data.images import open_image
 
     for content in damaged:
         path.write_bytes(content)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-import shapadapter.explanation as explanation_module
-from shapadapter.errors import CheckpointError, ClassNotFoundError
-from shapadapter.explanation import Explanation, Prediction
-from shapadapter.files import JSON_NAME, TENSORS_NAME, write_together
+import shapadapter.explanation.explanation as explanation_module
+from shapadapter.core.errors import CheckpointError, ClassNotFoundError
+from shapadapter.explanation.explanation import Explanation, Prediction
+from shapadapter.explanation.storage import JSON_NAME, TENSORS_NAME, write_together
 
 LABELS = ("zero", "one", "two", "seven", "eight")
 TENSORS = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
@@ -286,11 +286,11 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in foreign} == {"numpy", "shapadapter", "torch"}
     assert {n for n in foreign if n.startswith("shapadapter")} == {
-        "shapadapter.classes",
-        "shapadapter.errors",
-        "shapadapter.exchange",
-        "shapadapter.files",
-        "shapadapter.refinement",
+        "shapadapter.data.classes",
+        "shapadapter.core.errors",
+        "shapadapter.explanation.convert",
+        "shapadapter.explanation.storage",
+        "shapadapter.core.posterior",
     }
 
 

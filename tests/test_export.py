@@ -26,10 +26,10 @@ from shapadapter import (
     export_onnx,
     export_program,
 )
-from shapadapter.export import onnx as onnx_module
-from shapadapter.export import program as program_module
+from shapadapter.export import formats as onnx_module
+from shapadapter.export import formats as program_module
 from shapadapter.export.deployed import OUTPUTS
-from shapadapter.export.folder import new_folder
+from shapadapter.export.parity import new_folder
 
 needs_onnx = pytest.mark.skipif(
     any(util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

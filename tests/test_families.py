@@ -20,8 +20,8 @@ from zoo import FIXED, MATCHING, READOUT, REFUSED, SEQUENCE, ZOO, of_kind
 from shapadapter import ShapleyConfig, ShapleyOutput, UnsupportedModelError
 from shapadapter.backbone import original_name
 from shapadapter.backbone.families import refused_families
-from shapadapter.errors import CheckpointError, ImageError
-from shapadapter.objective import shapley_loss
+from shapadapter.core.errors import CheckpointError, ImageError
+from shapadapter.core.losses import shapley_loss
 
 PATCHED = ("siglip2", "siglip2_model")
 """Their images come as patches, and their padding is masked already."""

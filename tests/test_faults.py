@@ -15,11 +15,12 @@ from lives import noise
 from test_trainer import assert_same, images, names_in, trained, trainer_of
 from transformers import Trainer, TrainerCallback
 
-from shapadapter.augmenting import Augmented
-from shapadapter.errors import CheckpointError
-from shapadapter.training import checkpoints, last_whole_checkpoint, resuming
+from shapadapter.core.errors import CheckpointError
+from shapadapter.data.augmentation import Augmented
+from shapadapter.training import checkpoints, last_whole_checkpoint
+from shapadapter.training import resume as resuming
 from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
-from shapadapter.training.pushing import PushingTrainer
+from shapadapter.training.publish import PushingTrainer
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shapadapter import ImageError, fetching
-from shapadapter.fetching import fetch, is_public
-from shapadapter.images import open_image
+from shapadapter import ImageError
+from shapadapter.data import download as fetching
+from shapadapter.data.download import fetch, is_public
+from shapadapter.data.images import open_image
 
 PNG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(PNG, format="PNG")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from test_visual import HOSTILE, check_places, make, texts
 
-from shapadapter.errors import ClassNotFoundError
-from shapadapter.metrics import Interval
+from shapadapter.core.errors import ClassNotFoundError
+from shapadapter.core.statistics import Interval
 from shapadapter.visual import (
     alt_text,
     draw_class_means,

@@ -19,7 +19,7 @@ from test_trainer import PLAYERS, CoalitionCollator, Processor, images, tiny_vit
 from transformers import AutoImageProcessor
 
 from shapadapter import explain
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ from PIL import Image
 pytest.importorskip("datasets")
 
 from shapadapter import ShapleyError
-from shapadapter.training import finetune, image_folder
+from shapadapter.training import image_folder
+from shapadapter.training import script as finetune
 
 
 def picture(value=0):

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from shapadapter import Explanation, attribute, explain
-from shapadapter.collator import ImageCollator
-from shapadapter.explaining import as_pictures
-from shapadapter.frames import frames, unseen
-from shapadapter.images import prepare_opened, unpatchify
-from shapadapter.training.cropping import warn_of_crops
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.frames import frames, unseen
+from shapadapter.data.images import prepare_opened, unpatchify
+from shapadapter.explanation.api import as_pictures
+from shapadapter.training.validation import warn_of_crops
 from shapadapter.visual import draw_explanation, draw_strip
 
 SQUARE = {"height": 64, "width": 64}

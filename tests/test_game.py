@@ -9,7 +9,7 @@ import torch
 from families import CLASSES, images, wrap
 
 from shapadapter import PatchGame
-from shapadapter.errors import ImageError, ShapleyError
+from shapadapter.core.errors import ImageError, ShapleyError
 
 PAIRS = [("vit", "vote"), ("vit", "classifier"), ("dinov2", "classifier"), ("siglip", "vote")]
 SMALL = {"interpolate_pos_encoding": True}

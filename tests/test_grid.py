@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shapadapter.grid import Grid, pixels_to_players, shares
+from shapadapter.core.grid import Grid, pixels_to_players, shares
 
 OFFSETS = [(0.0, 0.0), (-0.48, -0.48), (0.48, 0.2), (3.0, -7.0)]
 

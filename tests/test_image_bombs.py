@@ -6,8 +6,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from shapadapter.errors import ImageError, UnreadableImageError
-from shapadapter.images import open_image
+from shapadapter.core.errors import ImageError, UnreadableImageError
+from shapadapter.data.images import open_image
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from shapadapter import attribute, evaluate, explain
-from shapadapter.collator import ImageCollator
-from shapadapter.errors import ImageError, ShapleyError, UnreadableImageError
-from shapadapter.images import as_list, each, open_image
-from shapadapter.pipeline import ImageAttributionPipeline
+from shapadapter.core.errors import ImageError, ShapleyError, UnreadableImageError
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.images import as_list, each, open_image
+from shapadapter.hub.pipeline import ImageAttributionPipeline
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shapadapter import installing
-from shapadapter.installing import LOWEST, check_versions, how_to_install
+from shapadapter.core import installation as installing
+from shapadapter.core.installation import LOWEST, check_versions, how_to_install
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,15 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import ViTImageProcessorPil as Processor
 
-from shapadapter import (
-    Augmented,
-    ClassNotFoundError,
-    ImageError,
-    ShapleyError,
-    ShapleyTrainer,
-    evaluate,
-    explain,
-)
+from shapadapter import Augmented, ClassNotFoundError, ImageError, ShapleyError, ShapleyTrainer, evaluate, explain
 
 datasets = pytest.importorskip("datasets")
 

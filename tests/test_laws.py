@@ -26,7 +26,7 @@ from families import (
 )
 
 from shapadapter import ShapleyOutput
-from shapadapter.objective import shapley_loss
+from shapadapter.core.losses import shapley_loss
 
 PREDICTIONS = ("vote", "classifier")
 PAIRS = [(family, prediction) for family in FAMILIES for prediction in PREDICTIONS]

@@ -12,10 +12,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, load
-from shapadapter.files import refuse_links
+from shapadapter.explanation.storage import refuse_links
 from shapadapter.hub import push, update_card
+from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import push_space, write_space
-from shapadapter.locating import AdapterFiles
 
 SECRET = "PRIVATE KEY of mine"
 

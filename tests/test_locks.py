@@ -13,11 +13,12 @@ from accelerate import PartialState
 from test_trainer import assert_same, trained, trainer_of
 from transformers import Trainer
 
-from shapadapter import ShapleyError, locks
+from shapadapter import ShapleyError
+from shapadapter.core import locks
+from shapadapter.core.locks import NAME, alone_in
 from shapadapter.demo import run as demo
-from shapadapter.demo.folders import claim
-from shapadapter.locks import NAME, alone_in
-from shapadapter.training.resuming import running_alone
+from shapadapter.demo.models import claim
+from shapadapter.training.resume import running_alone
 
 pytest.importorskip("fcntl")
 HOST = socket.gethostname()

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
 
 from shapadapter import ShapleyConfig, load
-from shapadapter.errors import CheckpointError
+from shapadapter.core.errors import CheckpointError
 
 PREDICTS = {"prediction": "classifier", "r": 4}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shapadapter.objective import (
+from shapadapter.core.losses import (
     coalition_fit,
     coalition_residuals,
     coalition_sums,
@@ -16,7 +16,7 @@ from shapadapter.objective import (
     shapley_loss,
     warmup_weight,
 )
-from shapadapter.shapley import all_coalitions, exact_shapley_values, sample_pairs, size_distribution
+from shapadapter.core.shapley import all_coalitions, exact_shapley_values, sample_pairs, size_distribution
 
 
 def seeded(seed=0):

@@ -18,7 +18,7 @@ from shapadapter import (
     evaluate,
     explain,
 )
-from shapadapter.game import PatchGame
+from shapadapter.explanation.game import PatchGame
 
 
 class Mine(nn.Module):

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from test_visual import HOSTILE, make, refined, unitless
 
-from shapadapter.errors import ClassNotFoundError
-from shapadapter.evaluation.table import Block
-from shapadapter.metrics import Interval
+from shapadapter.core.errors import ClassNotFoundError
+from shapadapter.core.statistics import Interval
+from shapadapter.evaluation.tables import Block
 from shapadapter.visual import write_page
 from shapadapter.visual.page import Measures
 from shapadapter.visual.wording import columns

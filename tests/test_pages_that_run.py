@@ -18,7 +18,7 @@ from peft import PeftModel
 from PIL import Image
 
 from shapadapter import Evaluation, ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.metrics import Interval
+from shapadapter.core.statistics import Interval
 
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTImageProcessorPil, pipeline
 
 from shapadapter import ShapleyConfig, ShapleyOutput
-from shapadapter.errors import CheckpointError, ShapleyError
+from shapadapter.core.errors import CheckpointError, ShapleyError
 
 FORMS = {
     "lora": {},

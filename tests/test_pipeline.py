@@ -20,7 +20,8 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers import ViTImageProcessorPil as Processor
 from transformers.pipelines.pt_utils import KeyDataset
 
-from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain, fetching
+from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain
+from shapadapter.data import download as fetching
 
 TASK = "image-attribution"
 SIZE = {"height": families.SIDE, "width": families.SIDE}
@@ -137,7 +138,7 @@ def test_by_its_name_on_the_hub(folders, pipe, tmp_path):
     server = pytest.importorskip("server")
     script = """
 import json, sys, shapadapter
-early = [name for name in sys.modules if name in ("shapadapter.pipeline", "shapadapter.explaining")]
+early = [name for name in sys.modules if name in ("shapadapter.hub.pipeline", "shapadapter.explanation.api")]
 from transformers import pipeline
 token, picture = sys.argv[1:]
 answers = [pipeline("image-attribution", model="ada/adapter", token=token, device="cpu")(picture)]

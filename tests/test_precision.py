@@ -12,8 +12,8 @@ import zoo
 from test_trainer import gap, history, tiny_vit, trained, trainer_of, wrapped
 
 from shapadapter import explain
-from shapadapter.objective import shapley_loss_of_sums
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.losses import shapley_loss_of_sums
+from shapadapter.core.shapley import sample_pairs
 
 FAMILIES = ("vit", "clip", "swin", "resnet")
 PREDICTIONS = ("vote", "classifier")

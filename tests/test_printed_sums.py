@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_visual import make, texts
 
-from shapadapter.hub.space.view import View, sum_check
+from shapadapter.hub.space.answers import View, sum_check
 from shapadapter.visual import alt_text, draw_contrast, draw_explanation
 from shapadapter.visual.marks import exponent, rounded
-from shapadapter.visual.strip import describe
+from shapadapter.visual.samples import describe
 from shapadapter.visual.wording import MINUS, adding_up, columns
 
 

@@ -20,8 +20,8 @@ import recipe
 import recipe_variants
 
 from shapadapter import ShapleyTrainer
-from shapadapter.demo.scale import Scale
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs
+from shapadapter.demo.models import Scale
 
 pytestmark = pytest.mark.slow
 

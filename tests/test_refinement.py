@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from shapadapter import refinement
-from shapadapter.refinement import exact_posterior, relative_error, shapley_posterior
-from shapadapter.shapley import (
+from shapadapter.core import posterior as refinement
+from shapadapter.core.posterior import exact_posterior, relative_error, shapley_posterior
+from shapadapter.core.shapley import (
     all_coalitions,
     exact_shapley_values,
     kernel_shap,

@@ -10,8 +10,8 @@ from texts import TEXT_FAMILIES, captions
 from torch import nn
 
 from shapadapter import ImageError, ShapleyError, retrieval_after_deletion
-from shapadapter.explaining import embed_texts
-from shapadapter.metrics import recall_at_k
+from shapadapter.evaluation.retrieval import recall_at_k
+from shapadapter.explanation.api import embed_texts
 
 TEXTS = captions(6)
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0), (1.0, 1.0, -1.0))

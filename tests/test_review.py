@@ -15,9 +15,9 @@ from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileV
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from shapadapter import PatchGame, ShapleyConfig, ShapleyError, explain
-from shapadapter.collator import ImageCollator
-from shapadapter.errors import ImageError
-from shapadapter.images import prepare_images, unprocess
+from shapadapter.core.errors import ImageError
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.images import prepare_images, unprocess
 
 
 def run(model, **inputs):

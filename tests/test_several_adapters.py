@@ -12,7 +12,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyConfig, explain
-from shapadapter.errors import CheckpointError, ShapleyError
+from shapadapter.core.errors import CheckpointError, ShapleyError
 
 CLASSIFIES = {"prediction": "classifier", "train_classifier": True}
 FORMS = {

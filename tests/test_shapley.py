@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from shapadapter.shapley import (
+from shapadapter.core.shapley import (
     all_coalitions,
     exact_shapley_values,
     kernel_shap,

@@ -24,10 +24,12 @@ from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
 from transformers import AutoModel
 
 import shapadapter
-from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, installing, load
-from shapadapter.hub.space import push_space, uploads, write_space, writing
-from shapadapter.hub.space.uploads import open_upload
-from shapadapter.hub.space.view import (
+from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
+from shapadapter.core import installation as installing
+from shapadapter.hub.space import limits as uploads
+from shapadapter.hub.space import push_space, write_space
+from shapadapter.hub.space import write as writing
+from shapadapter.hub.space.answers import (
     View,
     class_list,
     map_picture,
@@ -38,6 +40,7 @@ from shapadapter.hub.space.view import (
     strongest,
     sum_check,
 )
+from shapadapter.hub.space.limits import open_upload
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def test_a_folder_is_copied_with_its_base_and_nothing_else(checkpoint, picture, 
 def test_what_a_space_needs_can_be_installed(tmp_path):
     """The package is on no index yet: the Space brings it, and names what it needs."""
     folder = write_space("ada/birds", tmp_path / "space")
-    code = "import shapadapter.hub.space.view, shapadapter.visual; print(shapadapter.__file__)"
+    code = "import shapadapter.hub.space.answers, shapadapter.visual; print(shapadapter.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == folder / "shapadapter" / "__init__.py", done.stderr
@@ -201,7 +204,7 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
     import server
     from huggingface_hub import HfApi, constants
 
-    from shapadapter.hub.space import pushing
+    from shapadapter.hub.space import write as pushing
 
     folder = write_space(checkpoint, tmp_path / "space", copy_base=True)
     (folder / "notes.txt").write_text("mine")
@@ -321,7 +324,7 @@ def test_quantities_have_no_bar(explanation):
 
 def test_without_gradio_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "shapadapter.hub.space.page", raising=False)
+    monkeypatch.delitem(sys.modules, "shapadapter.hub.space.app", raising=False)
     monkeypatch.delitem(sys.modules, "shapadapter.hub.space.app", raising=False)
     with pytest.raises(ImportError, match=r'pip install "shapadapter\[app\]"'):
         import shapadapter.hub.space.app  # noqa: F401
@@ -348,7 +351,7 @@ def test_texts_take_the_place_of_classes(tmp_path):
 
 def test_the_model_runs_once(explanation):
     gradio = pytest.importorskip("gradio")
-    from shapadapter.hub.space import page
+    from shapadapter.hub.space import app as page
 
     looked = []
 

@@ -8,7 +8,7 @@ from PIL import Image
 from spaces import noise, write_checkpoint
 
 from shapadapter.hub import space
-from shapadapter.hub.space.uploads import MAX_BYTES, MAX_PIXELS
+from shapadapter.hub.space.limits import MAX_BYTES, MAX_PIXELS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,9 +37,8 @@ def test_every_block_runs(tmp_path, monkeypatch):
 
 def test_its_numbers_are_true():
     pytest.importorskip("gradio")
-    from shapadapter.hub.space.app import MAX_TEXTS, MAX_WAITING, SHOWN
+    from shapadapter.hub.space.app import KEPT, MAX_TEXTS, MAX_WAITING, SHOWN
     from shapadapter.hub.space.limits import MAX_DISK, MAX_REQUEST
-    from shapadapter.hub.space.page import KEPT
 
     text = " ".join((DOCS / "space.md").read_text().split())
     assert KEPT == 30 * 60

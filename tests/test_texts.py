@@ -10,9 +10,9 @@ from matching import SIGMOID, base, images, pictures, processor, tokens, wrapped
 from texts import LENGTHS, TEXT_FAMILIES, captions
 
 from shapadapter import Explanation, ImageError, ShapleyError, explain
-from shapadapter.errors import ClassNotFoundError
-from shapadapter.explaining import embed_texts
-from shapadapter.texts import TextRules, prepare_texts, text_rules
+from shapadapter.core.errors import ClassNotFoundError
+from shapadapter.data.texts import TextRules, prepare_texts, text_rules
+from shapadapter.explanation.api import embed_texts
 
 every_family = pytest.mark.parametrize("family", TEXT_FAMILIES)
 each_prediction = pytest.mark.parametrize("prediction", ["vote", "classifier"])

@@ -6,8 +6,8 @@ import torch
 import zoo
 
 from shapadapter.backbone import Tiling, settle, tile
-from shapadapter.errors import ImageError
-from shapadapter.grid import Grid, shares
+from shapadapter.core.errors import ImageError
+from shapadapter.core.grid import Grid, shares
 
 
 def images(height, width):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from shapadapter.backbone import Pass, default_targets, linear_layers, settle
-from shapadapter.errors import UnsupportedModelError
-from shapadapter.objective import shapley_loss
+from shapadapter.core.errors import UnsupportedModelError
+from shapadapter.core.losses import shapley_loss
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")

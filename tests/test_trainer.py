@@ -25,10 +25,10 @@ from shapadapter import (
     ShapleyTrainingArguments,
     explain,
 )
-from shapadapter.objective import shapley_loss
-from shapadapter.shapley import sample_pairs
+from shapadapter.core.losses import shapley_loss
+from shapadapter.core.shapley import sample_pairs
 from shapadapter.training import ImageCollator
-from shapadapter.training.checks import is_constant
+from shapadapter.training.validation import is_constant
 
 datasets = pytest.importorskip("datasets")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from shapadapter import ShapleyConfig, register
-from shapadapter.errors import CheckpointError, UnsupportedModelError
+from shapadapter.core.errors import CheckpointError, UnsupportedModelError
 
 
 def run(model, **kwargs):

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from shapadapter.errors import ClassNotFoundError
-from shapadapter.explanation import Explanation
+from shapadapter.core.errors import ClassNotFoundError
+from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import (
     draw_comparison,
     draw_explanation,
     draw_strip,
-    fonts,
     gallery,
     overlay,
     signed_colors,
-    strip,
     symmetric_limit,
 )
-from shapadapter.visual.fonts import writable
+from shapadapter.visual import samples as fonts
+from shapadapter.visual import samples as strip
+from shapadapter.visual.samples import writable
 from shapadapter.visual.wording import MINUS, columns, number
 
 RED, BLUE = (255, 13, 87), (30, 136, 229)

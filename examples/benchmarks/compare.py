@@ -39,11 +39,11 @@ from trainings import RECIPE, SCALES, Setting, TwoRates, accuracy_of, demo_setti
 from transformers.utils import logging
 
 from shapadapter import attribute, evaluate, explain
-from shapadapter.atomic import write_together
+from shapadapter.core.files import write_together
+from shapadapter.core.shapley import kernel_shap, kernel_shap_error, sample_pairs
+from shapadapter.core.statistics import pearson, relative_l2, spearman
 from shapadapter.evaluation import Evaluation
-from shapadapter.game import PatchGame
-from shapadapter.metrics import pearson, relative_l2, spearman
-from shapadapter.shapley import kernel_shap, kernel_shap_error, sample_pairs
+from shapadapter.explanation.game import PatchGame
 
 INTEGRATION_STEPS = 50
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from trainings import DEVICE, Setting
 
-from shapadapter.atomic import write_together
-from shapadapter.evaluation.about import versions
-from shapadapter.metrics import Interval, bootstrap_interval, equivalent_evaluations
+from shapadapter.core.files import write_together
+from shapadapter.core.statistics import Interval, bootstrap_interval, equivalent_evaluations
+from shapadapter.evaluation.plan import versions
 
 MEASURES = {
     "error": "error ↓",

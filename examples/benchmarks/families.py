@@ -40,8 +40,7 @@ from transformers import (
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
-from shapadapter.demo.models import Prepared, accuracy
-from shapadapter.demo.scale import Scale
+from shapadapter.demo.models import Prepared, Scale, accuracy
 from shapadapter.demo.scorecard import faithfulness
 
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}

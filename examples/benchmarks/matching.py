@@ -27,13 +27,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, retrieval_after_deletion
-from shapadapter.collator import ImageCollator
+from shapadapter.core.losses import contrastive_loss
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.texts import text_rules
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
-from shapadapter.demo.scale import Scale
+from shapadapter.demo.models import Scale
 from shapadapter.demo.scorecard import faithfulness
-from shapadapter.explaining import embed_texts
-from shapadapter.objective import contrastive_loss
-from shapadapter.texts import text_rules
+from shapadapter.explanation.api import embed_texts
 
 TEMPLATES = ("a photo of the digit {}", "the number {}", "a bright {} in the dark", "handwritten {}")
 FULL = Scale(digits=5000, placements=4, pretrain_epochs=4, tune_epochs=1.5, truth_images=8, truth_evaluations=4096)

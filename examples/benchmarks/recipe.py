@@ -54,10 +54,10 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from shapadapter import ShapleyTrainingArguments
-from shapadapter.game import active_layer
-from shapadapter.grid import Grid, pixels_to_players
-from shapadapter.metrics import energy_inside
-from shapadapter.shapley import kernel_shap, sample_pairs
+from shapadapter.core.grid import Grid, pixels_to_players
+from shapadapter.core.shapley import kernel_shap, sample_pairs
+from shapadapter.evaluation.localization import energy_inside
+from shapadapter.explanation.game import active_layer
 
 IMAGES = 16
 COALITIONS = 512

@@ -12,8 +12,8 @@ from trainings import BATCH, RECIPE, Setting
 from transformers import TrainerCallback
 
 from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.game import active_layer
-from shapadapter.objective import SCALE_FLOOR, gains, shapley_loss_of_sums
+from shapadapter.core.losses import SCALE_FLOOR, gains, shapley_loss_of_sums
+from shapadapter.explanation.game import active_layer
 
 
 @dataclass(frozen=True)

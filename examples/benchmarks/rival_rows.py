@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from trainings import DEVICE, Setting, accuracy_of
 from transformers import AutoModelForImageClassification
 
-from shapadapter.atomic import write_together
-from shapadapter.game import PatchGame
-from shapadapter.metrics import pearson, relative_l2
+from shapadapter.core.files import write_together
+from shapadapter.core.statistics import pearson, relative_l2
+from shapadapter.explanation.game import PatchGame
 
 MEASURES = ("error", "correlation", "kernel_shap_error", "truth_error", "efficiency_gap")
 

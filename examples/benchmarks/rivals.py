@@ -27,11 +27,11 @@ from trainings import BATCH, DEVICE, Setting, fit, save_merged, steps_of, wrappe
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyTrainer
-from shapadapter.atomic import write_together
-from shapadapter.game import PatchGame, active_layer
-from shapadapter.objective import coalition_sums, project_on_efficiency
-from shapadapter.outputs import ShapleyOutput
-from shapadapter.shapley import size_distribution
+from shapadapter.adapter.answer import ShapleyOutput
+from shapadapter.core.files import write_together
+from shapadapter.core.losses import coalition_sums, project_on_efficiency
+from shapadapter.core.shapley import size_distribution
+from shapadapter.explanation.game import PatchGame, active_layer
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ import torch
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.demo.digits import build_digits
-from shapadapter.demo.models import pretrain, tune
-from shapadapter.demo.scale import FULL
+from shapadapter.demo.models import FULL, pretrain, tune
 from shapadapter.demo.scorecard import faithfulness, localisation
-from shapadapter.explaining import explain
+from shapadapter.explanation.api import explain
 
 
 def main() -> None:

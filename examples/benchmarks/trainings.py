@@ -23,9 +23,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.demo.digits import build_digits
-from shapadapter.demo.folders import whole_folder
-from shapadapter.demo.models import Prepared, pretrain, tune
-from shapadapter.demo.scale import Scale
+from shapadapter.demo.models import Prepared, Scale, pretrain, tune, whole_folder
 
 RECIPE: dict[str, dict[str, Any]] = {
     "demo": {  # the numbers of shapadapter.demo.models.tune, which trains ours

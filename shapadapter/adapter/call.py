@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shapadapter.adapter.matching import Texts
 from shapadapter.backbone import Anatomy, Tiling
-from shapadapter.errors import ImageError
-
-from .texts import Texts
+from shapadapter.core.errors import ImageError
 
 _OURS = ("coalitions", "coalition_sizes", "coalition_grad", "return_attributions")
 _EXTRAS = ("output_hidden_states", "output_attentions")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from shapadapter.adapter.call import ModelCall, runs_by_size
+from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
     Carrier,
@@ -23,9 +25,6 @@ from shapadapter.backbone import (
     score,
     with_patch_mask,
 )
-
-from .call import ModelCall, runs_by_size
-from .head import ProjectionHead
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,15 @@ from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
-from shapadapter.atomic import write_together
-from shapadapter.card import read_pictures, settled, write_card
-from shapadapter.card.escaping import code, one_line
-from shapadapter.errors import CheckpointError, FieldError
-from shapadapter.files import break_links, refuse_links
-from shapadapter.reading import checked, read_json
-from shapadapter.remote import PROCESSOR_FILES
-from shapadapter.schema import Between, FileName, fault, shown
-
-from .head import new_leaves
-from .stored import check_weights
+from shapadapter.adapter.head import new_leaves
+from shapadapter.adapter.weights import check_weights
+from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
+from shapadapter.core.errors import CheckpointError, FieldError
+from shapadapter.core.files import write_together
+from shapadapter.explanation.storage import break_links, refuse_links
+from shapadapter.hub.card.facts import code, one_line, settled
+from shapadapter.hub.card.render import read_pictures, write_card
+from shapadapter.hub.remote import PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]
 

@@ -12,16 +12,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shapadapter.adapter.config import ShapleyConfig
+from shapadapter.adapter.fingerprint import base_fingerprint, commit_of, same_fingerprint
+from shapadapter.adapter.layer import ShapleyLayer
+from shapadapter.adapter.tuning import is_quantised
+from shapadapter.adapter.weights import not_finite
 from shapadapter.backbone import Anatomy
-from shapadapter.classes import class_names
-from shapadapter.errors import CheckpointError, ShapleyError, UnsupportedModelError
-
-from .config import ShapleyConfig
-from .fingerprint import base_fingerprint, same_fingerprint
-from .layer import ShapleyLayer
-from .origin import commit_of
-from .quantised import is_quantised
-from .stored import not_finite
+from shapadapter.core.errors import CheckpointError, ShapleyError, UnsupportedModelError
+from shapadapter.data.classes import class_names
 
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

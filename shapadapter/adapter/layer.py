@@ -1,11 +1,9 @@
-"""The adapter's layer: token and head, and the forward of the model that holds them.
-
-Everything lives on the base model, as a child named `shapley`, so that it also works where PEFT throws its tuner away
-(`model.add_adapter`, `AutoModelForImageClassification.from_pretrained(adapter)`, `pipeline`).
-"""
+"""The adapter's layer: token and head, and the forward of the model that holds them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from shapadapter.adapter.answer import answer
+from shapadapter.adapter.call import ModelCall, without_token
+from shapadapter.adapter.coalitions import CoalitionGame, Rules, freeze_statistics
+from shapadapter.adapter.config import ShapleyConfig
+from shapadapter.adapter.head import ProjectionHead, new_leaves
+from shapadapter.adapter.multiple import MIXED, Unpaired, check_agreement, check_one
 from shapadapter.backbone import (
     Anatomy,
     Pass,
@@ -28,15 +32,39 @@ from shapadapter.backbone import (
     restore_forward,
     tile,
 )
-from shapadapter.errors import ShapleyError
+from shapadapter.core.errors import ShapleyError
 
-from .answer import answer
-from .call import ModelCall, without_token
-from .coalitions import CoalitionGame, Rules, freeze_statistics
-from .config import ShapleyConfig
-from .head import ProjectionHead, new_leaves
-from .switching import MIXED, Unpaired, check_agreement, check_one
-from .zero import BareParameters
+
+class BareParameters(nn.ParameterDict):
+    """Parameters of several adapters that no module computes with."""
+
+    def read(self, name: str) -> Tensor:
+        """The parameter of adapter `name`, by a call where something waits for calls."""
+        if not (self._forward_pre_hooks or hasattr(self, "_hf_hook")):
+            return self[name]
+        called: Any = nn.Module.__call__  # ParameterDict's own refuses
+        return called(self, name)
+
+    def forward(self, name: str) -> Tensor:
+        """A copy, for the parameter itself is empty again when the call returns."""
+        return self[name].clone()
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """The weights of a model, whole in every process while the context lasts; changes to them are not kept.
+
+    transformers splits them while it loads a model after `TrainingArguments` of ZeRO-3 were made.
+    """
+    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed  # which is there, as it split them
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
+
 
 # A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
 _PARAMETERS = ("null", "token", "fill")

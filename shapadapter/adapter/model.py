@@ -19,12 +19,9 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shapadapter import __version__
-from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
-from shapadapter.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
-
-from .cards import note
-from .config import ShapleyConfig
-from .guard import (
+from shapadapter.adapter.card_saving import note
+from shapadapter.adapter.config import ShapleyConfig
+from shapadapter.adapter.guard import (
     check_base,
     check_fits,
     check_mergeable,
@@ -34,12 +31,12 @@ from .guard import (
     refuse_stacking,
     refuse_unloaded,
 )
-from .layer import CHILD, ShapleyLayer
-from .quantised import check_apart, check_trainable
-from .start import start_from_classifier
-from .switching import MIXED, check_merged, check_one, rehearse_merge
-from .tuning import resolve_training
-from .zero import whole
+from shapadapter.adapter.layer import CHILD, ShapleyLayer, whole
+from shapadapter.adapter.multiple import MIXED, check_merged, check_one, rehearse_merge
+from shapadapter.adapter.tuning import check_apart, check_trainable, resolve_training
+from shapadapter.adapter.vote_start import start_from_classifier
+from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
+from shapadapter.core.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
 
 # What PEFT makes of names and options that are of the right kind and mean nothing to it.
 _NO_SENSE = (ValueError, TypeError, LookupError, AttributeError, re.error)

@@ -3,19 +3,25 @@
 The only room that knows how models are built.
 """
 
-from .anatomy import Anatomy, evaluating, original_name, reached
-from .attention import attention_weights
-from .carrier import Carrier, Pass, Removal, cells_first, with_patch_mask
-from .dryrun import configured_size, first_tensor
-from .families import Family, register_family
-from .forwards import base_forward, base_is_asked, replace_forward, restore_forward
-from .offset import measure_offset
-from .pixels import fill_absent, sum_over_tiles
-from .scoring import named_fields, normalised, score
-from .selftest import carrier_for, choose_removal, settle
-from .targets import default_targets, head_parts, linear_layers, trainable_parts
-from .tiling import Tiling, tile
-from .view import evaluation_view
+from shapadapter.backbone.anatomy import Anatomy, evaluating, original_name, reached
+from shapadapter.backbone.attention import attention_weights
+from shapadapter.backbone.dry_run import configured_size, first_tensor
+from shapadapter.backbone.families import Family, register_family
+from shapadapter.backbone.forward import (
+    base_forward,
+    base_is_asked,
+    named_fields,
+    normalised,
+    replace_forward,
+    restore_forward,
+    score,
+)
+from shapadapter.backbone.hooks import Carrier, Pass, Removal, cells_first, with_patch_mask
+from shapadapter.backbone.pixels import fill_absent, sum_over_tiles
+from shapadapter.backbone.selftest import carrier_for, choose_removal, settle
+from shapadapter.backbone.targets import default_targets, head_parts, linear_layers, trainable_parts
+from shapadapter.backbone.tiling import Tiling, measure_offset, tile
+from shapadapter.backbone.view import evaluation_view
 
 __all__ = [
     "Anatomy",

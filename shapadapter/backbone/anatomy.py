@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shapadapter.errors import ImageError
-
-from .families import Family, Layout
+from shapadapter.backbone.families import Family, Layout
+from shapadapter.core.errors import ImageError
 
 Kind = Literal["classifier", "headless", "matching"]
 

@@ -1,9 +1,4 @@
-"""Self-attention with a read-only token: it reads every token, and no other token reads it.
-
-transformers looks attention functions up by the name in the attention module's config. Each attention module of an
-adapted model is given a private copy of that config which names `attend_with_token`; the model's own config stays as
-it is, so that a later `set_attn_implementation` still decides which kernel the base tokens use.
-"""
+"""Self-attention with a read-only token: it reads every token, and no other token reads it."""
 
 from __future__ import annotations
 
@@ -18,9 +13,73 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.data2vec.modeling_data2vec_vision import (
+    Data2VecVisionSdpaSelfAttention,
+    Data2VecVisionSelfAttention,
+)
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.core.errors import UnsupportedModelError
+
+
+class _Interface:
+    """`forward` of both classes, by way of the interface."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same attention; `relative_position_bias` may differ from image to image and hide keys."""
+        carrier = self._shapadapter_seat.carrier
+        token = carrier is not None and carrier.has_token()
+        if carrier is not None and not token and (relative_position_bias is None or len(relative_position_bias) == 1):
+            # Bit by bit as without an adapter.
+            return super().forward(  # type: ignore[misc]
+                hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
+            )
+        mask = relative_position_bias  # (B or 1, heads or 1, T or 1, T)
+        if self.has_relative_position_bias:
+            assert resolution is not None
+            window = (resolution[0] // self.config.patch_size, resolution[1] // self.config.patch_size)
+            base_tokens = hidden_states.shape[1] - int(token)
+            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=base_tokens)
+            mask = bias if mask is None else mask + bias
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)  # (B, T, heads, d)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )  # (B, heads, T, d)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.attention_head_size**-0.5,
+            is_causal=False,
+        )
+        return output.reshape(*hidden_states.shape[:-1], -1), weights  # (B, T, D)
+
+
+class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):  # type: ignore[misc]
+    """The class loaded with attn_implementation="eager"."""
+
+
+class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):  # type: ignore[misc]
+    """The class loaded with attn_implementation="sdpa"."""
+
+
+ADAPTED = {
+    Data2VecVisionSelfAttention: InterfaceAttention,
+    Data2VecVisionSdpaSelfAttention: InterfaceSdpaAttention,
+}
+ORIGINAL = {adapted: original for original, adapted in ADAPTED.items()}
+
 
 # Less than this, added to an attention score, hides the key.
 _HIDDEN = -1e4
@@ -159,8 +218,6 @@ def unseat_token(module: nn.Module) -> None:
     """Give `module` its own config back."""
     module.config = module.__dict__.pop("_shapadapter_seat").config
     if type(module).__name__ in _INTERFACE_NAMES:
-        from .data2vec import ORIGINAL
-
         module.__class__ = ORIGINAL[type(module)]  # type: ignore[index]
 
 
@@ -173,7 +230,6 @@ def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: li
     module.config = private  # type: ignore[assignment]
     if type(module).__name__ in _OWN_ATTENTION:
         # Imported only for a model that has it already; a class that can be imported can be pickled.
-        from .data2vec import ADAPTED
 
         module.__class__ = ADAPTED[type(module)]  # type: ignore[index]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.core.errors import UnsupportedModelError
 
 Layout = Literal["tokens", "channels_first", "channels_last", "latents"]
 """How features lie in a tensor: (B, prefix + cells, D), (B, D, rows, cols), (B, rows, cols, D), or (B, L, D) latents

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from shapadapter.errors import UnsupportedModelError
+from shapadapter.core.errors import UnsupportedModelError
 
 # Rounding that a different split of the same sums may cause, relative to the numbers' size.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}

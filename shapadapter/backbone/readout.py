@@ -7,13 +7,23 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from shapadapter.errors import UnsupportedModelError
-
-from .anatomy import Anatomy, Kind
-from .dryrun import DryRun, all_flows_through, channels_of, configured_size, dry_run, patch_side
-from .examine import INTERPOLATE, MOST_PREFIX, behind, classes, entrance, finished, first_run, known, leading, settled
-from .families import Family, Layout
-from .precision import FaintSignalError
+from shapadapter.backbone.anatomy import Anatomy, Kind
+from shapadapter.backbone.dry_run import DryRun, all_flows_through, channels_of, configured_size, dry_run, patch_side
+from shapadapter.backbone.families import Family, Layout
+from shapadapter.backbone.precision import FaintSignalError
+from shapadapter.backbone.sequence import (
+    INTERPOLATE,
+    MOST_PREFIX,
+    behind,
+    classes,
+    entrance,
+    finished,
+    first_run,
+    known,
+    leading,
+    settled,
+)
+from shapadapter.core.errors import UnsupportedModelError
 
 # What a feature map is looked for on: not square, so that rows and columns cannot be taken for each other, and large
 # enough for several cells of 32 pixels; or so many patches, where these do not divide it.

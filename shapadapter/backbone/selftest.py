@@ -12,14 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shapadapter.errors import UnsupportedModelError
-
-from .anatomy import Anatomy, evaluating
-from .carrier import Carrier, Pass, Removal, with_patch_mask
-from .dryrun import Stream, configured_size, noise, unchanged, watched
-from .examine import AmbiguousModelError, find_sequence, known
-from .pixels import pixels_of
-from .precision import (
+from shapadapter.backbone.anatomy import Anatomy, evaluating
+from shapadapter.backbone.dry_run import Stream, configured_size, noise, unchanged, watched
+from shapadapter.backbone.forward import score
+from shapadapter.backbone.hooks import Carrier, Pass, Removal, with_patch_mask
+from shapadapter.backbone.pixels import pixels_of
+from shapadapter.backbone.precision import (
     TOLERANCE,
     FaintSignalError,
     exceeds_rounding,
@@ -27,9 +25,10 @@ from .precision import (
     refuse_faint,
     same_but_rounding,
 )
-from .readout import find_readout
-from .scoring import score
-from .token import TokenCarrier, keep_cells
+from shapadapter.backbone.readout import find_readout
+from shapadapter.backbone.sequence import AmbiguousModelError, find_sequence, known
+from shapadapter.backbone.token import TokenCarrier, keep_cells
+from shapadapter.core.errors import UnsupportedModelError
 
 _MISTAKEN = (
     "with removal='drop' the present patches are taken for others: the model has rotary or relative positions, or mixes "

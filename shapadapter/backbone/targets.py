@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from shapadapter.errors import UnsupportedModelError
-
-from .anatomy import Anatomy, original_name
-from .dryrun import dry_run
+from shapadapter.backbone.anatomy import Anatomy, original_name
+from shapadapter.backbone.dry_run import dry_run
+from shapadapter.core.errors import UnsupportedModelError
 
 # Attention projections that LoRA adapts by default, under the names they have in transformers and timm.
 _QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("qkv",))

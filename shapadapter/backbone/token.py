@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.errors import UnsupportedModelError
-
-from .anatomy import Anatomy, original_name
-from .attention import kernel_of, seat_token, unseat_token
-from .carrier import Carrier, Pass
-from .dryrun import first_tensor
+from shapadapter.backbone.anatomy import Anatomy, original_name
+from shapadapter.backbone.attention import kernel_of, seat_token, unseat_token
+from shapadapter.backbone.dry_run import first_tensor
+from shapadapter.backbone.hooks import Carrier, Pass
+from shapadapter.core.errors import UnsupportedModelError
 
 # Kernels seen to honour an additive mask (B, 1, 1, T); others take masks of another kind, or none.
 _MASKING_KERNELS = ("sdpa", "eager")

@@ -8,8 +8,16 @@ from typing import Annotated
 import typer
 
 from shapadapter import __version__
-
-from . import card, demo, evaluate, explain, export, inspect, push, report, space, train
+from shapadapter.cli import card_command as card
+from shapadapter.cli import demo_command as demo
+from shapadapter.cli import evaluate_command as evaluate
+from shapadapter.cli import explain_command as explain
+from shapadapter.cli import export_command as export
+from shapadapter.cli import inspect_command as inspect
+from shapadapter.cli import push_command as push
+from shapadapter.cli import report_command as report
+from shapadapter.cli import space_command as space
+from shapadapter.cli import train_command as train
 
 app = typer.Typer(
     help="Fine-tuned vision models that predict and explain themselves in one forward pass.",

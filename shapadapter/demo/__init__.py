@@ -1,5 +1,5 @@
 """`shapadapter demo`: the road of a real user in small, on real digits."""
 
-from .run import run
+from shapadapter.demo.run import run
 
 __all__ = ["run"]

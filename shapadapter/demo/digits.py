@@ -17,6 +17,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 64  # pixels of a scene, each way
 DIGIT_EXTENT = (46.0, 54.0)  # pixels of the longer side of a digit

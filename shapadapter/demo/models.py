@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import (
     AutoImageProcessor,
@@ -22,11 +24,69 @@ from transformers import (
 )
 
 from shapadapter.adapter import ShapleyConfig
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.files import whole_folder
+from shapadapter.demo.digits import NAMES, SIZE, DigitScenes
 from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments
 
-from .digits import NAMES, SIZE, DigitScenes
-from .folders import whole_folder
-from .scale import Scale
+__all__ = ["claim", "whole_folder"]
+
+MARKER = ".shapadapter-demo"
+
+
+def claim(folder: Path) -> None:
+    """Make an output folder, or take one that an earlier run has made.
+
+    Raises:
+        ShapleyError: the folder holds something else, which could be overwritten.
+    """
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ShapleyError(f"{folder} is not empty and was not made by the demo. Choose another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the full and the quick demo do.
+
+    Attributes:
+        digits: source digits; a fifth of them is for testing.
+        placements: scenes for each training digit.
+        pretrain_epochs: epochs of ordinary training of the base model.
+        tune_epochs: epochs of fine-tuning with the Shapley objective.
+        truth_images: test images whose attributions are compared with the truth.
+        truth_evaluations: coalitions evaluated for each of them.
+        budgets: evaluations given to KernelSHAP for comparison.
+    """
+
+    digits: int
+    placements: int
+    pretrain_epochs: float
+    tune_epochs: float
+    truth_images: int
+    truth_evaluations: int
+    budgets: tuple[int, ...] = (128, 512)
+
+
+FULL = Scale(digits=5000, placements=4, pretrain_epochs=6, tune_epochs=1.5, truth_images=8, truth_evaluations=4096)
+QUICK = Scale(digits=500, placements=1, pretrain_epochs=2, tune_epochs=1, truth_images=2, truth_evaluations=1024)
+
+
+SAVED = 100
+
+
+def save_pictures(scenes: DigitScenes, output: Path) -> None:
+    """Write `test/<class>/<number>.png` and, with the digit white on black, `masks/<class>/<number>.png`."""
+    _, test = scenes.split()
+    for kind, pictures in (("test", scenes.images), ("masks", scenes.masks)):
+        with whole_folder(output / kind) as folder:
+            for number, index in enumerate(test[:SAVED]):
+                place = folder / NAMES[scenes.labels[index]]
+                place.mkdir(exist_ok=True)
+                Image.fromarray(pictures[index]).save(place / f"{number}.png")
+
 
 PATCH = 8
 

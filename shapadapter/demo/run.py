@@ -15,19 +15,15 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
-from shapadapter.atomic import write_together
-from shapadapter.errors import CheckpointError
-from shapadapter.explaining import explain
-from shapadapter.explanation import Explanation
-from shapadapter.locks import alone_in
+from shapadapter.core.errors import CheckpointError
+from shapadapter.core.files import write_together
+from shapadapter.core.locks import alone_in
+from shapadapter.demo.digits import DigitScenes, build_digits
+from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pictures, tune, whole_folder
+from shapadapter.demo.scorecard import as_text, cost_of_explaining, faithfulness, localisation
+from shapadapter.explanation.api import explain
+from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import gallery, write_page
-
-from .digits import DigitScenes, build_digits
-from .folders import claim, whole_folder
-from .models import pretrain, tune
-from .pictures import save_pictures
-from .scale import FULL, QUICK, Scale
-from .scorecard import as_text, cost_of_explaining, faithfulness, localisation
 
 SHOWN = 6
 

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shapadapter.explanation import Explanation
-from shapadapter.game import PatchGame
-from shapadapter.grid import Grid, pixels_to_players
-from shapadapter.metrics import energy_inside, relative_l2
-
-from .scale import Scale
+from shapadapter.core.grid import Grid, pixels_to_players
+from shapadapter.core.statistics import relative_l2
+from shapadapter.demo.models import Scale
+from shapadapter.evaluation.localization import energy_inside
+from shapadapter.explanation.explanation import Explanation
+from shapadapter.explanation.game import PatchGame
 
 
 def faithfulness(model: nn.Module, pixel_values: Tensor, scale: Scale, seed: int, **options: Any) -> dict[str, float]:

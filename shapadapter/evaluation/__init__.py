@@ -1,9 +1,8 @@
 """Measure a wrapped model and its explanations on a data set."""
 
-from .checkpoint import evaluate_checkpoint
-from .evaluating import evaluate
-from .evaluator import Evaluator
-from .likeness import map_agreement
-from .result import Equivalent, Evaluation
+from shapadapter.evaluation.evaluator import Evaluator, evaluate
+from shapadapter.evaluation.folder_run import evaluate_checkpoint
+from shapadapter.evaluation.result import Equivalent, Evaluation
+from shapadapter.evaluation.sanity import map_agreement
 
 __all__ = ["Equivalent", "Evaluation", "Evaluator", "evaluate", "evaluate_checkpoint", "map_agreement"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shapadapter.metrics import pearson, relative_l2, spearman, top_k_overlap
+from shapadapter.core.statistics import pearson, relative_l2, spearman, top_k_overlap
 
 
 def agreement(maps: Tensor, truth: Tensor, units: Sequence[bool]) -> dict[str, Tensor]:

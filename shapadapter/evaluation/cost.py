@@ -15,11 +15,10 @@ from peft import PeftModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from shapadapter.errors import ShapleyError
-from shapadapter.explaining import Predicted
-from shapadapter.metrics import Interval
-
-from .methods import ALWAYS, ONE_PASS, Methods, image_of
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.statistics import Interval
+from shapadapter.evaluation.compared import ALWAYS, ONE_PASS, Methods, image_of
+from shapadapter.explanation.api import Predicted
 
 REPEATS = 11
 """Of what takes a few forward passes; of what takes many, one."""

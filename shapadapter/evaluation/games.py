@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shapadapter.explaining import Predicted
+from shapadapter.explanation.api import Predicted
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapadapter.errors import ShapleyError
-from shapadapter.explaining import Predicted, predictions
-from shapadapter.labels import known_labels
-from shapadapter.metrics import relative_l2
-
-from .agreement import agreement
-from .curves import follow, orders
-from .data import Rows
-from .games import Games
-from .localisation import SALIENCY, localisation, saliency, tiles_inside
-from .methods import Methods, check_finite, has_unit, stacked
-from .plan import Plan
-from .records import Record, as_numbers, digest
-from .road import road, road_lines, road_measures
-from .sanity import again, dependence, maps_of, stability, with_noise, with_random_parameters
-from .sensitivity import sensitivity
-from .truth import find_truth
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.statistics import relative_l2
+from shapadapter.data.labels import known_labels
+from shapadapter.evaluation.agreement import agreement
+from shapadapter.evaluation.compared import Methods, check_finite, has_unit, stacked
+from shapadapter.evaluation.dataset import Rows
+from shapadapter.evaluation.deletion import follow, orders
+from shapadapter.evaluation.games import Games
+from shapadapter.evaluation.localization import SALIENCY, localisation, saliency, tiles_inside
+from shapadapter.evaluation.plan import Plan
+from shapadapter.evaluation.records import Record, as_numbers, digest
+from shapadapter.evaluation.road import road, road_lines, road_measures
+from shapadapter.evaluation.sanity import again, dependence, maps_of, stability, with_noise, with_random_parameters
+from shapadapter.evaluation.sensitivity import sensitivity
+from shapadapter.evaluation.truth import find_truth
+from shapadapter.explanation.api import Predicted, predictions
 
 COALITIONS_PER_IMAGE = 8
 """Coalitions that go in a forward pass for each image that could: half their tokens are absent on average."""

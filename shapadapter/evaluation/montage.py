@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from shapadapter.explaining import Predicted, predictions
-from shapadapter.metrics import grid_pointing
-
-from .measure import Measurer
-from .records import Record, Records, digest, plain
+from shapadapter.evaluation.localization import grid_pointing
+from shapadapter.evaluation.measure import Measurer
+from shapadapter.evaluation.records import Record, Records, digest, plain
+from shapadapter.explanation.api import Predicted, predictions
 
 SIDE = 2
 """Images along each side of a montage."""

@@ -12,10 +12,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from shapadapter.atomic import write_together
-from shapadapter.errors import CheckpointError
-from shapadapter.files import refuse_link
-from shapadapter.reading import read_json
+from shapadapter.core.documents import read_json
+from shapadapter.core.errors import CheckpointError
+from shapadapter.core.files import write_together
+from shapadapter.explanation.storage import refuse_link
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""

@@ -8,19 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
-from shapadapter.atomic import write_together
-from shapadapter.errors import CheckpointError, FieldError
-from shapadapter.metrics import EquivalentEvaluations, Interval
-from shapadapter.reading import checked, read_json, reading
-from shapadapter.schema import Between, FileName, fault, shown
-
-from .blocks import blocks
-from .notes import summary
-from .records import plain
-from .table import as_markdown, as_text
+from shapadapter.core.documents import Between, FileName, checked, fault, read_json, reading, shown
+from shapadapter.core.errors import CheckpointError, FieldError
+from shapadapter.core.files import write_together
+from shapadapter.core.statistics import EquivalentEvaluations, Interval
+from shapadapter.evaluation.records import plain
+from shapadapter.evaluation.tables import as_markdown, as_text, blocks, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 FORMAT = "shapadapter.evaluation"
 FORMAT_VERSION = 1

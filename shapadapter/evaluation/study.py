@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shapadapter.errors import ImageError
-from shapadapter.metrics import Interval
-
-from .about import about, settings_of
-from .cost import costs
-from .data import Rows, choose
-from .measure import Measurer
-from .methods import ONE_PASS
-from .montage import montages
-from .plan import Plan
-from .records import Record, Records
-from .result import Evaluation
-from .summary import by_name, equivalent, mean_curves, mean_of, per_method
+from shapadapter.core.errors import ImageError
+from shapadapter.core.statistics import Interval
+from shapadapter.evaluation.compared import ONE_PASS
+from shapadapter.evaluation.cost import costs
+from shapadapter.evaluation.dataset import Rows, choose
+from shapadapter.evaluation.measure import Measurer
+from shapadapter.evaluation.montage import montages
+from shapadapter.evaluation.plan import Plan, about, settings_of
+from shapadapter.evaluation.records import Record, Records
+from shapadapter.evaluation.result import Evaluation
+from shapadapter.evaluation.summary import by_name, equivalent, mean_curves, mean_of, per_method
 
 _IMAGES_TIMED = 8
 """How many images the cost of the one pass is measured on."""

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shapadapter.metrics import EquivalentEvaluations, Interval, bootstrap_intervals, equivalent_evaluations
-
-from .records import Record
-from .result import Equivalent
+from shapadapter.core.statistics import EquivalentEvaluations, Interval, bootstrap_intervals, equivalent_evaluations
+from shapadapter.evaluation.records import Record
+from shapadapter.evaluation.result import Equivalent
 
 DRAWS = 1000
 _NUMBERS_AT_ONCE = 10_000_000

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shapadapter.shapley import (
+from shapadapter.core.seeds import generator_of
+from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
     exact_shapley_values,
@@ -18,9 +19,7 @@ from shapadapter.shapley import (
     sample_pairs,
     sample_sizes,
 )
-
-from .games import Games
-from .seeds import generator_of
+from shapadapter.evaluation.games import Games
 
 
 @dataclass(frozen=True)

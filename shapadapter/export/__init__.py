@@ -1,7 +1,6 @@
 """A fine-tuned model as a file that runs without this package: ONNX, or a program of `torch.export`."""
 
-from .onnx import export_onnx
-from .program import export_program
-from .report import ExportReport
+from shapadapter.export.formats import export_onnx, export_program
+from shapadapter.export.parity import ExportReport
 
 __all__ = ["ExportReport", "export_onnx", "export_program"]

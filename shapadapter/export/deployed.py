@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from shapadapter import __version__
 from shapadapter.adapter.guard import check_mergeable
-from shapadapter.adapter.quantised import is_quantised
-from shapadapter.classes import class_names
-from shapadapter.errors import ImageError, ShapleyError, UnsupportedModelError
-from shapadapter.explaining import base_of, embed_texts, prepared_batches
-from shapadapter.game import active_layer
-from shapadapter.options import check_options
+from shapadapter.adapter.tuning import is_quantised
+from shapadapter.backbone.forward import check_options
+from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.data.classes import class_names
+from shapadapter.explanation.api import base_of, embed_texts, prepared_batches
+from shapadapter.explanation.game import active_layer
 
 OUTPUTS = ("logits", "attributions", "null_values")
 """What an exported model returns: (B, K), (B, N, K) and (B, K)."""

@@ -1,6 +1,15 @@
-"""How a checkpoint meets the world: pushed to the Hub, with a card, and as a Space."""
+"""How a checkpoint meets the world: loaded, pushed to the Hub, with a card, and as a Space."""
 
-from .cards import update_card
-from .pushing import push
+from importlib import import_module
+from typing import Any
+
+_LAZY = {"push": "upload", "update_card": "card.update"}
 
 __all__ = ["push", "update_card"]
+
+
+def __getattr__(name: str) -> Any:
+    # The rooms below take single files from here; they need not bring the whole Hub along.
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,12 +1,11 @@
 """Fine-tuning with the Shapley objective."""
 
-from shapadapter.collator import ImageCollator
-from shapadapter.installing import check_overrides
-
-from .arguments import ShapleyTrainingArguments
-from .checkpoints import last_whole_checkpoint
-from .folders import image_folder
-from .trainer import ShapleyTrainer
+from shapadapter.core.installation import check_overrides
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.folders import image_folder
+from shapadapter.training.arguments import ShapleyTrainingArguments
+from shapadapter.training.checkpoints import last_whole_checkpoint
+from shapadapter.training.trainer import ShapleyTrainer
 
 __all__ = ["ImageCollator", "ShapleyTrainer", "ShapleyTrainingArguments", "image_folder", "last_whole_checkpoint"]
 

@@ -15,11 +15,10 @@ from typing import Annotated, Literal, TypedDict
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from shapadapter.atomic import to_disk, write_together
-from shapadapter.card import CARD, PICTURES
-from shapadapter.errors import CheckpointError
-from shapadapter.reading import open_tensors, read_json, reading
-from shapadapter.schema import Between, FileName, shown
+from shapadapter.core.documents import Between, FileName, open_tensors, read_json, reading, shown
+from shapadapter.core.errors import CheckpointError
+from shapadapter.core.files import to_disk, write_together
+from shapadapter.hub.card.render import CARD, PICTURES
 
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""

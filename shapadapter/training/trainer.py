@@ -3,39 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from shapadapter.adapter.answer import task_loss
-from shapadapter.collator import ImageCollator
-from shapadapter.errors import ShapleyError
-from shapadapter.explaining import base_of
-from shapadapter.game import active_layer
-from shapadapter.objective import shapley_loss_of_sums
-from shapadapter.outputs import ShapleyOutput
-from shapadapter.shapley import sample_pairs
-from shapadapter.texts import text_rules
+from shapadapter.adapter.answer import ShapleyOutput, task_loss
+from shapadapter.backbone import Anatomy, original_name
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.losses import shapley_loss_of_sums
+from shapadapter.core.shapley import sample_pairs
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.rows import Skipped, check_skipping, in_place, of_known, readable_rows
+from shapadapter.data.texts import text_rules
+from shapadapter.explanation.api import base_of
+from shapadapter.explanation.game import active_layer
+from shapadapter.training.arguments import ShapleyTrainingArguments
+from shapadapter.training.callbacks import AttributionMaps
+from shapadapter.training.loaders import LoadingTrainer, class_names, label_rules, refilled, without_repeats
+from shapadapter.training.mixup import mixed
+from shapadapter.training.record import CardingTrainer
+from shapadapter.training.resume import ResumableTrainer
+from shapadapter.training.task_loss import check_labels, soft_task
+from shapadapter.training.terms import TASK, FiniteTrainer, MeasuringTrainer
+from shapadapter.training.validation import check_classes, check_game, check_setting, mean_color, warn_of_crops
 
-from .arguments import ShapleyTrainingArguments
-from .carding import CardingTrainer
-from .checks import check_classes, check_game, check_setting
-from .color import mean_color
-from .cropping import warn_of_crops
-from .finite import FiniteTrainer
-from .loading import LoadingTrainer, class_names, label_rules
-from .mixing import mixed
-from .reading import Skipped, check_skipping, in_place, of_known, readable_rows
-from .repeats import refilled, without_repeats
-from .resuming import ResumableTrainer
-from .sharding import ShardedTrainer, prepare_fsdp
-from .task import check_labels, soft_task
-from .terms import TASK, MeasuringTrainer
-from .watching import AttributionMaps
+
+def prepare_fsdp(plugin: Any, model: nn.Module, anatomy: Anatomy) -> None:
+    """Choose FSDP's units and precision as a wrapped model needs them.
+
+    Transformer blocks become units where the user named no others. By default accelerate takes the `_no_split_modules` of
+    transformers. For vision models the embeddings are among them, whose weights it then splits a second time, as the
+    model's input embeddings, and fails (accelerate 1.15). Token and head belong to the root: they are used in hooks on
+    the model's forward, in which the root's weights are gathered.
+
+    Mixed precision is left to autocast, as without FSDP. FSDP2's own policy would round the head's weights and all that
+    the model returns, and attributions would no longer sum to the logits.
+
+    Args:
+        plugin: accelerate's `FullyShardedDataParallelPlugin`, changed in place.
+        model: the base model.
+        anatomy: its parts.
+    """
+    if anatomy.blocks and getattr(plugin, "transformer_cls_names_to_wrap", None) is None:
+        blocks = {type(module) for name, module in model.named_modules() if original_name(name) in anatomy.blocks}
+        plugin.transformer_cls_names_to_wrap = sorted(block.__name__ for block in blocks)
+    if plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+class ShardedTrainer(Trainer):
+    """`Trainer` that computes in mixed precision by autocast under FSDP, too."""
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast around each step, where accelerate puts none around the model's forward."""
+        # Without the cache: what it keeps of a weight is of no use once FSDP has given the weight back.
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        return super().autocast_smart_context_manager(cache_enabled)
 
 
 class ShapleyTrainer(

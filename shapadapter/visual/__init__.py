@@ -1,16 +1,12 @@
 """Pictures of explanations: colour maps, matplotlib figures and self-contained HTML pages."""
 
-from shapadapter.visual.alt import alt_text
-from shapadapter.visual.class_means import draw_class_means
-from shapadapter.visual.curves import draw_curves
-from shapadapter.visual.figure import draw_comparison, draw_contrast, draw_explanation, gallery
-from shapadapter.visual.history import draw_history
-from shapadapter.visual.maps import overlay, signed_colors, symmetric_limit
-from shapadapter.visual.means import MeanMaps, mean_maps
+from shapadapter.visual.charts import draw_curves, draw_history, draw_scatter
+from shapadapter.visual.class_means import MeanMaps, draw_class_means, mean_maps
+from shapadapter.visual.colors import overlay, signed_colors, symmetric_limit
+from shapadapter.visual.figures import draw_comparison, draw_contrast, draw_explanation, gallery
 from shapadapter.visual.page import write_page
-from shapadapter.visual.samples import sample_pictures
-from shapadapter.visual.scatter import draw_scatter
-from shapadapter.visual.strip import draw_strip
+from shapadapter.visual.samples import draw_strip, sample_pictures
+from shapadapter.visual.wording import alt_text
 
 __all__ = [
     "MeanMaps",

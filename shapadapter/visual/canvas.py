@@ -7,18 +7,54 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
-from .maps import Bytes, signed_colors
-from .marks import mark_signs
-from .wording import number
+from shapadapter.core.files import whole_file
+from shapadapter.visual.colors import Bytes, signed_colors
+from shapadapter.visual.marks import mark_signs
+from shapadapter.visual.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .described import DescribedFigure
+
+_FIELDS = {"png": "Description", "svg": "Description", "pdf": "Subject"}
+
+
+class DescribedFigure(Figure):
+    """A figure with an `alt_text`, which `savefig` writes into PNG, SVG and PDF files.
+
+    Screen readers do not read it there; whoever puts the picture on a page finds it.
+
+    Attributes:
+        alt_text: What the figure shows, in words; nothing is written if it is empty.
+    """
+
+    alt_text: str = ""
+
+    def savefig(self, fname: Any, *, transparent: bool | None = None, **kwargs: Any) -> None:
+        """As matplotlib's own; `metadata` given here wins over the description. A file is never seen half-written.
+
+        Raises:
+            DiskFullError: There is no room for the file.
+        """
+        named = Path(fname).suffix[1:] if isinstance(fname, str | PathLike) else ""
+        kind = str(kwargs.get("format") or named or rcParams["savefig.format"]).lower()
+        if self.alt_text and kind in _FIELDS:
+            kwargs["metadata"] = {_FIELDS[kind]: self.alt_text, **(kwargs.get("metadata") or {})}
+        if not isinstance(fname, str | PathLike):
+            super().savefig(fname, transparent=transparent, **kwargs)
+            return
+        path = Path(fname) if named or kwargs.get("format") else Path(f"{fspath(fname)}.{kind}")  # as matplotlib does
+        with whole_file(path) as temporary:
+            super().savefig(temporary, transparent=transparent, **{**kwargs, "format": kind})
+
 
 # Lengths in inches, text sizes in points.
 PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
@@ -58,7 +94,6 @@ def new_figure(**options: Any) -> DescribedFigure:
         ImportError: If matplotlib is missing.
     """
     check_matplotlib()
-    from .described import DescribedFigure
 
     return DescribedFigure(dpi=150, facecolor="white", **options)
 

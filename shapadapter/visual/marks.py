@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .maps import Floats
-from .wording import MINUS
+from shapadapter.visual.colors import Floats
+from shapadapter.visual.wording import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 Flags = npt.NDArray[np.bool_]
 Segment = tuple[tuple[float, float], tuple[float, float]]

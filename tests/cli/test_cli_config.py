@@ -11,7 +11,7 @@ from commands import COMMANDS, error_of, run
 from typer.main import get_command
 
 from shapadapter.cli import app
-from shapadapter.cli.reporting import as_typed, one_line
+from shapadapter.cli.messages import as_typed, one_line
 
 HOSTILE = "x'$(touch pwned)"
 

@@ -20,10 +20,10 @@ from PIL import Image
 from small import pictures
 from transformers import ViTImageProcessorPil
 
-import shapadapter.images as images_module
+import shapadapter.data.images as images_module
 from shapadapter import explain, load
-from shapadapter.cli import writing
-from shapadapter.cli.naming import Names, find_images
+from shapadapter.cli import outputs as writing
+from shapadapter.cli.outputs import Names, find_images
 
 
 def test_pictures_a_page_and_numbers(tmp_path):

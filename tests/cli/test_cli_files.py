@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from commands import error_of, run
 
-from shapadapter.atomic import passing
-from shapadapter.locks import NAME
-from shapadapter.training import finetune
+from shapadapter.core.files import passing
+from shapadapter.core.locks import NAME
+from shapadapter.training import script as finetune
 
 pytest.importorskip("fcntl")
 HOLD = """
 import sys, pathlib
-from shapadapter.locks import alone_in
+from shapadapter.core.locks import alone_in
 with alone_in(pathlib.Path(sys.argv[1])):
     print(flush=True)
     sys.stdin.read()

@@ -18,9 +18,10 @@ from commands import error_of, run
 from huggingface_hub import constants
 from small import NAMES, pictures
 
-from shapadapter.cli import launching, train
-from shapadapter.errors import ShapleyError
-from shapadapter.training import finetune
+from shapadapter.cli import train_command as launching
+from shapadapter.cli import train_command as train
+from shapadapter.core.errors import ShapleyError
+from shapadapter.training import script as finetune
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_training_arguments_come_from_file_and_command_line(launched, tmp_path):
     )
     run("train", "--config", config, "--num-train-epochs", 5, "--use-cpu")
     module, words, launcher = launched[0]
-    assert (module, launcher) == ("shapadapter.training.finetune", None)
+    assert (module, launcher) == ("shapadapter.training.script", None)
     args, training = finetune.parser().parse_args_into_dataclasses(words, look_for_args_file=False)
     assert (args.model_name_or_path, args.image_folder, args.lora_rank) == ("base", "photos", 4)
     assert (training.num_train_epochs, training.bf16, training.learning_rate) == (5, True, 1e-4)

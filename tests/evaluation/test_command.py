@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
-from shapadapter.evaluation import checkpoint as command
 from shapadapter.evaluation import evaluate_checkpoint
-from shapadapter.evaluation.localisation import SALIENCY
+from shapadapter.evaluation import folder_run as command
+from shapadapter.evaluation.localization import SALIENCY
 from shapadapter.hub import update_card
 
 pytest.importorskip("matplotlib")

@@ -11,11 +11,11 @@ import torch
 from small import CLASSES, SMALL, bare, pictures, processor, rows_of, wrapped
 
 from shapadapter import Evaluation, PatchGame, ShapleyConfig, ShapleyError, attribute, evaluate, explain
-from shapadapter.errors import CheckpointError, ImageError
+from shapadapter.core.errors import CheckpointError, ImageError
+from shapadapter.core.statistics import Interval
 from shapadapter.evaluation import Equivalent, map_agreement, measure
-from shapadapter.evaluation.blocks import column
-from shapadapter.evaluation.data import choose
-from shapadapter.metrics import Interval
+from shapadapter.evaluation.dataset import choose
+from shapadapter.evaluation.tables import column
 
 datasets = pytest.importorskip("datasets")
 

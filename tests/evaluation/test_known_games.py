@@ -9,12 +9,12 @@ from small import wrapped
 from shapadapter import PatchGame
 from shapadapter.backbone import Tiling
 from shapadapter.evaluation.agreement import agreement
-from shapadapter.evaluation.curves import follow, orders
+from shapadapter.evaluation.deletion import follow, orders
 from shapadapter.evaluation.games import Games
-from shapadapter.evaluation.localisation import localisation
+from shapadapter.evaluation.localization import localisation
 from shapadapter.evaluation.sensitivity import removed_counts, sensitivity
 from shapadapter.evaluation.truth import find_truth
-from shapadapter.explaining import Predicted, predictions
+from shapadapter.explanation.api import Predicted, predictions
 
 NULL = -1.0
 

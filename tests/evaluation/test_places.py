@@ -8,11 +8,11 @@ from small import CLASSES, SMALL, pictures, processor, rows_of, wrapped
 from transformers import CLIPImageProcessorPil
 
 from shapadapter import attribute, evaluate, explain
-from shapadapter.errors import ShapleyError
-from shapadapter.evaluation.data import Rows
-from shapadapter.evaluation.localisation import saliency, tiles_inside
+from shapadapter.core.errors import ShapleyError
+from shapadapter.evaluation.dataset import Rows
+from shapadapter.evaluation.localization import saliency, tiles_inside
 from shapadapter.evaluation.montage import _fours, _montage
-from shapadapter.explaining import predictions
+from shapadapter.explanation.api import predictions
 
 QUARTER = np.zeros((40, 40), dtype=bool)
 QUARTER[:20, 20:] = True

@@ -10,9 +10,9 @@ import pytest
 from tiny import save_base
 
 from shapadapter import CheckpointError, ShapleyError
-from shapadapter.card.escaping import code
-from shapadapter.errors import redacted
-from shapadapter.remote import hub_trouble, warn_of_local_base
+from shapadapter.core.errors import redacted
+from shapadapter.hub.card.facts import code
+from shapadapter.hub.remote import hub_trouble, warn_of_local_base
 
 SCRIPT = """
 import logging, traceback

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 import shapadapter
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError
-from shapadapter.evaluation import checkpoint
+from shapadapter.evaluation import folder_run as checkpoint
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import shapadapter
 from shapadapter import ImageError, ShapleyConfig, ShapleyError
 from shapadapter.hub import push, update_card
+from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import write_space
-from shapadapter.locating import AdapterFiles
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from shapadapter.metrics import (
+from shapadapter.core.statistics import (
     EquivalentEvaluations,
     equivalent_evaluations,
     pearson,

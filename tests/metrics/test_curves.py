@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shapadapter.metrics import aopc, curve_area, order_of, prefix_coalitions
+from shapadapter.evaluation.deletion import aopc, curve_area, order_of, prefix_coalitions
 
 ATTRIBUTIONS = torch.tensor([0.5, -1, 3, 0, 2])
 NULL = 4.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from shapadapter.metrics import Interval, bootstrap_interval, bootstrap_intervals
+from shapadapter.core.statistics import Interval, bootstrap_interval, bootstrap_intervals
 
 
 def normal(*shape, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score
 
-from shapadapter.metrics import energy_inside, grid_pointing, pointing_game, segmentation
+from shapadapter.evaluation.localization import energy_inside, grid_pointing, pointing_game, segmentation
 
 
 def test_energy_counts_positive_attribution_and_partly_covered_tiles():

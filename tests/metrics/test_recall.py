@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shapadapter.metrics import recall_at_k
+from shapadapter.evaluation.retrieval import recall_at_k
 
 
 def normal(*shape, seed=0):

@@ -7,15 +7,15 @@ import torch
 from captum.metrics import infidelity as captum_infidelity
 from scipy import stats
 
-from shapadapter.metrics import (
+from shapadapter.core.losses import coalition_residuals
+from shapadapter.core.shapley import sample_paired_coalitions
+from shapadapter.evaluation.sensitivity import (
     faithfulness_correlation,
     infidelity,
     normalised_infidelity,
     removal_coalitions,
     sensitivity_n,
 )
-from shapadapter.objective import coalition_residuals
-from shapadapter.shapley import sample_paired_coalitions
 
 PLAYERS = 8
 

@@ -1,0 +1,169 @@
+"""`shapadapter explain`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shapadapter.cli.messages import one_line, quiet, reporting, warn
+from shapadapter.cli.options import (
+    OUTPUT,
+    Base,
+    Checkpoint,
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    Subfolder,
+    TrustRemoteCode,
+)
+from shapadapter.cli.outputs import find_images, printable
+
+if TYPE_CHECKING:
+    from shapadapter.explanation.explanation import Explanation
+
+
+EXAMPLE = "shapadapter explain out photos --output explanations"
+FORMATS = ("png", "html", "json", "npz")
+
+
+def command(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the files; by default 'explanations', with --json none.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", rich_help_panel=OUTPUT)
+    ] = "png,html",
+    top_k: Annotated[int, typer.Option(help="How many of the likeliest classes are explained.", min=1)] = 3,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="A class to explain instead, by name or number; may be repeated.")
+    ] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
+    ] = None,
+    refine: Annotated[
+        int, typer.Option(help="Further evaluations for each image, for better maps with error bars.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Predict images and explain why: pictures, a page, or numbers; folders are searched to the bottom.
+
+    What cannot be read is named, the others are explained all the same, and the exit code is 1.
+    """
+    wanted = _formats(formats)
+    output = output or (None if json else Path("explanations"))
+    with reporting(context, json, "The pictures written so far are whole.") as say, ExitStack() as stack:
+        from shapadapter.cli.outputs import Written
+        from shapadapter.hub.load import load
+        from shapadapter.hub.locate import called
+
+        paths = find_images(images)
+        quiet()
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
+        place |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, processor = load(checkpoint, **place)
+        asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
+        name = called(checkpoint, subfolder)
+        written = stack.enter_context(Written(output, wanted, name, say.stream if json else None))
+        for path, image, found in _explained(model, processor, list(paths), batch_size, seed, asked):
+            if isinstance(found, Exception):
+                trouble: str | None = written.refuse(path, found)
+            else:
+                trouble = written.add(path, paths[path], found, image)
+            if trouble is not None:
+                warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
+            elif not json:
+                say(None, f"{one_line(printable(path))}: {_summary(found)}")
+        if output is not None:
+            there = f" in {output}" if written.count else ""
+            warn(f"{written.count} of {len(paths)} images explained{there}.")
+    if written.errors:
+        raise typer.Exit(1)
+
+
+def _formats(given: str) -> frozenset[str]:
+    names = [name.strip().lower() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in FORMATS:
+            raise typer.BadParameter(f"Expected some of {', '.join(FORMATS)}, got {name!r}.", param_hint="--format")
+    return frozenset(names)
+
+
+def _classes(model: Any, texts: list[str] | None, targets: list[str] | None, top_k: int) -> dict[str, Any]:
+    """What `explain` is told about the classes to show: a number means an index, unless a class is called so."""
+    if not targets:
+        return {"top_k": top_k}
+    labels = set(texts or map(str, model.config.id2label.values()))
+    return {"targets": [int(name) if name.isdecimal() and name not in labels else name for name in targets]}
+
+
+def _explained(
+    model: Any, processor: Any, paths: list[Path], batch_size: int, seed: int, asked: dict[str, Any]
+) -> Iterator[tuple[Path, Any, Explanation | Exception]]:
+    """Each path with its image and explanation, or with what is wrong with it; never more than a batch in memory."""
+    from tqdm.auto import tqdm
+
+    from shapadapter.core.errors import ImageError
+    from shapadapter.explanation.api import explain
+
+    # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
+    size = 1 if asked["refine"] else batch_size
+    with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
+        for start in range(0, len(paths), size):
+            opened, failed = _opened(paths[start : start + size])
+            yield from ((path, None, error) for path, error in failed)
+            try:
+                listed = list(opened.values())
+                together: Any = explain(model, listed, processor, seed=seed, **asked) if listed else []
+                yield from ((path, image, together[index]) for index, (path, image) in enumerate(opened.items()))
+            except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
+                for path, image in opened.items():
+                    try:
+                        yield path, image, explain(model, [image], processor, seed=seed, **asked)
+                    except ImageError as error:
+                        yield path, image, error
+            bar.update(min(size, len(paths) - start))
+
+
+def _opened(paths: list[Path]) -> tuple[dict[Path, Any], list[tuple[Path, Exception]]]:
+    from shapadapter.core.errors import ImageError, UnreadableImageError
+    from shapadapter.data.images import open_image
+
+    opened: dict[Path, Any] = {}
+    failed: list[tuple[Path, Exception]] = []
+    for path in paths:
+        try:
+            if path.exists() and not path.is_file():  # a pipe would wait for ever
+                raise UnreadableImageError("It is no file.")
+            opened[path] = open_image(os.fspath(path))
+        except (ImageError, OSError) as error:
+            failed.append((path, error))
+    return opened, failed
+
+
+def _summary(explanation: Any) -> str:
+    from shapadapter.visual.wording import likelihood
+
+    best = explanation.top(3)[0]
+    return ", ".join(f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in best)

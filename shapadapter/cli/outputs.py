@@ -1,0 +1,231 @@
+"""Files of the command line: which files are images, and what is written about them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+
+from shapadapter import __version__
+from shapadapter.core.files import naming, passing, remove_leftovers, write_together
+from shapadapter.explanation.explanation import Explanation
+from shapadapter.visual import draw_strip, write_page
+
+MARK = ".attribution"
+"""Stands in front of the suffix of what is written for an image, so that it replaces nobody's picture."""
+
+LONGEST = 60
+
+
+def find_images(given: list[Path]) -> dict[Path, Path]:
+    """Files as they were given, and the images in folders, in order of their names; each with its place in the folder.
+
+    Links to folders are not followed, and neither hidden files nor what this command wrote are images.
+
+    Raises:
+        ShapleyError: a folder has no images.
+    """
+    from shapadapter.core.errors import ShapleyError
+
+    found: dict[Path, Path] = {}
+    for path in given:
+        inside = _images_below(path) if path.is_dir() else [path]
+        if not inside:
+            raise ShapleyError(f"There are no images in the folder {printable(path)}.")
+        for image in inside:
+            found.setdefault(image, image.relative_to(path) if path.is_dir() else Path(path.name))
+    return found
+
+
+def _images_below(folder: Path) -> list[Path]:
+    from shapadapter.evaluation.folder_run import IMAGE_SUFFIXES
+
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    return sorted(
+        path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.lower().endswith(MARK)
+    )
+
+
+def printable(path: Path) -> str:
+    """A path as text that any file can hold: what is no UTF-8 in it is written out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class Names:
+    """Names for the files about images, without folders, each given once, whatever the case of its letters."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+
+    def of(self, place: Path) -> str:
+        """A name, without suffix, for what is written about the image at a place in a folder: ants/1.jpg gives ants-1.
+
+        Letters, digits, `-`, `_` and `.` are kept, of a long name the end.
+        """
+        text = unicodedata.normalize("NFC", "-".join(map(printable, map(Path, place.with_suffix("").parts))))
+        kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[-LONGEST:].lstrip(".-") or "image"
+        name, number = kept, 1
+        while name.casefold() in self.taken:
+            number += 1
+            name = f"{kept}-{number}"
+        self.taken.add(name.casefold())
+        return f"{name}{MARK}"
+
+
+FORMAT, FORMAT_VERSION = "shapadapter.explain", 1
+PAGE_IMAGES = 100
+"""Images on a page; more make a second one."""
+
+
+class Written:
+    """A folder of explanations, and json on the standard output.
+
+    Args:
+        output: the folder, created if missing; None writes no files.
+        formats: some of "png", "html", "json", "npz".
+        checkpoint: what the page and the json say explained the images.
+        stream: where to write json, too.
+    """
+
+    def __init__(self, output: Path | None, formats: frozenset[str], checkpoint: str, stream: TextIO | None) -> None:
+        self.output, self.formats, self.checkpoint = output, formats, checkpoint
+        self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
+        self.page, self.pages = list[tuple[str, Explanation]](), 0
+        self.documents = [JsonDocument(stream, checkpoint)] if stream is not None else []
+        self.unfinished: Path | None = None
+        self.target = Path("the standard output") if output is None else output / "explanations.json"
+        self.made = (
+            [folder for folder in (output, *output.parents) if not folder.exists()] if output is not None else []
+        )
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output)
+            if "json" in formats:
+                self.unfinished = passing(output / "explanations.json")
+                self.documents.append(JsonDocument(self.unfinished.open("x", encoding="ascii"), checkpoint))
+
+    def __enter__(self) -> Written:
+        return self
+
+    def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
+        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown.
+
+        Args:
+            path: of the image.
+            place: its place in the folder that was given.
+            one: its explanation.
+            image: itself, opened.
+        """
+        name, shown = self.names.of(place), printable(path)
+        try:
+            contents = self._contents(one, name, image)
+        except ValueError as error:  # not finite
+            return self.refuse(path, error)
+        if self.output is not None:
+            write_together({self.output / file: content for file, content in contents.items()}, tidy=False)
+        with naming(self.target):
+            for document in self.documents:
+                document.add({"path": shown, "files": sorted(contents), **entry(one)})
+        self.count += 1
+        if self.output is not None and "html" in self.formats:
+            self.page.append((shown, one))
+            if len(self.page) == PAGE_IMAGES:
+                self._write_page()
+        return None
+
+    def refuse(self, path: Path, error: Exception) -> str:
+        """Note an image that could not be explained; returns why."""
+        told = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file
+        self.errors.append({"path": printable(path), "error": told})
+        return told
+
+    def _contents(self, one: Explanation, name: str, image: Any) -> dict[str, bytes]:
+        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
+        wanted = makers if self.output is not None else {}
+        return {f"{name}.{kind}": make(one) for kind, make in wanted.items() if kind in self.formats}
+
+    def _write_page(self) -> None:
+        assert self.output is not None
+        self.pages += 1
+        file = self.output / ("explanations.html" if self.pages == 1 else f"explanations-{self.pages}.html")
+        names, explanations = zip(*self.page, strict=True)
+        write_page(explanations, file, title=f"Explained by {self.checkpoint}", names=names)
+        self.page.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish page and json; after an error, leave no half of them, and never an empty folder of our own."""
+        try:
+            if kind is None:
+                if self.page:
+                    self._write_page()
+                with naming(self.target):
+                    for document in self.documents:
+                        document.finish(self.errors)
+            if self.unfinished is not None:
+                with naming(self.target):
+                    self.documents[-1].handle.close()
+            if kind is None and self.unfinished is not None and self.output is not None:
+                self.unfinished.replace(self.output / "explanations.json")
+        finally:
+            if self.unfinished is not None:
+                self.unfinished.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                for folder in self.made:
+                    folder.rmdir()
+
+
+class JsonDocument:
+    """One json object whose list of images grows on the way."""
+
+    def __init__(self, handle: TextIO, checkpoint: str) -> None:
+        self.handle = handle
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "shapadapter_version": __version__}
+        self.before = json.dumps({**head, "checkpoint": checkpoint})[:-1] + ', "images": [\n'
+
+    def add(self, image: dict[str, Any]) -> None:
+        """Write an image."""
+        self.handle.write(self.before + json.dumps(image, allow_nan=False))
+        self.before = ",\n"
+
+    def finish(self, errors: list[dict[str, str]]) -> None:
+        """Write what could not be explained, and the end."""
+        start = "" if self.before == ",\n" else self.before
+        self.handle.write(start + '\n], "errors": ' + json.dumps(errors) + "}\n")
+        self.handle.flush()
+
+
+def entry(one: Explanation) -> dict[str, Any]:
+    """What json says of an explanation of one image: `Explanation.to_dict` without its list."""
+    whole = one.to_dict()
+    (image,) = whole.pop("images")
+    return {**whole, **image}
+
+
+def archive(one: Explanation) -> bytes:
+    """The numbers about one image as npz, without its pixels; no pickle in it."""
+    arrays = {name: values for name, values in one.to_numpy().items() if name != "images"}
+    shown = [one.labels[index] for index in one.classes[0].tolist()]
+    buffer = io.BytesIO()
+    # (1, ...) -> (...), for there is one image
+    np.savez_compressed(buffer, labels=np.array(shown), **{name: values[0] for name, values in arrays.items()})
+    return buffer.getvalue()
+
+
+def picture(one: Explanation, image: Any) -> bytes:
+    """A figure of one image as png, on the whole image where that can be; without matplotlib, a simpler picture."""
+    buffer = io.BytesIO()
+    original = None if one.frames is None or one.frames.isnan().any() else image
+    try:
+        one.figure(original=original).savefig(buffer, format="png")
+    except ImportError:
+        draw_strip(one, original=original).save(buffer, format="png")
+    return buffer.getvalue()

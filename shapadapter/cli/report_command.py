@@ -1,0 +1,141 @@
+"""`shapadapter report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shapadapter.cli.messages import quiet, reporting
+from shapadapter.cli.options import (
+    OUTPUT,
+    Base,
+    BatchSize,
+    Checkpoint,
+    Config,
+    Data,
+    Device,
+    Json,
+    Masks,
+    Measured,
+    Methods,
+    Revision,
+    Seed,
+    Subfolder,
+    TrustRemoteCode,
+)
+from shapadapter.cli.outputs import printable
+from shapadapter.core.locks import alone_in
+
+if TYPE_CHECKING:
+    from shapadapter.evaluation import Evaluation
+    from shapadapter.explanation.explanation import Explanation
+    from shapadapter.visual.page import Measures
+
+
+EXAMPLE = "shapadapter report out --data photos --output report"
+CLASSES = 5
+"""Of each image, the likeliest ones, on the page."""
+
+
+def command(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1, max=500)] = 12,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
+    ] = Path("report"),
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Evaluate a fine-tuned model and write a page: its measures, and images with their explanations.
+
+    A second run with the same --output takes what has been measured from there.
+    """
+    with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
+        from shapadapter.evaluation import evaluate_checkpoint
+        from shapadapter.hub.load import load
+        from shapadapter.hub.locate import called
+
+        quiet()
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
+        place: dict[str, Any] = {
+            "subfolder": subfolder,
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
+        loaded = load(checkpoint, **place)
+        page = _page(loaded, called(checkpoint, subfolder), data, result, output / "report.html", shown, seed)
+        say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
+
+
+def _page(
+    loaded: tuple[Any, Any], checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int
+) -> Path:
+    """Explain some of the images, and show them below the measures, the wrong predictions first."""
+    from shapadapter.data.classes import class_names
+    from shapadapter.evaluation.dataset import choose
+    from shapadapter.evaluation.folder_run import labelled_images
+    from shapadapter.explanation.game import active_layer
+    from shapadapter.visual import write_page
+
+    model, processor = loaded
+    rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
+    chosen = [rows[index] for index in choose(len(rows), shown, seed)]
+    # One by one, for they may differ in size.
+    explained = [(row, _explained(model, processor, row)) for row in chosen]
+    explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
+    return write_page(
+        [explanation for _, explanation in explained],
+        file,
+        title=f"{checkpoint} on {printable(data)}",
+        table=_rows(result),
+        names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
+        true_labels=[row["label"] for row, _ in explained],
+        measures=_measures(result),
+    )
+
+
+def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
+    """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
+    from shapadapter.explanation.api import explain
+
+    found = explain(model, row["image"], processor, top_k=CLASSES)
+    shown = found.classes[0].tolist()
+    if row["label"] in shown:
+        return found
+    return explain(model, row["image"], processor, targets=[*shown, row["label"]])
+
+
+def _rows(result: Evaluation) -> list[tuple[str, str]]:
+    """The measures that stand on top: those of the model card."""
+    from shapadapter.hub.card.facts import Facts
+    from shapadapter.hub.card.results import compact, rows
+
+    facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
+    return [(row.label, row.shown) for row in rows(facts)]
+
+
+def _measures(result: Evaluation) -> Measures:
+    """All the others, with the curves."""
+    from shapadapter.evaluation.tables import blocks, summary
+    from shapadapter.visual.page import Measures
+
+    notes = (summary(result.about), *result.notes)
+    return Measures(blocks(result), result.curves, result.about["curves_read"], notes)

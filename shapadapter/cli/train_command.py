@@ -1,0 +1,251 @@
+"""`shapadapter train`: checks what was asked, and hands over to accelerate."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from shapadapter.cli.messages import reporting, warn
+from shapadapter.cli.options import GENERAL, MORE, Json, read_config, unknown
+
+PATIENCE = 15.0
+"""Seconds that the processes have to end after an interruption."""
+
+
+def launch(module: str, arguments: list[str], config: Path | None, *, quiet_output: bool) -> int:
+    """Run `python -m module` in as many processes as accelerate is configured for; returns the exit code.
+
+    They are a process group of their own: whoever interrupts this command, by Ctrl-C or by a signal to it alone, interrupts
+    all of them, and no training is left behind.
+
+    Args:
+        module: of the package.
+        arguments: its words.
+        config: a file of `accelerate config`; None for accelerate's default.
+        quiet_output: whether what is printed goes to the standard error.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted or told to end; all processes have ended.
+    """
+    chosen = [] if config is None else ["--config_file", str(config)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *chosen, "-m", module, *arguments]
+    with _ends_as_interruptions():
+        process = subprocess.Popen(command, stdout=sys.__stderr__ if quiet_output else None, start_new_session=True)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+
+
+@contextmanager
+def _ends_as_interruptions() -> Iterator[None]:
+    """Take what a cluster or a closed terminal sends for a Ctrl-C; what is ignored (`nohup`) stays so."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        """Answer a signal as Python answers Ctrl-C."""
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt all processes; those that do not end within `PATIENCE`, or before a second Ctrl-C, are killed."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        there = _signal(process, signal.SIGINT)
+        while there and time.monotonic() < deadline:
+            time.sleep(0.1)
+            process.poll()
+            there = _signal(process, 0)
+    except KeyboardInterrupt:
+        pass
+    _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to all processes, 0 for none; returns whether there was one to take it."""
+    try:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, number)  # it leads its group
+        elif number:
+            process.terminate()
+    except (ProcessLookupError, PermissionError):
+        return False
+    return hasattr(os, "killpg") or process.poll() is None
+
+
+EXAMPLE = "shapadapter train --model facebook/dinov2-small --data photos --output out"
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+MODULE = "shapadapter.training.script"
+
+OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder": "--data", "dataset_name": "--data"}
+"""Arguments of the script that have another name here."""
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder with a subfolder of images for each class, or a data set on the Hub.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for adapter, checkpoints and explanations.", show_default=False)
+    ],
+    launch_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--launch", help="File of `accelerate config`: which GPUs, FSDP, DeepSpeed; by default all GPUs."
+        ),
+    ] = None,
+    json: Json = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Options and training arguments from a yaml file; those of the command line win.",
+            callback=read_config,
+            is_eager=True,
+            rich_help_panel=GENERAL,
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a vision model that explains itself, on one CPU or many GPUs, through accelerate.
+
+    Every argument of ShapleyTrainingArguments is an option, too: --num-train-epochs 3, --bf16, --shapley-weight 10,
+    --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
+    --explained-images. --resume-from-checkpoint last goes on where a run stopped, --overwrite starts again in its folder.
+    """
+    hint = "Go on with the same command and --resume-from-checkpoint last."
+    with reporting(context, json, hint) as say:
+        script = _script()
+        given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
+        _check_sources(model, data)
+        where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
+        arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
+        check(arguments, given, script)
+        _check_output(arguments, script)
+        if launch_config is not None and not launch_config.is_file():
+            raise FileNotFoundError(f"There is no file {launch_config}.")
+        code = launch(MODULE, arguments, launch_config, quiet_output=json)
+        if code:
+            typer.echo("Error: the training failed; what it said stands above.", err=True)
+            raise typer.Exit(1)
+        results = output / "all_results.json"
+        metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
+        say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
+
+
+def _script() -> Any:
+    """The parser of the training script.
+
+    Raises:
+        ImportError: what reads data sets is missing.
+    """
+    if find_spec("datasets") is None:
+        raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
+    from shapadapter.training.script import parser
+
+    return parser()
+
+
+def _check_sources(model: str, data: str) -> None:
+    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub.
+
+    Raises:
+        ShapleyError: one cannot be.
+    """
+    from shapadapter.training.script import beside, check_data, check_model
+
+    check_model(model)
+    check_data(data)
+    for name in (model, data):
+        doubt = beside(name)
+        if not Path(name).is_dir() and (name == data or doubt):
+            warn(f"{name} is no folder here: it is looked for on the Hub.{doubt}")
+
+
+def _check_output(arguments: list[str], script: Any) -> None:
+    """Refuse the folder of an earlier training, before anything starts.
+
+    Raises:
+        ShapleyError: there is one, and nobody said that it may go.
+    """
+    from shapadapter.training.script import check_output
+
+    asked = script.parse_known_args(arguments)[0]
+    check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
+
+
+def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
+    """Values of a yaml file as words of a command line, for a parser."""
+    words: list[str] = []
+    for name, value in values.items():
+        action = script._option_string_actions.get(f"--{name}")
+        if value is None:
+            continue
+        if isinstance(value, list) and getattr(action, "nargs", None) != "+":
+            value = ",".join(map(str, value))
+        listed = value if isinstance(value, list) else [json_format.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, listed)]
+    return words
+
+
+def check(arguments: list[str], given: list[str], script: Any) -> None:
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense.
+
+    Raises:
+        typer.BadParameter: there is one.
+    """
+    known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
+    for word in given:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if not word.startswith("--") and (not word.startswith("-") or _is_number(word)):
+            continue
+        if name in OWN:
+            raise typer.BadParameter(f"{word} is {OWN[name]} here.")
+        if name not in known or not word.startswith("--"):
+            raise typer.BadParameter(unknown(name.replace("_", "-"), known | {"launch", "json"}, "There is"))
+
+    def refuse(message: str) -> None:
+        """Say as typer does what argparse has to object."""
+        raise typer.BadParameter(message)
+
+    script.error = refuse
+    rest = script.parse_known_args(arguments)[1]
+    if rest:
+        raise typer.BadParameter(f"{rest[0]!r} belongs to no option.")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Plain things that know no model: arithmetic of Shapley values, errors, files."""

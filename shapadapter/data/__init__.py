@@ -1,0 +1,1 @@
+"""From images, labels and texts as people have them to tensors."""

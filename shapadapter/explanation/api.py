@@ -1,0 +1,356 @@
+"""Explain images with a wrapped model: one forward pass each, and more evaluations if asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from shapadapter.adapter import ShapleyLayer
+from shapadapter.backbone import Tiling, configured_size, evaluation_view, normalised
+from shapadapter.backbone.forward import check_options
+from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.data.classes import class_names, find_classes
+from shapadapter.data.frames import frames
+from shapadapter.data.images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
+from shapadapter.data.texts import prepare_texts, text_rules
+from shapadapter.explanation.explanation import Explanation
+from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.refine import UNTIL, BatchGame, Plan, refined
+
+
+def explain(
+    model: nn.Module,
+    images: Any,
+    processor: Any | None = None,
+    *,
+    texts: Sequence[str] | str | None = None,
+    top_k: int | None = None,
+    targets: Sequence[str | int] | str | int | None = None,
+    batch_size: int = 32,
+    refine: int | Literal["until"] = 0,
+    relative_error: float | None = None,
+    max_refine: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Explanation:
+    """Predict and explain images in one forward pass each, without gradients.
+
+    With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
+    standard errors: the posterior of `shapadapter.core.posterior.shapley_posterior`. From 2^N - 2 evaluations on they are the
+    Shapley values of the N players, exactly.
+
+    Args:
+        model: a wrapped model; its training mode is left as it was.
+        images: one image or many, in a list, generator or data set: PIL images, paths, contents of files, arrays and
+            tensors from 0 to 255, rows of a data set; see `shapadapter.data.images.open_image`. Or, without a processor, prepared
+            pixel values (C, H, W) or (B, C, H, W), or all that a processor returned. Transparent parts are laid on white.
+        processor: the image processor the model was trained with; with texts, the processor of both.
+        texts: for a model that matches images with texts: what to compare the images with. They take the place of
+            classes, and the logits are the similarities before softmax.
+        top_k: keep the maps of the k likeliest classes of each image; all classes by default.
+        targets: keep the maps of these classes (names or indices) instead.
+        batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
+        refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
+        relative_error: with "until", an image is done when the expected L2 error of each shown map, as a share of the
+            map's length, is at most this; 0.1 by default.
+        max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many images are
+            not done then.
+        seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
+        **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
+
+    Raises:
+        ImageError: no image, an unreadable one, or one of a kind the model cannot take.
+        ClassNotFoundError: a target the model does not have.
+        ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
+        ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, `refine` is not an even number, or is
+            one and `relative_error` or `max_refine` was given.
+        TypeError: an argument that neither this function nor the model's forward has.
+    """
+    active_layer(model)
+    check_options(model, options, explain)
+    model = evaluation_view(model)
+    plan = Plan.of(refine, relative_error, max_refine, seed)
+    parts: list[Explanation] = []
+    bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)
+    with torch.inference_mode(), bar:
+        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
+            part = one_pass(batch)
+            if plan is not None:
+                game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
+                part = refined(part, game, plan, first=sum(map(len, parts)))
+            parts.append(part)
+    whole = join(parts) if plan is None else replace(join(parts), method="refined")
+    if plan is not None and refine == UNTIL:
+        _warn_of_errors(whole, plan.relative_error, plan.totals[-1])
+    return whole
+
+
+def _warn_of_errors(explanation: Explanation, wanted: float, most: int) -> None:
+    assert explanation.relative_errors is not None
+    worst = explanation.relative_errors.amax(dim=1)  # (B, C) -> (B,)
+    # They have been rounded to float32 since they were compared.
+    missed = worst[~(worst <= wanted * (1 + 1e-5))]
+    if len(missed):
+        warnings.warn(
+            f"{len(missed)} of {len(worst)} images are not at relative_error={wanted} after {most} evaluations, the worst "
+            f"is at {float(missed.max()):.2g}. Raise max_refine, or show fewer classes with top_k.",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A batch of images after its forward pass.
+
+    Attributes:
+        inputs: the keyword arguments of that pass, texts and options among them.
+        output: what the model returned.
+        tiling: how the players lie on the images.
+        seen: (B, H, W, 3) uint8, the part of the images that the players tile.
+        classes: (B, C) int64, the classes to show.
+        labels: the K class names.
+        likelihood: how scores become probabilities: "softmax", "sigmoid" or "none".
+        frames: (B, 6), where `seen` lies on the originals, as `shapadapter.data.frames.frames` says; None of prepared images.
+    """
+
+    inputs: dict[str, Any]
+    output: Any
+    tiling: Tiling
+    seen: Tensor
+    classes: Tensor
+    labels: tuple[str, ...]
+    likelihood: str
+    frames: Tensor | None = None
+
+
+def predictions(
+    model: nn.Module,
+    images: Any,
+    processor: Any | None,
+    texts: Sequence[str] | str | None,
+    top_k: int | None,
+    targets: Sequence[str | int] | str | int | None,
+    batch_size: int,
+    options: dict[str, Any],
+) -> Iterator[Predicted]:
+    """Prepare images, check what is asked of them, and run one forward pass on each batch; arguments as `explain`."""
+    layer = active_layer(model)
+    if top_k is not None and (targets is not None or top_k < 1):
+        raise ValueError(f"Pass either targets or a top_k of at least 1, got top_k={top_k} and targets={targets}.")
+    wanted: Any = targets
+    wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    if batch_size < 1 or (hasattr(wanted, "__len__") and not len(wanted)):
+        raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
+    labels, options = _classes(model, layer, texts, processor, options)
+    chosen = None if targets is None else find_classes(labels, targets)
+    for opened, inputs in _batches(images, processor, batch_size):
+        tiling = layer.tiling(**inputs, **options)
+        seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
+        given = {**inputs_on(inputs, model), "return_dict": True, **options}
+        output = _forward(model, given)
+        kept = columns(output.logits, chosen, top_k)
+        places = frames(opened, processor, (seen.shape[1], seen.shape[2])) if opened else None
+        yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model), places)
+
+
+def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
+    """One pass.
+
+    Raises:
+        ImageError: the model refuses images of this size.
+    """
+    try:
+        return model(**given)
+    except ShapleyError:
+        raise
+    except ValueError as error:
+        size = tuple(given["pixel_values"].shape[2:])
+        if configured_size(base_of(model)) in (None, size):
+            raise
+        raise ImageError(
+            f"The model takes no images of {' x '.join(map(str, size))} pixels: {error} Use an image processor that resizes."
+        ) from error
+
+
+def _classes(
+    model: nn.Module, layer: ShapleyLayer, texts: Sequence[str] | str | None, processor: Any, options: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the K classes, or texts, and the model's keyword arguments with the texts among them."""
+    config: Any = model.config
+    if layer.anatomy.kind != "matching":
+        if texts is not None:
+            name = type(base_of(model)).__name__
+            raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
+        return class_names(config.id2label, layer.classes), options
+    if texts is None:
+        raise ShapleyError("The model matches images with texts: pass texts=[...].")
+    listed = (texts,) if isinstance(texts, str) else tuple(texts)
+    return listed, {**options, "text_embeds": embed_texts(model, listed, processor)}
+
+
+def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tensor:
+    """Normalised embeddings (T, P) of texts: the directions along which a matching model's attributions are read.
+
+    Raises:
+        ShapleyError: there is no tokenizer, or a text is longer than the model takes.
+    """
+    inputs = prepare_texts(texts, processor, text_rules(model))
+    device = device_of(model)
+    with torch.no_grad():
+        return normalised(
+            base_of(evaluation_view(model)).get_text_features(
+                **{name: value.to(device) for name, value in inputs.items()}
+            )
+        )
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model inside PEFT's wrapper, or itself where it is without."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def inputs_on(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The inputs on the device of `model`, pixels in its precision."""
+    placed = {name: value.to(device_of(model)) for name, value in inputs.items()}
+    return {**placed, "pixel_values": placed["pixel_values"].to(next(model.parameters()).dtype)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: where its weights are or, if accelerate offloads them, where it brings them.
+
+    Raises:
+        ShapleyError: it has no weights.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    for hook in (inner for outer in hooks for inner in getattr(outer, "hooks", [outer])):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    raise ShapleyError(
+        f"{type(base_of(model)).__name__} has no weights, they are on the meta device: load it, for instance by "
+        "shapadapter.load(adapter)."
+    )
+
+
+def _seen(pixels: Tensor, tiling: Tiling) -> Tensor:
+    """The part of the pixels (B, C, H, W) that the players tile; what lies beyond the last patch is not seen."""
+    if pixels.ndim == 3:
+        return unpatchify(pixels, tiling.cells)
+    return pixels[..., : tiling.seen[0], : tiling.seen[1]]
+
+
+def _likelihood(model: nn.Module) -> str:
+    """How scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities."""
+    config: Any = model.config
+    if hasattr(model, "logit_bias") or config.problem_type == "multi_label_classification":
+        return "sigmoid"
+    single = config.problem_type is None and config.num_labels == 1
+    return "none" if single or config.problem_type == "regression" else "softmax"
+
+
+def prepared_batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """`pixel_values` (b, C, H, W) and what goes with them, batch by batch."""
+    return (inputs for _, inputs in _batches(images, processor, batch_size))
+
+
+def _batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[tuple[list[Any], dict[str, Tensor]]]:
+    """Opened images, none where they come prepared, and `pixel_values` (b, C, H, W) with what goes with them."""
+    if isinstance(images, Mapping) and "pixel_values" in images:
+        known = {name: images[name] for name in IMAGE_INPUTS if name in images}
+        if not isinstance(known.get("pixel_values"), Tensor) or not len(known["pixel_values"]):
+            raise ImageError(f"Expected pixel_values of at least one image as a tensor, got {sorted(images)}.")
+        if not known["pixel_values"].is_floating_point():
+            raise ImageError(
+                f"Expected pixel_values as the image processor makes them, got {known['pixel_values'].dtype}. Pass the images "
+                "themselves with processor=..."
+            )
+        for start in range(0, len(known["pixel_values"]), batch_size):
+            yield [], {name: value[start : start + batch_size] for name, value in known.items()}
+        return
+    listed = each(images)
+    part = list(islice(listed, batch_size))
+    if not part:
+        raise ImageError("Expected at least one image, got none.")
+    while part:
+        opened = [] if processor is None else [open_image(image) for image in part]
+        yield opened, prepare_opened(opened, processor) if opened else {"pixel_values": _stack(part)}
+        part = list(islice(listed, batch_size))
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    if not all(isinstance(image, Tensor) and image.is_floating_point() for image in images):
+        came = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
+        raise ImageError(f"Without a processor expected prepared tensors (C, H, W), got {came}. Pass processor=...")
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
+        raise ImageError(f"Expected tensors (C, H, W) of one size, got {sorted(shapes)}.")
+    return torch.stack(images)  # (B, C, H, W)
+
+
+def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:
+    """Undo the processor's arithmetic, (B, C, H, W) to (B, H, W, 3) uint8; without one, stretch each image."""
+    pixels = pixels.float().cpu()[:, :3]
+    if processor is None:
+        low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+        scaled = (pixels - low) / (high - low).clamp(min=1e-12) * 255
+    else:
+        scaled = unprocess(pixels, image_side(processor))
+    scaled = scaled.round().clamp(0, 255).to(torch.uint8)  # (B, C, H, W)
+    return scaled.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+
+
+def columns(logits: Tensor, chosen: list[int] | None, top_k: int | None) -> Tensor:
+    """Which classes to keep for each image, (B, C) int64."""
+    batch, classes = logits.shape
+    if top_k is not None:
+        return logits.topk(min(top_k, classes), dim=1).indices
+    kept = torch.tensor(range(classes) if chosen is None else chosen, device=logits.device)
+    return kept.expand(batch, -1)
+
+
+def one_pass(batch: Predicted) -> Explanation:
+    """What the model itself says about a batch."""
+    output, kept = batch.output, batch.classes
+    index = kept[:, None].expand(-1, output.attributions.shape[1], -1)  # (B, N, C)
+    attributions = output.attributions.gather(2, index).unflatten(1, batch.tiling.players)  # (B, rows, cols, C)
+    logits = output.logits.float()
+    probabilities = {
+        "softmax": logits.softmax(dim=1),
+        "sigmoid": logits.sigmoid(),
+        "none": torch.full_like(logits, torch.nan),
+    }[batch.likelihood]  # (B, K)
+    return Explanation(
+        attributions=attributions.float().cpu().clone(),
+        classes=kept.cpu().clone(),
+        logits=logits.cpu().clone(),
+        null_values=output.null_values.float().cpu().clone(),
+        probabilities=probabilities.cpu().clone(),
+        labels=batch.labels,
+        images=batch.seen,
+        evaluations=torch.zeros(len(kept), dtype=torch.int64, device="cpu"),
+        frames=batch.frames,
+    )
+
+
+def join(parts: Sequence[Explanation]) -> Explanation:
+    """One explanation of the images of several.
+
+    Raises:
+        ImageError: their images differ in size, so they cannot share one grid.
+    """
+    sizes = sorted({tuple(part.images.shape[1:3]) for part in parts})
+    if len(sizes) > 1:
+        raise ImageError(f"Images of different sizes {sizes} cannot share one explanation; explain them separately.")
+    names = [field.name for field in fields(Explanation) if isinstance(getattr(parts[0], field.name), Tensor)]
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Explanation(**together, labels=parts[0].labels, method=parts[0].method)

@@ -1,0 +1,107 @@
+"""A wrapped model and an image as a cooperative game: its values, and its Shapley values the slow way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapadapter.adapter import CHILD, ShapleyLayer
+from shapadapter.backbone import evaluation_view, reached
+from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.shapley import (
+    all_coalitions,
+    exact_shapley_values,
+    kernel_shap,
+    kernel_shap_error,
+    pays_for_all,
+    sample_paired_coalitions,
+)
+
+
+def active_layer(model: nn.Module) -> ShapleyLayer:
+    """The Shapley layer of a wrapped model.
+
+    Raises:
+        ShapleyError: the model has none, no adapter in it is active, or it is a module around the wrapped model.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
+    if len(layers) != 1 or layers[0].active is None:
+        raise ShapleyError(
+            f"Expected a model with an active Shapley adapter, got {type(model).__name__}"
+            + (" whose adapters are disabled." if layers else ". Wrap it: get_peft_model(model, ShapleyConfig()).")
+        )
+    # What hands attributes on to the model inside, as `torch.compile` and FSDP do, serves as that model.
+    if getattr(model, CHILD, None) is not layers[0]:
+        inner = next(name for name, m in model.named_modules() if name and getattr(m, CHILD, None) is layers[0])
+        raise ShapleyError(
+            f"Expected the wrapped model itself, got {type(model).__name__} around it. Pass the model inside: "
+            f"{reached('outer', inner)}, as in explain({reached('outer', inner)}, ...)."
+        )
+    return layers[0]
+
+
+class PatchGame:
+    """The game of one image: players are its patches, v(S) the logits with only S present.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: (C, H, W) or (1, C, H, W), prepared by the image processor; with NaFlex (N, 3 * p * p) or
+            (1, N, 3 * p * p).
+        batch_size: coalitions evaluated at a time.
+        **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
+    """
+
+    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int = 256, **options: Any) -> None:
+        self.model = model
+        layer = active_layer(model)
+        alone = 2 if layer.anatomy.family.patches else 3  # dimensions of an image without a batch
+        self.pixel_values = pixel_values[None] if pixel_values.ndim == alone else pixel_values  # (1, C, H, W)
+        if self.pixel_values.shape[0] != 1:
+            raise ImageError(f"A game is about one image, got a batch of {self.pixel_values.shape[0]}.")
+        self.batch_size = batch_size
+        self.options = options
+        self.players = layer.tiling(self.pixel_values, **options).count
+        with torch.inference_mode():
+            output = evaluation_view(model)(pixel_values=self.pixel_values, **options)
+        if output.logits is None:
+            raise ShapleyError(
+                "The model matches images with texts: pass text_embeds=embed_texts(model, texts, processor), from "
+                "shapadapter.explanation.api."
+            )
+        self.full_values: Tensor = output.logits[0].detach().float()  # (K,)
+        self.null_values: Tensor = output.null_values[0].detach().float()  # (K,)
+        self.attributions: Tensor = output.attributions[0].detach()  # (N, K)
+
+    def values(self, coalitions: Tensor) -> Tensor:
+        """v(S) of coalitions (M, N) bool: (M, K) fp32."""
+        # Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
+        order = coalitions.sum(dim=1).argsort(stable=True)  # (M,)
+        model, values = evaluation_view(self.model), []
+        with torch.inference_mode():
+            for part in order.split(self.batch_size):
+                chosen = coalitions[part][None].to(self.pixel_values.device)  # (1, m, N)
+                output = model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
+                values.append(output.coalition_values[0])  # (m, K)
+        return torch.cat(values)[order.argsort().to(self.pixel_values.device)]
+
+    def exact(self) -> Tensor:
+        """The Shapley values by enumeration of all 2^N coalitions, (N, K) float64; at most 16 players."""
+        return exact_shapley_values(self.values(all_coalitions(self.players)).cpu())
+
+    def kernel_shap(self, evaluations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The Shapley values estimated from sampled coalitions; exact where so many evaluations pay for all 2^N - 2.
+
+        Args:
+            evaluations: M, coalitions evaluated; a multiple of 4.
+            generator: source of the coalitions.
+
+        Returns:
+            estimate (N, K) float64, and its relative L2 error (K,), itself estimated by the difference of two halves.
+        """
+        if pays_for_all(evaluations, self.players):
+            return self.exact(), torch.zeros(len(self.full_values), dtype=torch.float64, device="cpu")
+        coalitions = sample_paired_coalitions(self.players, evaluations, generator)  # (M, N)
+        arguments = (coalitions, self.values(coalitions).cpu(), self.null_values.cpu(), self.full_values.cpu())
+        return kernel_shap(*arguments), kernel_shap_error(*arguments)

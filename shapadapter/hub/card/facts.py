@@ -1,0 +1,237 @@
+"""What a card can say: the content of `adapter_config.json`, and the record that is kept there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shapadapter.core.documents import fault, read_json
+from shapadapter.core.errors import CheckpointError, redacted
+from shapadapter.core.files import write_together
+
+# What orders the direction of writing can make a name read as another one.
+_DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
+_BAR = "\N{DIVIDES}"
+_LONG = 80
+
+
+def one_line(text: Any, limit: int = _LONG) -> str:
+    """Any value as one line of ordinary characters, without credentials, cut where it is long."""
+    characters = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in redacted(text))
+    known = "".join(characters).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+    line = " ".join(_DIRECTION.sub("", known).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def code(text: Any, limit: int = _LONG) -> str:
+    """A code span, in which Markdown reads nothing: no link, picture, tag or entity."""
+    line = one_line(text, limit)
+    if not line:
+        return "(empty)"
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def words(text: Any, limit: int = _LONG) -> str:
+    """Ordinary text for a heading or a picture's description, every sign of Markdown and HTML escaped."""
+    line = one_line(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~!$^@:])", r"\\\1", line)
+
+
+def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    # A bar would end the cell, and GFM has no escape for it that a backslash before it could not undo.
+    return "\n".join(f"| {' | '.join(cell.replace('|', _BAR) for cell in line)} |" for line in lines)
+
+
+# As huggingface_hub allows names of repositories.
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+
+OWN_PICTURE = re.compile(r"explanation-[0-9]{1,4}\.png")
+"""Names of the pictures that we write; none of them can lead out of their folder."""
+
+MATCHING = "zero-shot-image-classification"
+CLASSIFYING = "image-classification"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an adapter.
+
+    Attributes:
+        config: the content of `adapter_config.json`.
+        name: by which the adapter is loaded, a folder's name or one on the Hub.
+        revision: the branch on the Hub, None for the main one.
+        pictures: names of the pictures that are there to be shown.
+        subfolder: of what the name means, in which the adapter is; None for the top.
+    """
+
+    config: Mapping[str, Any]
+    name: str
+    revision: str | None = None
+    pictures: Sequence[str] = ()
+    subfolder: str | None = None
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What is known of data, training and results."""
+        return mapping(self.config.get("record"))
+
+    def of(self, key: str) -> Mapping[str, Any]:
+        """A part of the record; empty where it is not known."""
+        return mapping(self.record.get(key))
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name on the Hub; None for one in a folder."""
+        return repository(self.of("about").get("finetuned_from")) or repository(
+            self.config.get("base_model_name_or_path")
+        )
+
+    @property
+    def base_name(self) -> str:
+        """The last part of the base model's name, which says nothing about where folders are."""
+        given = text(self.config.get("base_model_name_or_path")) or self.family or "base model"
+        return re.split(r"[\\/]", given.rstrip("\\/"))[-1] or "base model"
+
+    @property
+    def family(self) -> str | None:
+        """The base model's class."""
+        return text(mapping(self.config.get("auto_mapping")).get("base_model_class"))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in their order; empty where they have none."""
+        names = mapping(self.config.get("id2label"))
+        try:
+            return [str(names[index]) for index in sorted(names, key=int)]
+        except (TypeError, ValueError):
+            return []
+
+    @property
+    def task(self) -> str:
+        """As the Hub calls it."""
+        kind, family = text(self.record.get("kind")), self.family or ""
+        matching = kind == "matching" or (kind is None and not self.classes and not family.endswith("Classification"))
+        return MATCHING if matching else CLASSIFYING
+
+    @property
+    def quantity(self) -> bool:
+        """Whether the model predicts a number instead of classes."""
+        problem = self.config.get("problem_type")
+        return problem == "regression" or (problem is None and self.config.get("num_classes") == 1)
+
+    @property
+    def players(self) -> tuple[int, int] | None:
+        """(rows, cols) of the players."""
+        for found in (self.config.get("grid"), self.record.get("players"), self.of("evaluation").get("players")):
+            if isinstance(found, list | tuple) and len(found) == 2 and all(type(count) is int for count in found):
+                return (found[0], found[1])
+        return None
+
+    @property
+    def title(self) -> str:
+        """The name that a person gave: the model's, or that of its repository."""
+        given = text(self.of("about").get("model_name"))
+        return given or (
+            self.name.split("/")[-1] if "/" in self.name else f"{self.base_name} with Shapley attributions"
+        )
+
+
+def pictures_of(record: Any) -> list[Mapping[str, Any]]:
+    """The pictures that a record names: `file` and `alt` of each."""
+    known = mapping(record).get("pictures")
+    listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
+    return [picture for picture in listed if OWN_PICTURE.fullmatch(str(picture.get("file")))]
+
+
+def repository(name: Any) -> str | None:
+    """A name on the Hub, or None for a path and anything else."""
+    given = text(name)
+    if given is None or not _REPOSITORY.fullmatch(given) or ".." in given or Path(given).is_dir():
+        return None
+    return given
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def text(value: Any) -> str | None:
+    """The value if it is a text with something in it."""
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def texts(value: Any) -> list[str]:
+    """One text or many as a list, each once."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return list(dict.fromkeys(one for one in listed if text(one)))
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    return float(value) if fault(value, float, "it") is None else None
+
+
+CONFIG = "adapter_config.json"
+_OF_WEIGHTS = ("evaluation", "metrics", "pictures")
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str | None:
+    """By what the trained numbers of an adapter are recognised, whatever their names and precision; None if not at hand."""
+    own = [tensor for name, tensor in tensors.items() if "lora_" in name]
+    if not own or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in own):
+        return None
+    parts = sorted(hashlib.sha256(t.detach().float().cpu().contiguous().numpy().tobytes()).digest() for t in own)
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def settled(record: Mapping[str, Any] | None, weights: str | None, folder: Path) -> dict[str, Any] | None:
+    """The record to be saved with these weights.
+
+    Results of other weights are left out. What was added to the folder since the same weights were saved there, as an
+    evaluation, stays.
+
+    Args:
+        record: what is known, with the digest of the weights that it speaks of, or without one if it is new.
+        weights: the digest of what is saved, None if it is not known.
+        folder: where it is saved.
+    """
+    found = dict(mapping(record))
+    if weights is None:
+        return found or None
+    if found.get("weights") not in (None, weights):
+        speaks = any(name in found for name in (*_OF_WEIGHTS, "training"))
+        found = {name: value for name, value in found.items() if name not in _OF_WEIGHTS}
+        found |= {"changed": True} if speaks else {}
+    before = mapping(read_config(folder).get("record"))
+    if before.get("weights") == weights:
+        found = {**before, **found}
+    return {**found, "weights": weights}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `adapter_config.json`; empty where there is none that can be read."""
+    try:
+        found: dict[str, Any] = read_json(folder / CONFIG)
+    except CheckpointError:
+        return {}
+    return found
+
+
+def write_record(folder: Path, record: Mapping[str, Any] | None) -> None:
+    """Put a record into the `adapter_config.json` of a folder, where there is one."""
+    config = read_config(folder)
+    if config:
+        write_together({folder / CONFIG: json.dumps({**config, "record": record}, indent=2, sort_keys=True).encode()})

@@ -1,0 +1,278 @@
+"""What a checkpoint, or a base model before it is wrapped, offers; the self-test is run again for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import peft
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from shapadapter import __version__
+from shapadapter.adapter import ShapleyConfig
+from shapadapter.backbone import Removal, choose_removal, configured_size
+from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.data.images import prepare_images
+from shapadapter.explanation.api import base_of
+from shapadapter.explanation.game import active_layer
+from shapadapter.hub.load import comes_with_code, load, told
+from shapadapter.hub.locate import called, locate
+from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
+
+SHOWN_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        name: the folder, or the name on the Hub.
+        adapter: whether it is an adapter; else a base model, and what wrapping it with the defaults would give.
+        supported: whether the self-test passed.
+        trouble: why not.
+        family: transformers' name of the architecture, e.g. "vit".
+        model_class: the class of the base model.
+        kind: "classifier", "headless" or "matching".
+        image: (height, width) of the images that the processor makes, or the model is configured for.
+        players: (rows, cols) on such an image.
+        mechanism: how the token works: "sequence", "readout" or "latents".
+        features: the module whose output is explained.
+        removal: how absent players are taken out.
+        removals: for each way of it "works", or why it does not.
+        prediction: where the logits come from.
+        tune: what is trained beside token and head.
+        lora_targets: the modules that LoRA adapts.
+        parameters: of the base model.
+        adapter_parameters: of the adapter, all that is saved.
+        adapter_bytes: their size.
+        classes: how many; None for a model that matches images with texts.
+        class_names: the first of them.
+        base: the base model's name or folder.
+        base_revision: its commit, if that was recorded.
+        versions: of shapadapter, PEFT, transformers and torch here, and of shapadapter when the adapter was written.
+        record: what the adapter knows of its training.
+    """
+
+    name: str
+    adapter: bool
+    supported: bool = False
+    trouble: str | None = None
+    family: str | None = None
+    model_class: str | None = None
+    kind: str | None = None
+    image: tuple[int, ...] | None = None
+    players: tuple[int, int] | None = None
+    mechanism: str | None = None
+    features: str | None = None
+    removal: str | None = None
+    removals: dict[str, str] = field(default_factory=dict)
+    prediction: str | None = None
+    tune: str | None = None
+    lora_targets: tuple[str, ...] = ()
+    parameters: int | None = None
+    adapter_parameters: int | None = None
+    adapter_bytes: int | None = None
+    classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    base: str | None = None
+    base_revision: str | None = None
+    versions: dict[str, str | None] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as json takes them."""
+        return asdict(self)
+
+
+def inspect(
+    name: str | Path,
+    *,
+    subfolder: str | None = None,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Load an adapter, or a base model to see what wrapping it would give, and say what it offers.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        subfolder: where in it the adapter is, as in `load`.
+        base: the adapter's base model, as in `load`.
+        revision: of the repository.
+        device: as in `load`.
+        token: for private repositories.
+        trust_remote_code: whether a base with code of its own may run it here.
+
+    Raises:
+        ShapleyError: there is nothing of that name, or it cannot be loaded.
+    """
+    options: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    if subfolder is not None or _is_adapter(str(name), revision, token):
+        model, processor = load(name, subfolder=subfolder, base=base, device=device, **options)
+        return _found(Inspection(called(name, subfolder), True), model, processor)
+    start = Inspection(str(name), False, base=str(name), versions=_versions(None))
+    try:
+        bare, processor = _bare(str(name), options)
+        start = replace(start, family=bare.config.model_type, model_class=type(bare).__name__)
+        return _found(start, get_peft_model(bare, ShapleyConfig()), processor)
+    except UnsupportedModelError as error:
+        return replace(start, trouble=str(error))
+
+
+def _is_adapter(name: str, revision: str | None, token: str | bool | None) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / CONFIG_NAME).is_file()
+    if is_path(name):
+        raise ShapleyError(f"There is no folder {name}.")
+    try:
+        return bool(hf_hub_download(name, CONFIG_NAME, revision=revision, token=token))
+    except EntryNotFoundError:  # also without a network, where it was never asked for
+        return False
+    except HUB_ERRORS as error:
+        raise ShapleyError(f"{name} is no folder here. {hub_trouble(error, name, revision) or error}") from error
+
+
+def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A base model, as a classifier if there is one of its architecture, and its image processor if there is one.
+
+    Raises:
+        UnsupportedModelError: nothing of the kind can be made of it.
+        ShapleyError: it is not there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        matching = set(config.architectures or ()) & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+        classifier = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not matching
+        # A class in the model's own code, which transformers does not list.
+        own = AutoModelForImageClassification.__name__ in (getattr(config, "auto_map", None) or {})
+        maker: Any = AutoModelForImageClassification if classifier or own else AutoModel
+        model = maker.from_pretrained(name, use_safetensors=True, **options)
+    except ImportError as error:
+        raise UnsupportedModelError(str(error)) from error
+    except Exception as error:  # of a damaged file transformers says what its parsers say, of many kinds
+        if "trust_remote_code" in str(error):
+            raise ShapleyError(comes_with_code(name)) from error
+        trouble = None if Path(name).is_dir() else hub_trouble(error, name, options["revision"])
+        if trouble is None:
+            below = locate(name, None, options["revision"], options["token"]).elsewhere()
+            trouble = f"{told(error)}{below}"
+        raise ShapleyError(f"{name} cannot be loaded. {trouble}") from error
+    try:
+        return model, AutoImageProcessor.from_pretrained(name, **options)
+    except Exception:  # as above; one that needs torchvision, too
+        return model, None
+
+
+def _names(mapping: Any) -> set[str]:
+    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
+
+
+def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
+    """What a wrapped model offers, after its self-test."""
+    bare, layer = base_of(model), active_layer(model)
+    config, anatomy = model.peft_config[layer.active], layer.anatomy
+    saved = get_peft_model_state_dict(model, adapter_name=str(layer.active))
+    removals = _removals(bare, config)
+    image, players = _players(bare, processor)
+    names = [] if anatomy.kind == "matching" else list((config.id2label or bare.config.id2label).values())
+    works = removals.get(config.removal) == "works"
+    return replace(
+        start,
+        supported=works,
+        trouble=None if works else removals.get(config.removal),
+        family=bare.config.model_type,
+        model_class=type(bare).__name__,
+        kind=anatomy.kind,
+        image=image,
+        players=players,
+        mechanism=anatomy.mechanism,
+        features=anatomy.source,
+        removal=config.removal,
+        removals=removals,
+        prediction=_prediction(config.prediction, anatomy.kind),
+        tune=config.tune,
+        lora_targets=tuple(sorted(config.target_modules)) if config.tune == "lora" else (),
+        parameters=sum(p.numel() for p in bare.parameters()) - sum(value.numel() for value in saved.values()),
+        adapter_parameters=sum(value.numel() for value in saved.values()),
+        adapter_bytes=sum(value.nbytes for value in saved.values()),
+        classes=None if anatomy.kind == "matching" else layer.classes,
+        class_names=tuple(map(str, names[:SHOWN_CLASSES])),
+        base=config.base_model_name_or_path or start.base,
+        base_revision=config.revision,
+        versions=_versions(config.shapadapter_version if start.adapter else None),
+        record=getattr(config, "record", None),
+    )
+
+
+def _removals(model: Any, config: Any) -> dict[str, str]:
+    """The self-test with each way of removing players."""
+    layer = active_layer(model)
+    with _as_before(model):
+        return {removal: _tried(model, layer.anatomy, removal, config) for removal in get_args(Removal)}
+
+
+def _tried(model: Any, anatomy: Any, removal: Removal, config: Any) -> str:
+    try:
+        choose_removal(model, anatomy, removal, config.grid, config.shapley_token)
+    except UnsupportedModelError as error:
+        return str(error)
+    return "works"
+
+
+@contextmanager
+def _as_before(model: Any) -> Iterator[None]:
+    """The model without the adapter's hooks, as the self-test at wrapping time saw it."""
+    layer = active_layer(model)
+    layer.detach(model)
+    try:
+        yield
+    finally:
+        layer.attach(model)
+
+
+def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
+    """(height, width) of a prepared image, and (rows, cols) of the players on it; None where that cannot be said."""
+    layer = active_layer(model)
+    height, width = configured_size(model) or layer.anatomy.sample
+    try:
+        if processor is not None:
+            inputs = prepare_images([Image.new("RGB", (width, height))], processor)
+        else:
+            inputs = {"pixel_values": torch.zeros(1, layer.anatomy.channels, height, width, device="cpu")}
+        tiling = layer.tiling(**inputs, **layer.anatomy.options)
+        return (tiling.seen, tiling.players)
+    except ImageError:
+        return None, None
+
+
+def _prediction(prediction: str, kind: str) -> str:
+    if kind == "matching":
+        return "similarity of image and text"
+    return "vote: the sum of the attributions" if prediction == "vote" else "classifier: the base model's own head"
+
+
+def _versions(written: str | None) -> dict[str, str | None]:
+    return {
+        "shapadapter": __version__,
+        "written_by": written,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,273 @@
+"""Load an adapter from a folder or from the Hub, with the base model it names and the processor of either."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
+
+from shapadapter.core.errors import CheckpointError, ShapleyError
+from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.storage import refuse_link
+from shapadapter.hub.locate import AdapterFiles, locate
+from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
+
+_UNTRUSTED = (
+    "The image processor in {} comes with code of its own, which is not run. Save one of transformers' with the adapter: "
+    "processor.save_pretrained(folder)."
+)
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    subfolder: str | None = None,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load an adapter on its base model, and the processor that goes with them.
+
+    Weights are read from safetensors only. From the Hub comes what is needed, and no more: the adapter's two files, the
+    processor's, and the base model.
+
+    Args:
+        checkpoint: the folder of an adapter, or its name on the Hub.
+        subfolder: where in it the adapter is, if not at the top: PEFT saves one of another name than "default" in a folder
+            of that name. The processor may be beside it, or at the top.
+        base: the base model, where it is not to be found under the name the adapter was saved with: a folder, or another
+            name on the Hub. Its weights must be the same.
+        revision: branch, tag or commit of the adapter's repository; that of the base is written in the adapter.
+        device: e.g. `"cpu"` or `"cuda:1"`; None for the GPU if there is one.
+        dtype: of the base's weights, e.g. `torch.bfloat16` or `"bfloat16"`; None as they were saved. The adapter's own
+            stay as they are.
+        token: for private repositories; None for that of `hf auth login`.
+        trust_remote_code: whether a base with code of its own on the Hub may run it here.
+
+    Returns:
+        The wrapped model, in eval mode, and its image processor; for a model that matches images with texts, the
+        processor of both.
+
+    Raises:
+        ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
+            safetensors.
+        CheckpointError: a file is damaged, or a link that leads out of its folder, or the base is not the one the adapter
+            was made for.
+    """
+    place, kind = _device(device), _dtype(dtype)
+    files = locate(str(checkpoint), subfolder, revision, token)
+    config = files.config()
+    root, recorded = _root(files, config, base)
+    if Path(root).is_dir():
+        for path in Path(root).iterdir():
+            if (
+                path.suffix != ".safetensors" and not path.is_dir()
+            ):  # weights are nobody's secret if the adapter was made for them
+                refuse_link(path, Path(root))
+    options = {
+        "revision": _pinned(files.name, root, recorded, token),
+        "token": token,
+        "trust_remote_code": trust_remote_code,
+    }
+    bare = _base_model(files.name, root, config, {**options, "dtype": kind})
+    try:
+        model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
+    except ShapleyError:
+        raise
+    except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
+        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
+    own = files.processor()
+    # Code that comes with an adapter never runs: what is trusted is the base.
+    found = str(own or root)
+    words = comes_with_code(root) if own is None else _UNTRUSTED.format(found)
+    processor = _processor(model, found, options if own is None else {"trust_remote_code": False}, words)
+    return model.to(place), processor
+
+
+def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[str, str | None]:
+    """Where the base model is, and its revision if it is the one the adapter recorded.
+
+    Raises:
+        ShapleyError: it is nowhere, or the adapter does not name it.
+    """
+    if base is not None:
+        if is_path(str(base)) and not (Path(base) / "config.json").is_file():
+            raise ShapleyError(f"base={str(base)!r} is no folder with a model: expected config.json in it.")
+        return str(base), None
+    recorded = config.base_model_name_or_path
+    if not recorded:
+        raise ShapleyError(f"The adapter {files.name} does not name its base model. Say where it is: base=...")
+    if not files.fetched:
+        try:
+            return find_base(files.folder, str(recorded)), config.revision
+        except ShapleyError as error:
+            raise ShapleyError(f"{error} Or say where it is: base=...") from error
+    if is_path(str(recorded)):
+        raise ShapleyError(
+            f"The adapter {files.name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
+            "you have that model, say where: base=... Its author can push both: push(folder, repo_id, base_repo_id=...) "
+            "of shapadapter.hub."
+        )
+    return str(recorded), config.revision
+
+
+def _pinned(name: str, root: str, revision: str | None, token: str | bool | None) -> str | None:
+    """The commit of the base model, so that all its files are of the same one; None for a folder.
+
+    Raises:
+        ShapleyError: the repository or the revision is not there, or may not be seen.
+    """
+    if Path(root).is_dir():
+        return None
+    try:
+        return HfApi().resolve_revision(root, revision=revision, token=token).resolved
+    except HUB_ERRORS as error:
+        raise ShapleyError(_why_no_base(name, root, revision, error)) from error
+
+
+def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> Any:
+    """The bare base model.
+
+    Raises:
+        ShapleyError: it is not there, has no safetensors, or has code of its own.
+    """
+    # A new classifier is saved with the adapter; the base model must have room for its classes.
+    new_head = config.prediction == "classifier" and config.modules_to_save
+    room = {"num_labels": config.num_classes, "ignore_mismatched_sizes": True} if new_head else {}
+    maker = getattr(transformers, (config.auto_mapping or {}).get("base_model_class", ""), None)
+    if not (isinstance(maker, type) and issubclass(maker, PreTrainedModel)):
+        maker = AutoModelForImageClassification
+    try:
+        return maker.from_pretrained(root, use_safetensors=True, **room, **options)
+    except Exception as error:  # of a damaged file transformers says what its parsers say, of many kinds
+        raise ShapleyError(_why_no_base(name, root, options["revision"], error)) from error
+
+
+def _why_no_base(name: str, root: str, revision: str | None, error: BaseException) -> str:
+    trouble = None if Path(root).is_dir() else hub_trouble(error, root, revision)
+    if trouble is not None:
+        remedy = (
+            f"If its weights are unchanged elsewhere, load(..., base={root!r}) takes its newest revision."
+            if "has no revision" in trouble
+            else "Put its folder beside the adapter, or say where it is: base=..."
+        )
+        return f"The base model {root} of the adapter {name} is not there. {trouble} {remedy}"
+    if "safetensors" in str(error):
+        return (
+            f"The base model {root} has no safetensors file, and pickles are not read. Convert it once, if you trust it: "
+            f"AutoModelForImageClassification.from_pretrained({root!r}).save_pretrained('base'), its processor likewise; "
+            "then load(..., base='base')."
+        )
+    if "trust_remote_code" in str(error):
+        return comes_with_code(root)
+    return f"The base model {root} of the adapter {name} cannot be loaded: {told(error)}"
+
+
+def comes_with_code(base: str) -> str:
+    """What to say where transformers refuses to run the code of a base model."""
+    return (
+        f"The base model {base} comes with code of its own, which would run here. Read it, and if you trust it, "
+        "load(..., trust_remote_code=True)."
+    )
+
+
+def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) -> Any:
+    """The processor in a folder or a repository.
+
+    Raises:
+        ShapleyError: there is none, or it has code of its own that may not run, which `of_code` says.
+    """
+    maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
+    try:
+        return load_processor(place, maker, **options)
+    except ShapleyError:
+        raise
+    except Exception as error:  # as above
+        hub_trouble(error, place)  # for the credentials in it
+        if "trust_remote_code" in str(error):
+            raise ShapleyError(of_code) from error
+        raise ShapleyError(
+            f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
+            "adapter: processor.save_pretrained(folder)."
+        ) from error
+
+
+def told(error: BaseException) -> str:
+    """The first line of an error, or its kind."""
+    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
+
+
+def load_processor(place: str | Path, maker: Any = AutoImageProcessor, **options: Any) -> Any:
+    """What a class of transformers makes of the processor in a folder or a repository.
+
+    Raises:
+        ShapleyError: it needs torchvision, as those of DINOv3 and PP-LCNet do, and that is not installed.
+        OSError, ValueError: whatever else transformers raises.
+    """
+    try:
+        return maker.from_pretrained(place, **options)
+    except (ImportError, ValueError) as error:
+        if "torchvision" in str(error).lower() and find_spec("torchvision") is None:
+            raise ShapleyError(
+                f"The image processor in {place} needs torchvision, which is not installed: pip install torchvision, in "
+                f"the release that goes with torch {torch.__version__}."
+            ) from error
+        raise
+
+
+def find_base(folder: Path, name: str) -> str:
+    """The folder of the base model, whose path was saved as it was seen from wherever the training ran, or its name on the Hub.
+
+    Looked for here, from the adapter's folder and those above it, and beside the adapter; with the slashes of either system.
+
+    Raises:
+        ShapleyError: the name is a path, and leads nowhere.
+    """
+    folder, path, windows = folder.resolve(), Path(name), PureWindowsPath(name)
+    last = windows.name or path.name
+    places = [path, *(above / path for above in (folder, *folder.parents))]
+    if "\\" in name and not windows.anchor:
+        places += [above.joinpath(*windows.parts) for above in (Path(), folder, *folder.parents)]
+    # What may be a Hub id is not taken for a folder that happens to be called alike.
+    places += [folder.parent / last] if is_path(name) else []
+    found = next((place for place in places if _is_model(place)), None)
+    if found is not None:
+        return name if found == path else str(found)
+    if is_path(name):
+        raise ShapleyError(
+            f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
+            f"{folder.parent / last}."
+        )
+    return name
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ShapleyError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ShapleyError(f"dtype must be a torch.dtype or its name, such as 'bfloat16', got {dtype!r}.")
+    return found if isinstance(found, torch.dtype) else "auto"

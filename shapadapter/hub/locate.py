@@ -1,0 +1,185 @@
+"""Where the files of an adapter are: in a folder, or fetched from the Hub; at the top, or in a subfolder."""
+
+from __future__ import annotations
+
+import glob
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from shapadapter.adapter import ShapleyConfig
+from shapadapter.adapter.registration import NAME
+from shapadapter.core.documents import read_json, shown
+from shapadapter.core.errors import CheckpointError, ShapleyError
+from shapadapter.explanation.storage import refuse_links
+from shapadapter.hub.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
+
+_NAMED = 5
+"""Folders with an adapter that an error names."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter.
+
+    Attributes:
+        source: the folder that was asked for, or the name on the Hub.
+        root: that folder, or the one with what was fetched.
+        subfolder: where in it the adapter is, with slashes; empty for the top.
+        token: for the Hub; of no meaning for a folder.
+    """
+
+    source: str
+    root: Path
+    subfolder: str = ""
+    token: str | bool | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where `adapter_config.json` should be."""
+        return self.root / self.subfolder
+
+    @property
+    def name(self) -> str:
+        """What the adapter is called in messages."""
+        return called(self.source, self.subfolder)
+
+    @property
+    def fetched(self) -> bool:
+        """Whether they came from the Hub."""
+        return self.root != Path(self.source)
+
+    def config(self) -> Any:
+        """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there.
+
+        Raises:
+            ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
+            CheckpointError: its configuration is damaged, or a file is a link out of the folder.
+        """
+        refuse_links(self.root, self.subfolder)
+        file = self.folder / CONFIG_NAME
+        if not file.is_file():
+            raise ShapleyError(
+                f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
+            )
+        try:
+            kind = read_json(file).get("peft_type")
+        except CheckpointError as error:
+            raise CheckpointError(f"{CONFIG_NAME} of {self.name} is damaged: {error}") from error
+        if kind != NAME:
+            other = shown(kind).strip("'")
+            raise ShapleyError(
+                f"{self.name} is an adapter of type {other}, not one of shapadapter. Load it with peft.AutoPeftModel."
+            )
+        if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")
+        return ShapleyConfig.from_pretrained(str(self.root), subfolder=self.subfolder or None)
+
+    def processor(self) -> Path | None:
+        """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
+
+        A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
+
+        Raises:
+            CheckpointError: a file in that folder is a link out of it.
+        """
+        above = self.root.resolve().parent
+        alone = self.fetched or self.subfolder or (above / "config.json").is_file()
+        places = (self.folder, self.root if alone else above)
+        found = next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        if found == places[1]:  # the folder itself has been looked at
+            refuse_links(found)
+        return found
+
+    def _why_no_weights(self) -> str:
+        inside = f"{self.subfolder}/" if self.subfolder else ""
+        if f"{inside}{WEIGHTS_NAME}" not in self._listed():
+            return " The adapter is incomplete."
+        return (
+            f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
+            "Ask for a safetensors file: model.save_pretrained(folder) writes one."
+        )
+
+    def elsewhere(self) -> str:
+        """Where below the root there are adapters, and what to type for one of them; nothing if there are none."""
+        end = f"/{CONFIG_NAME}"
+        found = sorted(file.removesuffix(end) for file in self._listed() if file.endswith(end))
+        if not found:
+            return ""
+        there = f" There {'is one' if len(found) == 1 else 'are some'} in "
+        there += ", ".join(f"{self.source}/{inner}" for inner in found[:_NAMED])
+        there += ", ..." if len(found) > _NAMED else "."
+        typed = next((inner for inner in found if _is_inside(inner)), None)
+        return f"{there} Say which: load(..., subfolder={typed!r})." if self.fetched and typed else there
+
+    def _listed(self) -> list[str]:
+        """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
+        if self.fetched:
+            with suppress(*HUB_ERRORS):
+                # The root is called like the commit.
+                return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
+        files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)
+        return [path.relative_to(self.root).as_posix() for path in files if path.is_file()]
+
+
+def called(source: str | Path, subfolder: str | None) -> str:
+    """What an adapter in a subfolder is called in what is said and written about it."""
+    return f"{str(source).rstrip('/')}/{subfolder}" if subfolder else str(source)
+
+
+def locate(source: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> AdapterFiles:
+    """Find the files of an adapter, and fetch them from the Hub if need be.
+
+    Args:
+        source: the folder, or the name on the Hub.
+        subfolder: where in it the adapter is; None for the top.
+        revision: branch, tag or commit on the Hub.
+        token: for private repositories.
+
+    Raises:
+        ShapleyError: there is neither such a folder nor such a repository, the revision is missing, or the subfolder is
+            none.
+    """
+    inner = _inside(subfolder)
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ShapleyError(
+                f"revision={revision!r} is one of a repository on the Hub, but {source} is a folder here."
+            )
+        return AdapterFiles(source, Path(source), inner)
+    if is_path(source):
+        raise ShapleyError(f"There is no folder {source}.")
+    beside = f"{glob.escape(inner)}/" if inner else ""
+    wanted = [f"{beside}{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)]
+    try:
+        root = snapshot_download(source, revision=revision, token=token, allow_patterns=[*wanted, *PROCESSOR_FILES])
+    except HUB_ERRORS as error:
+        trouble = hub_trouble(error, source, revision)
+        if trouble is None:
+            raise
+        raise ShapleyError(f"{source} is no folder here. {trouble}") from error
+    return AdapterFiles(source, Path(root), inner, token)
+
+
+def _is_inside(subfolder: str) -> bool:
+    with suppress(ShapleyError):
+        return _inside(subfolder) == subfolder
+    return False
+
+
+def _inside(subfolder: str | None) -> str:
+    """A subfolder with slashes; empty for none.
+
+    Raises:
+        ShapleyError: it leads out of the folder.
+    """
+    if subfolder is None:
+        return ""
+    path = PureWindowsPath(subfolder)  # knows both kinds of slashes, and drives
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise ShapleyError(f"subfolder={subfolder!r} is no folder inside another one: expected a name such as 'best'.")
+    return path.as_posix()

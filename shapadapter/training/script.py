@@ -1,0 +1,355 @@
+"""The fine-tuning script behind `shapadapter train`."""
+
+from __future__ import annotations
+
+# No `from __future__ import annotations`: HfArgumentParser reads the fields' types.
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from transformers import AutoModelForImageClassification, HfArgumentParser, set_seed
+
+from shapadapter.adapter import ShapleyConfig
+from shapadapter.core.documents import read_json
+from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
+from shapadapter.core.files import naming
+from shapadapter.data.classes import some
+from shapadapter.data.folders import fifth, image_folder, in_words, list_folder, no_classes
+from shapadapter.data.images import open_image
+from shapadapter.explanation.api import explain
+from shapadapter.hub.load import find_base, load_processor
+from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
+from shapadapter.training.arguments import ShapleyTrainingArguments
+from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first
+from shapadapter.training.resume import running_alone
+from shapadapter.training.trainer import ShapleyTrainer
+from shapadapter.visual import gallery
+
+
+def check_model(name: str) -> None:
+    """Refuse what is no base model.
+
+    Raises:
+        ShapleyError: it can only be a folder and is none, or it is an adapter.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        _refuse_path(name)
+        return
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        return
+    base = None
+    with suppress(CheckpointError):
+        base = read_json(file).get("base_model_name_or_path")
+    if base:
+        with suppress(ShapleyError):  # else as the adapter names it
+            base = find_base(folder, str(base))
+    which = f", {base}" if base else ""
+    raise ShapleyError(f"{name} is an adapter, not a model to start from: pass its base model{which}.")
+
+
+def check_data(name: str) -> None:
+    """Refuse what can only be a folder and is none, and a folder that leaves open what its classes are.
+
+    Raises:
+        ShapleyError: it is one of these.
+    """
+    if not Path(name).is_dir():
+        _refuse_path(name)
+        return
+    list_folder(Path(name))
+
+
+def check_output(folder: Path, resumed: str | None, overwrite: bool) -> bool:
+    """Refuse to start a training where another one has left an adapter or checkpoints.
+
+    Args:
+        folder: of the training.
+        resumed: what it is to go on from, if anything: a path, "True", or "last".
+        overwrite: whether what is there may go.
+
+    Returns:
+        Whether the training starts from nothing.
+
+    Raises:
+        ShapleyError: there is something, and nobody said that it may go.
+    """
+    checkpoints = newest_first(folder)
+    if resumed not in (None, "False", "false") and (resumed != "last" or checkpoints):
+        return False
+    left = [path for path in (folder / CONFIG_NAME, *checkpoints) if path.exists()]
+    there = left[0].name if left else None
+    if there is not None and not overwrite:
+        raise ShapleyError(
+            f"{folder} holds an earlier training ({there}). Go on with it by --resume-from-checkpoint last, choose another "
+            "folder, or pass --overwrite to lose it."
+        )
+    return True
+
+
+def beside(name: str) -> str:
+    """Where to look, for a name that is taken for one on the Hub, though its first part is a folder here; or nothing."""
+    parent = Path(name).parent
+    return f" There is a folder {parent} here: check the path." if parent.name and parent.is_dir() else ""
+
+
+def columns(features: Mapping[str, Any], label: str | None, name: str | None, folder: str | None) -> tuple[str, str]:
+    """The columns of images and of classes.
+
+    Args:
+        features: of the data set.
+        label: the column of classes, if it was named.
+        name: of the data set.
+        folder: with the images, instead of a name.
+
+    Raises:
+        ShapleyError: one is missing.
+    """
+    images = [one for one, feature in features.items() if isinstance(feature, Image)]
+    classes = [one for one, feature in features.items() if isinstance(feature, ClassLabel)]
+    if folder is not None and (not images or not classes):
+        raise no_classes(folder)
+    if not images or not classes or (label is not None and label not in classes):
+        wanted = (
+            f"a column {label!r} of classes"
+            if images and label is not None
+            else "a column of images and one of classes"
+        )
+        raise ShapleyError(
+            f"Expected {wanted} (Image and ClassLabel of datasets), got {sorted(features)} from {name}."
+        )
+    return images[0], label or classes[0]
+
+
+def not_loaded(name: str, error: BaseException) -> ShapleyError | None:
+    """What an error of loading a model from the Hub means, or None if the error is of another kind."""
+    trouble = None if Path(name).is_dir() else hub_trouble(error, name)
+    return None if trouble is None else ShapleyError(f"{name} is no folder here. {trouble}{beside(name)}")
+
+
+def _refuse_path(name: str) -> None:
+    if is_path(name):
+        raise ShapleyError(f"There is no folder {name}.")
+
+
+# Of a stream from a folder, to be shared out among processes and workers.
+_SHARDS = 256
+
+
+@dataclass
+class ScriptArguments:
+    """Model, data and adapter; everything else is a training argument."""
+
+    model_name_or_path: str = field(metadata={"help": "Vision model, on the Hub or in a local folder."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    image_folder: str | None = field(default=None, metadata={"help": "Local folder, one subfolder per class."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on: 'test', 'validation', or a fifth of the training."}
+    )
+    prediction: Literal["vote", "classifier"] = field(
+        default="vote", metadata={"help": "The logits: sum of the attributions, or the model's own classifier."}
+    )
+    tune: Literal["lora", "frozen", "full"] = field(default="lora", metadata={"help": "How the backbone is trained."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training, without storing them; needs --max_steps."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA updates."})
+    explained_images: int = field(default=8, metadata={"help": "Held-out images to explain at the end."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start again in a folder with an earlier training, which is deleted."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.image_folder is None):
+            raise ValueError("Pass either --dataset_name or --image_folder.")
+
+
+def load_images(
+    args: ScriptArguments, seed: int, corrupt_images: Literal["fail", "skip"] = "fail"
+) -> DatasetDict | IterableDatasetDict:
+    """Splits `train` and `test` with the columns `image` and `label`; how many images there are is printed.
+
+    Args:
+        args: where the images are.
+        seed: of what is drawn.
+        corrupt_images: "skip" passes over files in the folder that are no images, "fail" refuses them.
+
+    Raises:
+        ShapleyError: the folder is none of images in classes, or there is no such split or column.
+    """
+    splits = _chosen(args, corrupt_images)
+    alone: list[str] = []
+    if "test" not in splits:
+        label = splits["train"].features["label"]
+        train, test, alone = fifth(splits["train"].with_format("numpy")["label"], label.names, seed)
+        if not test:
+            raise ShapleyError(
+                "Expected two images or more of some class, to hold one out for testing. Pass --test_split."
+            )
+        splits = DatasetDict({"train": splits["train"].select(train), "test": splits["train"].select(test)})
+    if os.environ.get("RANK", "0") == "0":
+        note = f"; classes with one image, which is trained on and not tested: {some(alone)}" if alone else ""
+        sys.stdout.write(f"{in_words(splits)}{note}\n")
+    if not args.streaming:
+        return splits
+    if isinstance(splits, DatasetDict):
+        streams = {name: part.to_iterable_dataset(min(len(part), _SHARDS)) for name, part in splits.items()}
+        # Before anything is done with the columns, or a damaged file would end the stream.
+        splits = IterableDatasetDict(streams).cast_column("image", Image(decode=False))
+    splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=1000)
+    return splits
+
+
+def _chosen(args: ScriptArguments, corrupt_images: Literal["fail", "skip"]) -> DatasetDict | IterableDatasetDict:
+    """The splits to train and, if there is one, to test on, with the columns `image` and `label`."""
+    if args.image_folder is not None:
+        check_data(args.image_folder)
+        splits = image_folder(args.image_folder, corrupt_images)
+    else:
+        splits = load_dataset(args.dataset_name, streaming=args.streaming)
+    held_out = args.test_split or next((name for name in ("test", "validation") if name in splits), None)
+    held_out = None if held_out == args.train_split and args.test_split is None else held_out
+    if held_out is None and isinstance(splits, IterableDatasetDict):
+        raise ValueError(f"A stream cannot be split; pass --test_split, one of {list(splits)}.")
+    chosen = {"train": args.train_split} if held_out is None else {"train": args.train_split, "test": held_out}
+    for name in chosen.values():
+        if name not in splits:
+            raise ShapleyError(
+                f"There is no split {name!r}; there are {', '.join(splits)}. Pass --train_split, --test_split."
+            )
+    splits = type(splits)({new: splits[old] for new, old in chosen.items()})
+    features = splits["train"].features
+    image, label = columns(features, args.label_column, args.dataset_name, args.image_folder)
+    if isinstance(splits, IterableDatasetDict):
+        # Before anything is done with the columns, or a damaged file would end the stream.
+        splits = splits.cast_column(image, Image(decode=False))
+    splits = splits.select_columns([image, label])
+    return splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+
+
+def readable(rows: Dataset | IterableDataset) -> Iterator[PIL.Image.Image]:
+    """The images without the damaged ones, which `--corrupt_images skip` has left out before."""
+    for row in rows.cast_column("image", Image(decode=False)):
+        with suppress(UnreadableImageError):
+            yield open_image(row["image"])
+
+
+def accuracy(evaluation: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Share of correct predictions."""
+    logits, labels = evaluation
+    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == labels))}
+
+
+def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
+    """The base model with room for these classes, and an adapter."""
+    try:
+        base = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            ignore_mismatched_sizes=True,
+        )
+    except HUB_ERRORS as error:
+        trouble = not_loaded(args.model_name_or_path, error)
+        if trouble is None:
+            raise
+        raise trouble from error
+    # A checkpoint with as many other classes would leave a classifier that is not new.
+    trained = True if args.prediction == "classifier" else None
+    config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, train_classifier=trained)
+    return get_peft_model(base, config)
+
+
+def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` means: with `last` the newest whole checkpoint, or a fresh start before the first."""
+    wish, folder = training_args.resume_from_checkpoint, str(training_args.output_dir)
+    return last_whole_checkpoint(folder) if wish == "last" else wish
+
+
+def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+    """Refuse a fresh training in the folder of another one; with `--overwrite` delete the other's checkpoints.
+
+    Raises:
+        ShapleyError: there is one, and neither `--overwrite` nor `--resume_from_checkpoint` was given.
+    """
+    folder = Path(str(training_args.output_dir))
+    fresh = check_output(folder, training_args.resume_from_checkpoint, args.overwrite)
+    if fresh and training_args.should_save:
+        for checkpoint in newest_first(folder):  # or the next run could go on from one of them
+            discard(checkpoint)
+
+
+def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | IterableDataset, count: int) -> None:
+    """Save the adapter, measure it, and explain `count` held-out images: explanations.html and attributions.png."""
+    trainer.save_model()  # the adapter, with the processor beside it: nothing is lost if measuring fails
+    for split, metrics in (("train", training), ("eval", trainer.evaluate())):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    trainer.save_model(_internal_call=True)  # again, with the results in the card; not pushed, as all is at the end
+    held_out = list(islice(readable(test.shuffle(seed=trainer.args.seed)), count))
+    if not held_out:
+        return
+    # In every process: under FSDP and ZeRO-3 each holds a part of the weights.
+    model: Any = trainer.model
+    explanation = explain(model, held_out, trainer.processing_class, top_k=3)
+    if trainer.is_world_process_zero():
+        folder = Path(str(trainer.args.output_dir))
+        explanation.save_html(folder / "explanations.html")
+        with suppress(ImportError):  # without matplotlib there is the page
+            gallery(explanation).savefig(folder / "attributions.png")
+
+
+def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+    """Train, save, evaluate, explain; while no other run writes into the same folder."""
+    with running_alone(training_args, str(training_args.output_dir)):
+        _run(args, training_args)
+
+
+def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+    check_model(args.model_name_or_path)
+    set_seed(training_args.seed)  # adapter and classifier start from random numbers
+    with training_args.main_process_first(desc="loading the images"):
+        images = load_images(args, training_args.seed, training_args.corrupt_images)
+    clear_output(args, training_args)
+    trainer = ShapleyTrainer(
+        wrapped(args, images["train"].features["label"].names),
+        training_args,
+        train_dataset=images["train"],
+        eval_dataset=images["test"],
+        processing_class=load_processor(args.model_name_or_path),
+        compute_metrics=accuracy,
+    )
+    result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
+    with naming(Path(str(training_args.output_dir))):
+        finish(trainer, result.metrics, images["test"], args.explained_images)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=args.dataset_name)
+    trainer.accelerator.end_training()  # torch may abort a process that ends with its group open
+
+
+def parser() -> Any:
+    """What the script takes: its own arguments and those of the training."""
+    both: Any = (ScriptArguments, ShapleyTrainingArguments)
+    return HfArgumentParser(both)
+
+
+if __name__ == "__main__":
+    try:
+        main(*parser().parse_args_into_dataclasses())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ShapleyError, OSError, ValueError) as error:
+        sys.exit(f"Error: {error}")
