@@ -35,7 +35,7 @@ find_moved(
             "refinement": "core.posterior",
             "retrieval": "evaluation.retrieval",
             "shapley": "core.shapley",
-            "texts": "data.texts",
+            "texts": "data.collator",
             "training.finetune": "training.script",
         }.items()
     }

@@ -46,11 +46,7 @@ class _Followers(MetaPathFinder):
 
 
 def follow(followers: Mapping[str, str]) -> None:
-    """Import modules after others: now where those are there already, else when they are imported.
-
-    Args:
-        followers: names of modules, and of what is to be imported after each.
-    """
+    """Import modules after others: now where those are there already, else when they are imported."""
     sys.meta_path.insert(0, _Followers(followers))
     for name, follower in followers.items():
         if name in sys.modules:
@@ -84,9 +80,5 @@ class _Moved(MetaPathFinder, Loader):
 
 
 def find_moved(new_names: Mapping[str, str]) -> None:
-    """Let modules be imported by names they had in an earlier version.
-
-    Args:
-        new_names: the new name of each old one, both in full.
-    """
+    """Let modules be imported by names they had in an earlier version."""
     sys.meta_path.append(_Moved(new_names))

@@ -73,11 +73,7 @@ def copy_package(folder: Path) -> None:
 
 
 def check_versions() -> None:
-    """Refuse versions that the adapter cannot work with, and warn of those with which parts of it do not, or may not.
-
-    Raises:
-        ImportError: PEFT or transformers is too old.
-    """
+    """Refuse versions that the adapter cannot work with, and warn of those with which parts of it do not, or may not."""
     here = {name: metadata.version(name) for name in LOWEST}
     for name, lowest in LOWEST.items():
         if _numbers(here[name]) < _numbers(lowest):
@@ -101,14 +97,7 @@ def check_versions() -> None:
 
 
 def check_overrides(*classes: type) -> None:
-    """See that all private methods that classes of ours override are still there: one that was renamed is never called.
-
-    Args:
-        classes: with `typing_extensions.override` on such methods, their own and those of our classes above them.
-
-    Raises:
-        ImportError: no class of a library has the method.
-    """
+    """See that all private methods that classes of ours override are still there: one that was renamed is never called."""
     for line in (one.__mro__ for one in classes):
         theirs = [above for above in line if not above.__module__.startswith("shapadapter")]
         for name in {name for ours in set(line) - set(theirs) for name in vars(ours)}:

@@ -18,8 +18,8 @@ from commands import error_of, run
 from huggingface_hub import constants
 from small import NAMES, pictures
 
-from shapadapter.cli import train_command as launching
-from shapadapter.cli import train_command as train
+from shapadapter.cli import train
+from shapadapter.cli import train as launching
 from shapadapter.core.errors import ShapleyError
 from shapadapter.training import script as finetune
 
