@@ -24,7 +24,7 @@ from shapadapter.core.errors import CheckpointError, ShapleyError
 LARGEST = 2**64
 """Whole numbers beyond it are no counts, sizes or seeds."""
 
-_LONE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _WORDS = {
     bool: "True or False",
     int: "a whole number",
@@ -121,7 +121,7 @@ def _is(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
             return False
         return abs(int(value)) <= LARGEST if isinstance(value, Integral) else math.isfinite(value)
     if kind is str:
-        return isinstance(value, str) and not _LONE.search(value)
+        return isinstance(value, str) and not _SURROGATE.search(value)
     # What is a dataclass in Python is a mapping in a file.
     return isinstance(value, kind) or ((is_dataclass(kind) or kind is dict) and isinstance(value, Mapping))
 
@@ -201,7 +201,7 @@ _DEPTH = 64
 """Nested deeper is nothing that we write; what copies or compares it would run out of stack."""
 
 # Surrogates without their pair, but those that stand for bytes in the names of files.
-_LONE_OF_READING = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
+_HALF_CHARACTER = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
 
 _KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
 
@@ -308,7 +308,7 @@ def _unplain(value: Any) -> str | None:
     for _ in range(_DEPTH):
         below: list[Any] = []
         for one in level:
-            if isinstance(one, str) and _LONE_OF_READING.search(one):
+            if isinstance(one, str) and _HALF_CHARACTER.search(one):
                 return "a text in it holds half of a character (a lone surrogate)"
             if isinstance(one, int) and not -LARGEST <= one <= LARGEST:
                 return "a number in it has more than 64 bits"
