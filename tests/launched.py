@@ -1,19 +1,14 @@
-"""What `accelerate launch` runs in the tests: `python launched.py TASK FOLDER`, in each process."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
+"""What the tests of several processes run in each of them."""
 
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from shapadapter.core.shapley import sample_pairs
 from test_finetune_example import train_on_given_coalitions
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, trained, trainer_of, wrapped
 
 from shapadapter import explain
-from shapadapter.core.shapley import sample_pairs
 
 
 def pretend_accelerators() -> None:
@@ -120,7 +115,3 @@ def main(task: str, folder: str) -> None:
         torch.save(found, f"{folder}/found.pt")
     # Gloo's threads would meet a closing interpreter.
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from server import OWNER, TOKEN
+from shapadapter.hub.locate import AdapterFiles
 from test_cli_push import run
 from tiny import BASE
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -18,7 +19,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import shapadapter
 from shapadapter import ImageError, ShapleyConfig, ShapleyError
 from shapadapter.hub import push, update_card
-from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import write_space
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -162,6 +162,7 @@ def test_without_a_hub_those_are_named_that_were_fetched(online, alone, repo, mo
     alone.push_to_hub(repo)
     shapadapter.load(repo, subfolder="best")
     monkeypatch.setattr(f"huggingface_hub.constants.{gone[0]}", gone[1])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the client asks again
     assert same(shapadapter.load(repo, subfolder="best")[0], alone)
     with pytest.raises(ShapleyError, match=r"holds no adapter.* There is one in .*/best"):
         shapadapter.load(repo)
