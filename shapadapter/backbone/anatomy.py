@@ -16,42 +16,24 @@ class Anatomy(Profile):
     """The parts of a vision model, as a dry run found them.
 
     A *cell* is a place of the final features: a patch of a token-sequence model, a cell of the final feature map of
-    another.
-
-    Attributes:
-        source: name of the module whose output holds the final features.
-        layout: how they lie in it.
-        backbone: names of the model's children that lead from the image to the features.
-        behind: names of the modules with parameters that run only after them, such as the classifier.
-        entrance: name of the first module with parameters: tells device and dtype.
-        cell: (height, width) of a cell in pixels.
-        rounds_up: whether an incomplete cell at the border of the image is a cell, too.
-        channels: color channels of the image.
-        prefix: tokens in front of the cells (class token, distillation token, registers).
-        width: D, the features of a cell.
-        classes: K, the model's scores; with texts P, the size of an embedding.
-        sample: (height, width) of an image on which a forward pass was seen to work.
-        options: keyword arguments that pass was given.
-        blocks: names of the transformer blocks, first to last, each (B, T, D) to (B, T, D); empty without such.
-        attentions: names of their self-attention modules, one for each block; empty if they do not call
-            transformers' attention interface, so that no token can be hidden in them.
+    another. All names are of modules.
     """
 
-    source: str
-    layout: Layout
-    backbone: tuple[str, ...]
-    behind: tuple[str, ...]
-    entrance: str
-    cell: tuple[int, int]
-    rounds_up: bool
-    channels: int
-    prefix: int
-    width: int
-    classes: int
-    sample: tuple[int, int]
-    options: dict[str, Any] = field(default_factory=dict)
-    blocks: tuple[str, ...] = ()
-    attentions: tuple[str, ...] = ()
+    source: str  # its output holds the final features
+    layout: Layout  # how they lie in it
+    backbone: tuple[str, ...]  # the model's children that lead from the image to the features
+    behind: tuple[str, ...]  # what has parameters and runs only after them, such as the classifier
+    entrance: str  # the first with parameters: tells device and dtype
+    cell: tuple[int, int]  # (height, width) in pixels
+    rounds_up: bool  # whether an incomplete cell at the border of the image is a cell, too
+    channels: int  # of the image
+    prefix: int  # tokens in front of the cells (class token, distillation token, registers)
+    width: int  # D, the features of a cell
+    classes: int  # K, the model's scores; with texts P, the size of an embedding
+    sample: tuple[int, int]  # (height, width) of an image on which a forward pass was seen to work
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments that pass was given
+    blocks: tuple[str, ...] = ()  # transformer blocks, first to last, each (B, T, D) to (B, T, D)
+    attentions: tuple[str, ...] = ()  # one for each block, or none where they do not call transformers' interface
 
     @property
     def mechanism(self) -> Literal["sequence", "readout", "latents"]:

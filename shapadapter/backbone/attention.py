@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +28,13 @@ _HIDDEN = -1e4
 _NAME = "shapadapter_token"
 
 
-class Hooks(Protocol):
-    """What attention needs to know of the model's hooks."""
-
-    def token_in_sequence(self) -> bool:
-        """Whether index 0 of every block's sequence is the Shapley token."""
-
-    def count_hidden(self) -> None:
-        """Note that one attention call has hidden the token, for the check of effects."""
-
-
 @dataclass
 class AttentionPatch:
-    """What hangs on an attention module while it goes through `attend_with_token`.
+    """What hangs on an attention module while it goes through `attend_with_token`."""
 
-    Attributes:
-        config: the module's own, which names the kernel that it asks for.
-        hooks: those of its model; None while attention is only recorded.
-        calls: where to note that the module was called, if anybody asks.
-    """
-
-    config: PretrainedConfig
-    hooks: Hooks | None = None
-    calls: list[nn.Module] | None = None
+    config: PretrainedConfig  # the module's own, which names the kernel that it asks for
+    hooks: Any = None  # the FeatureHooks of its model; None while attention is only recorded
+    calls: list[nn.Module] | None = None  # where to note that the module was called, if anybody asks
 
 
 class _Collecting(threading.local):
@@ -116,7 +100,7 @@ def _with_token_row(mask: Tensor | None) -> Tensor | None:
     return torch.cat([row, mask], dim=2)  # (B or 1, h or 1, 1 + T, T)
 
 
-def patch_attention(module: nn.Module, hooks: Hooks | None = None, calls: list[nn.Module] | None = None) -> None:
+def patch_attention(module: nn.Module, hooks: Any = None, calls: list[nn.Module] | None = None) -> None:
     """Let `module` attend through `attend_with_token`, as `hooks` say."""
     own: PretrainedConfig = module.config  # type: ignore[assignment]
     private = copy.copy(own)
@@ -133,12 +117,6 @@ def restore_attention(module: nn.Module) -> None:
     module.config = module.__dict__.pop("_shapadapter_patch").config
     if isinstance(module, _Interface):
         module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
-
-
-def kernel_of(module: nn.Module) -> str | None:
-    """Name of the attention function the base tokens of a patched module go through."""
-    patch: AttentionPatch = module._shapadapter_patch  # type: ignore[assignment]
-    return patch.config._attn_implementation
 
 
 class _Interface:
@@ -178,7 +156,6 @@ class _Interface:
         return output.reshape(*hidden_states.shape[:-1], -1), weights  # (B, T, D)
 
 
-# On the level of the module: a class that can be imported can be pickled.
 class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):  # type: ignore[misc]
     """The class loaded with attn_implementation="eager"."""
 
@@ -187,6 +164,7 @@ class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):  # ty
     """The class loaded with attn_implementation="sdpa"."""
 
 
+# Classes of this module, not made on the way: what can be imported can be pickled.
 _WITH_INTERFACE: dict[type[nn.Module], type[nn.Module]] = {
     Data2VecVisionSelfAttention: InterfaceAttention,
     Data2VecVisionSdpaSelfAttention: InterfaceSdpaAttention,

@@ -33,29 +33,19 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was seen in one pass.
-
-    Attributes:
-        model: whose pass it was.
-        profile: what was known of it.
-        image: (height, width), or (rows, cols) of patches.
-        options: further keyword arguments the pass was given.
-        calls: for each module, the shapes of first argument and output, call by call.
-        order: each finished call, by module and shape of its output.
-        attentions: the modules that called transformers' attention interface, in call order.
-        scores: the scores (2, K), embeddings (2, P), or None.
-        reply: these, or of a model without scores the first tensor in its output.
-    """
+    """What was seen in one pass."""
 
     model: nn.Module
     profile: Profile
-    image: tuple[int, int]
-    options: dict[str, Any]
-    calls: dict[nn.Module, list[tuple[_Shape, _Shape]]]
-    order: list[tuple[nn.Module, _Shape]]
-    attentions: list[nn.Module]
-    scores: Tensor | None
-    reply: Tensor | None
+    image: tuple[int, int]  # (height, width), or (rows, cols) of patches
+    options: dict[str, Any]  # further keyword arguments the pass was given
+    calls: dict[
+        nn.Module, list[tuple[_Shape, _Shape]]
+    ]  # shapes of each module's first argument and output, call by call
+    order: list[tuple[nn.Module, _Shape]]  # each finished call, by module and shape of its output
+    attentions: list[nn.Module]  # which called transformers' attention interface, in call order
+    scores: Tensor | None  # the scores (2, K), or embeddings (2, P)
+    reply: Tensor | None  # these, or of a model without scores the first tensor in its output
 
     @functools.cached_property
     def names(self) -> dict[nn.Module, str]:
@@ -104,9 +94,7 @@ def all_flows_through(run: DryRun, source: str) -> bool:
     """Whether the model's reply knows nothing of the image but what the module `source` returned.
 
     Shown the images of the dry run, it must reply as to others if that module returns what it returned for those.
-
-    Raises:
-        FaintSignalError: the reply to both images of the dry run is the same up to rounding, which proves nothing.
+    The same reply, up to rounding, to both images of the dry run proves nothing.
     """
     first = run.reply
     if first is None:
@@ -220,34 +208,22 @@ def equal_up_to_rounding(one: Tensor, other: Tensor, moved: Tensor, tolerance: f
 
 
 def in_sufficient_precision(ask: Callable[[], _Found], model: nn.Module) -> _Found:
-    """What `ask` finds in the model or, where that is too faint, in the model in float64.
-
-    Raises:
-        UnsupportedModelError: it does not show there either, or the model cannot compute in float64.
-    """
+    """What `ask` finds in the model or, where that is too faint, in the model in float64."""
     try:
         return ask()
     except FaintSignalError as error:
         faint = error
+    own = [(tensor, tensor.data) for tensor in {*model.parameters(), *model.buffers()} if tensor.is_floating_point()]
     try:
-        with _in_float64(model):
-            return ask()
+        # The model itself, not a copy, whose methods may still be bound to the original.
+        for tensor, data in own:
+            tensor.data = data.double()
+        return ask()
     except UnsupportedModelError as error:
         why = "" if str(faint) in str(error) else f" Tried in float64, because in the model's own precision {faint}."
         raise UnsupportedModelError(f"{error}{why}") from error
     except (RuntimeError, TypeError) as error:  # quantised weights, or a device that knows no float64
         raise UnsupportedModelError(f"{type(model).__name__}: {faint}, as far as its precision shows.") from error
-
-
-@contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Compute in float64. The model itself, not a copy, whose methods may still be bound to the original."""
-    tensors = {*model.parameters(), *model.buffers()}
-    own = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
-    try:
-        for tensor, data in own:
-            tensor.data = data.double()
-        yield
     finally:
         for tensor, data in own:
             tensor.data = data

@@ -35,17 +35,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of a model before it runs.
+    """What is known of a model before it runs."""
 
-    Attributes:
-        kind: "classifier", "headless" or "matching"; a dry run may find a "classifier" to be headless.
-        family: what the table says of its class.
-        named_fields: `return_dict=True`, where its forward knows that.
-    """
-
-    kind: Kind
+    kind: Kind  # a dry run may find a "classifier" to be headless
     family: Family
-    named_fields: dict[str, bool] = field(default_factory=dict, kw_only=True)
+    named_fields: dict[str, bool] = field(
+        default_factory=dict, kw_only=True
+    )  # return_dict=True, where forward knows that
 
 
 _NAFLEX = Family(patches=True)
@@ -80,7 +76,7 @@ def register_family(
 ) -> None:
     """Say about a class of models what the dry run got wrong or refused; all else is still found and tested.
 
-    Call it before a model is wrapped, also in the program that loads the adapter. Subclasses are meant as well.
+    Call it before a model is wrapped, also in the program that loads the adapter. It holds for subclasses as well.
 
     Args:
         model_class: the class, or its name.
@@ -108,11 +104,7 @@ def register_family(
 
 
 def profile_of(model: Any) -> Profile:
-    """What can be said of a model before it runs.
-
-    Raises:
-        UnsupportedModelError: it is no vision model, or of a refused family.
-    """
+    """What can be said of a model before it runs; refuses what is no vision model, or of a refused family."""
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "num_labels"):
         raise UnsupportedModelError(

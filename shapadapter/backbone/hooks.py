@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.backbone.anatomy import Anatomy, cells_first, first_tensor
-from shapadapter.backbone.attention import kernel_of, patch_attention, restore_attention
+from shapadapter.backbone.attention import patch_attention, restore_attention
 from shapadapter.backbone.families import original_name
 from shapadapter.core.errors import UnsupportedModelError
 
@@ -35,29 +35,17 @@ _MASK_ARGUMENTS = ("attention_mask", "relative_position_bias", "attn_mask", "sha
 
 @dataclass
 class ForwardCall:
-    """One pass of the base model, and what the hooks saw in it.
+    """One pass of the base model, and what the hooks saw in it."""
 
-    Attributes:
-        cells: number of cells of the full image.
-        present: (B, s) int64, ascending indices of the cells whose tokens stay; None if all do.
-        removal: how the others are taken out.
-        patch_mask: whether the model itself was told which are present, by `with_patch_mask`.
-        without_token: whether the Shapley token stays out, because the pass has no gradient and only values are asked for.
-        features: (B, s, D), the present cells' features; of a model without places (B, L, D), its latents.
-        token: (B, D), the Shapley token after the last block; None if none was in the sequence.
-        hidden: attention calls in which the token was hidden.
-        key_mask: (B, 1, 1, P + cells), added to the attention scores of every block.
-    """
-
-    cells: int
-    present: Tensor | None = None
-    removal: Removal = "drop"
-    patch_mask: bool = False
-    without_token: bool = False
-    features: Tensor | None = None
-    token: Tensor | None = None
-    hidden: int = 0
-    key_mask: Tensor | None = field(default=None, repr=False)
+    cells: int  # of the full image
+    present: Tensor | None = None  # (B, s) int64, ascending indices of the cells whose tokens stay; None if all do
+    removal: Removal = "drop"  # how the others are taken out
+    patch_mask: bool = False  # whether the model itself was told which are present, by `with_patch_mask`
+    without_token: bool = False  # the pass has no gradient and only values are asked for
+    features: Tensor | None = None  # (B, s, D), the present cells'; of a model without places (B, L, D), its latents
+    token: Tensor | None = None  # (B, D), the Shapley token after the last block; None if none was in the sequence
+    hidden: int = 0  # attention calls in which the token was hidden
+    key_mask: Tensor | None = field(default=None, repr=False)  # (B, 1, 1, P + cells), added to attention scores
 
     def enter(self, hidden: Tensor, prefix: int) -> Tensor:
         """What the blocks are to compute of (B, P + cells, D): (B, P + s, D) where absent cells are dropped."""
@@ -125,7 +113,7 @@ class FeatureHooks:
         # Where no attention can hide it, the token stays out of the sequence.
         self._active_token = token if anatomy.attentions else None
         self._handles: list[Any] = []
-        self._attentions: list[nn.Module] = []
+        self._attentions: list[Any] = []
         self._mask_argument: tuple[int, str] | None = None
 
     @property
@@ -210,7 +198,7 @@ class FeatureHooks:
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _check_kernels(self) -> None:
-        kernels = {kernel_of(module) for module in self._attentions}
+        kernels = {module._shapadapter_patch.config._attn_implementation for module in self._attentions}
         if not kernels <= set(_MASKING_KERNELS):
             raise UnsupportedModelError(
                 f"removal='mask' needs attention kernels {_MASKING_KERNELS}, the model uses {sorted(map(str, kernels))}. "

@@ -47,12 +47,7 @@ class AmbiguousModelError(UnsupportedModelError):
 
 
 def find_sequence(model: nn.Module) -> Anatomy:
-    """The parts of a model that keeps one token for each patch from its first block to its last.
-
-    Raises:
-        UnsupportedModelError: it is none; the message says what was looked for and found.
-        AmbiguousModelError: two lists of blocks could be meant.
-    """
+    """The parts of a model that keeps one token for each patch from its first block to its last; refuses any other."""
     profile = profile_of(model)
     patches = profile.family.patches
     if profile.family.features is not None:
@@ -83,12 +78,7 @@ def find_sequence(model: nn.Module) -> Anatomy:
 
 
 def find_readout(model: nn.Module) -> Anatomy:
-    """The final feature map of any other model: the last before its classifier, if all that this learns flows through it.
-
-    Raises:
-        UnsupportedModelError: there is none; the message says what was looked for.
-        FaintSignalError: the model's precision does not show what flows where.
-    """
+    """The final feature map of any other model: the last before its classifier, if all that this learns flows through it."""
     profile = profile_of(model)
     if profile.family.patches:
         raise UnsupportedModelError("images that come as patches have no feature map to read out")
@@ -327,11 +317,7 @@ def _named_map(run: DryRun) -> _Map:
 
 
 def _rounds_up(run: DryRun, source: str, cell: tuple[int, int], found: _Map) -> bool:
-    """Whether one and a half cells more in the image are two cells more in the map, not one.
-
-    Raises:
-        UnsupportedModelError: the map does not grow with the image, so it is none.
-    """
+    """Whether one and a half cells more in the image are two cells more in the map, not one; without more, it is no map."""
     larger = (run.image[0] + cell[0] + cell[0] // 2, run.image[1] + cell[1] + cell[1] // 2)
     try:
         again = dry_run(run.model, run.profile, larger, run.options)

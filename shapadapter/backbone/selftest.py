@@ -50,12 +50,6 @@ def settle(
     else masked; where there are no tokens, or a player of `grid` is not a whole number of them, pixels are replaced.
     The model is left as it was.
 
-    Args:
-        model: the base model.
-        removal: how players are to be removed.
-        grid: (rows, cols) of the players; None for the cells.
-        with_token: whether a Shapley token will travel.
-
     Raises:
         UnsupportedModelError: the parts are not there, a token would change the base logits, or an absent player has
             influence. The message says what was looked for and found, in each way that was tried.
@@ -65,30 +59,24 @@ def settle(
 
 
 def _settle(model: nn.Module, removal: Choice, *rules: Any) -> tuple[Anatomy, Removal]:
-    name = type(model).__name__
-    try:
-        anatomy = find_sequence(model)
-        return anatomy, _proved(model, anatomy, removal, *rules)
-    except FaintSignalError:
-        raise
-    except AmbiguousModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}.") from error
-    except UnsupportedModelError as error:
-        no_sequence = error
-    why = str(no_sequence).rstrip(".")
-    if removal in ("drop", "mask"):
-        raise UnsupportedModelError(
-            f"{name}: {why}. removal={removal!r} takes patches out of a sequence of tokens, which this model does not "
-            "allow; leave it at 'auto'."
-        ) from no_sequence
-    try:
-        anatomy = find_readout(model)
-        return anatomy, _proved(model, anatomy, removal, *rules)
-    except FaintSignalError:
-        raise
-    except UnsupportedModelError as error:
-        told = dict.fromkeys([why, str(error).rstrip(".")])
-        raise UnsupportedModelError(f"{name}: {'; '.join(told)}.") from error
+    name, told = type(model).__name__, []
+    for find in (find_sequence, find_readout):
+        try:
+            anatomy = find(model)
+            return anatomy, _proved(model, anatomy, removal, *rules)
+        except FaintSignalError:
+            raise
+        except AmbiguousModelError as error:
+            raise UnsupportedModelError(f"{name}: {error}.") from error
+        except UnsupportedModelError as error:
+            told.append(str(error).rstrip("."))
+            refused = error
+        if removal in ("drop", "mask"):
+            raise UnsupportedModelError(
+                f"{name}: {told[0]}. removal={removal!r} takes patches out of a sequence of tokens, which this model does "
+                "not allow; leave it at 'auto'."
+            ) from refused
+    raise UnsupportedModelError(f"{name}: {'; '.join(dict.fromkeys(told))}.") from refused
 
 
 def choose_removal(
@@ -98,18 +86,17 @@ def choose_removal(
     grid: tuple[int, int] | None = None,
     with_token: bool = True,
 ) -> Removal:
-    """Prove that what `anatomy` says is harmless and that removal works, and say how players are removed.
-
-    Raises:
-        UnsupportedModelError: the token changes the base logits, or an absent player has influence.
-    """
+    """Prove that what `anatomy` says is harmless and that removal works, and say how players are removed."""
     return in_sufficient_precision(partial(_proved, model, anatomy, removal, grid, with_token), model)
 
 
 def _proved(
     model: nn.Module, anatomy: Anatomy, removal: Choice, grid: tuple[int, int] | None, with_token: bool
 ) -> Removal:
-    hooks = FeatureHooks(anatomy, partial(_some_token, model, anatomy) if with_token else None)
+    weight = next(model.get_submodule(anatomy.entrance).parameters())
+    # What the token (1, 1, D) says does not matter, only that nobody hears it.
+    token = torch.arange(anatomy.width, device=weight.device, dtype=weight.dtype).sin()[None, None]
+    hooks = FeatureHooks(anatomy, (lambda: token) if with_token else None)
     test = _SelfTest(model, anatomy, hooks, {**noise(model, anatomy.family, anatomy.sample), **anatomy.options})
     plain, scores = Stream(), None
     with undisturbed(model):
@@ -127,12 +114,6 @@ def _proved(
             raise UnsupportedModelError(f"the self-test with removal={removal!r} failed ({error})") from error
         finally:
             hooks.detach()
-
-
-def _some_token(model: nn.Module, anatomy: Anatomy) -> Tensor:
-    """A token (1, 1, D): what it says does not matter, only that nobody hears it."""
-    weight = next(model.get_submodule(anatomy.entrance).parameters())
-    return torch.arange(anatomy.width, device=weight.device, dtype=weight.dtype).sin()[None, None]
 
 
 @dataclass

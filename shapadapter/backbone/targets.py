@@ -24,16 +24,15 @@ def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
     In a transformer the query and value projections of all attention modules; in a convolutional model every linear
     layer and every convolution that mixes all channels, the first one left out. Suffixes if they fit no other part of
     the model, else whole names.
-
-    Raises:
-        UnsupportedModelError: there is no such layer.
     """
     inside = _inside(model, anatomy)
     linear = [name for name, module in inside if isinstance(module, nn.Linear)]
     for suffixes in _QUERY_VALUE:
         found = [name for name in linear if name.split(".")[-1] in suffixes]
         if {name.split(".")[-1] for name in found} == set(suffixes):
-            return list(suffixes) if _only_there(model, suffixes, found) else found
+            names = {original_name(name) for name, _ in model.named_modules() if "lora_" not in name}
+            only_there = {name for name in names if name.split(".")[-1] in suffixes} == set(found)
+            return list(suffixes) if only_there else found
     if anatomy.attentions:
         raise UnsupportedModelError(
             f"no default LoRA targets: looked for linear layers {[list(pair) for pair in _QUERY_VALUE]}, found "
@@ -59,11 +58,6 @@ def _inside(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in named.items() if f"{n}.".startswith(inside) and not f"{n}.".startswith(behind)]
 
 
-def _only_there(model: nn.Module, suffixes: tuple[str, ...], found: list[str]) -> bool:
-    names = {original_name(name) for name, _ in model.named_modules() if "lora_" not in name}
-    return {name for name in names if name.split(".")[-1] in suffixes} == set(found)
-
-
 def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: str) -> list[str]:
     """The model's children that full training trains: the backbone, and the classifier if it predicts; not `own`."""
     heads = [
@@ -85,22 +79,17 @@ def head_parts(model: nn.Module, anatomy: Anatomy, *, new: bool) -> list[str]:
     """
     weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n and ".modules_to_save." not in n]
     named = {original_name(name): weight for name, weight in weights}
-    read = {name for name, weight in named.items() if _is_read(weight)}
+    read = {n for n, w in named.items() if getattr(w, "_is_hf_initialized", False) or not w.is_floating_point()}
     behind = {name for name in named if name.startswith(tuple(f"{part}." for part in anatomy.behind))}
     outside = {name for name in behind if name.split(".")[0] not in anatomy.backbone}
     wanted = (outside or behind) if not new else behind - read if read else outside
-    linear = [
-        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{original_name(n)}.weight" in wanted
-    ]
-    unknown = not read and any(module.bias is None for module in linear)
+    layers = [(original_name(name), m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear = [layer for name, layer in layers if f"{name}.weight" in wanted]
+    unknown = not read and any(layer.bias is None for layer in linear)
     if new and (unknown or any(map(_is_trained, linear))):
         return []
     tops = sorted({_top(name, wanted, set(named)) for name in wanted})
     return [_unmistakable(model, top, but=tuple(tops)) for top in tops]
-
-
-def _is_read(weight: nn.Parameter) -> bool:
-    return bool(getattr(weight, "_is_hf_initialized", False)) or not weight.is_floating_point()
 
 
 def _is_trained(linear: nn.Linear) -> bool:

@@ -36,19 +36,12 @@ _FAINT, _LOUDER = 1e-30, 1e30
 
 @dataclass(frozen=True)
 class Tiling:
-    """The players of one batch of images.
+    """The players of one batch of images."""
 
-    Attributes:
-        players: (rows, cols) of the players.
-        cells: (rows, cols) of the model's cells.
-        seen: (height, width) of the part of the image that the players tile.
-        offset: (down, right) by which the cells look beside their own place, in cells.
-    """
-
-    players: tuple[int, int]
-    cells: tuple[int, int]
-    seen: tuple[int, int]
-    offset: tuple[float, float] = (0.0, 0.0)
+    players: tuple[int, int]  # (rows, cols)
+    cells: tuple[int, int]  # (rows, cols) of the model's cells
+    seen: tuple[int, int]  # (height, width) of the part of the image that the players tile
+    offset: tuple[float, float] = (0.0, 0.0)  # (down, right) by which the cells look beside their own place, in cells
 
     @property
     def count(self) -> int:
@@ -90,8 +83,7 @@ def tile(
 ) -> Tiling:
     """The tiling of images (B, C, H, W) by `grid`, or by the cells if that is None.
 
-    Raises:
-        ImageError: the grid does not divide the image, or not the patches where these are removed whole.
+    Refuses a grid that does not divide the image, or not the patches where these are removed whole.
     """
     cells = anatomy.cells(pixel_values, **options)
     seen = anatomy.seen(pixel_values, cells)
@@ -121,19 +113,11 @@ def fill_absent(
     blur: bool,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Replace the tiles of absent players.
+    """Replace the tiles of absent players in images (R, C, H, W) by a color (C,).
 
-    Args:
-        images: (R, C, H, W).
-        present: (R, N) bool, True = present.
-        players: (rows, cols) of the tiles.
-        color: (C,), shown where nothing else is.
-        blur: show, instead, the present pixels around, blurred into the gap; the color where there are none near.
-        seen: (height, width) of the part of the image the players tile, if not the whole. What lies beyond belongs to the
-            last row and column: a convolution may reach into it.
-
-    Returns:
-        (R, C, H, W).
+    With `blur`, by the present pixels around, blurred into the gap; the color where there are none near. Players
+    `present` (R, N) tile the part `seen` (height, width) of the image, in (rows, cols). What lies beyond belongs to the
+    last row and column: a convolution may reach into it.
     """
     seen = seen or (images.shape[2], images.shape[3])
     beyond = (0, images.shape[3] - seen[1], 0, images.shape[2] - seen[0])
@@ -196,9 +180,7 @@ def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
     Where convolutions are padded on one side it is about half a cell, up or down. Measured by the gradient of the
     features with respect to the pixels, on noise, for the cells in the middle: around them lie even both what attention
     to the whole image adds and what the border cuts off. A model of one token for each patch has no offset.
-
-    Returns:
-        (down, right), to a hundredth of a cell.
+    Returns (down, right), to a hundredth of a cell.
     """
     if anatomy.blocks or anatomy.layout == "latents":
         return 0.0, 0.0
