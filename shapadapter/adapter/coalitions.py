@@ -17,8 +17,8 @@ from shapadapter.adapter.call import ModelCall, runs_by_size
 from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
-    Carrier,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     evaluating,
     evaluation_view,
     fill_absent,
@@ -59,7 +59,7 @@ class CoalitionGame:
     Attributes:
         model: the base model.
         anatomy: its parts.
-        carrier: sees its passes.
+        hooks: see its passes.
         rules: of the active adapter.
         head: of the active adapter.
         null: (K,), its null value, with `vote` prediction.
@@ -69,7 +69,7 @@ class CoalitionGame:
 
     model: PreTrainedModel
     anatomy: Anatomy
-    carrier: Carrier
+    hooks: FeatureHooks
     rules: Rules
     head: ProjectionHead
     null: Tensor | None
@@ -85,8 +85,8 @@ class CoalitionGame:
             size: how many are, in every row; not needed where pixels are replaced.
         """
         inputs, current, weights = self._removed(self.call.inputs(images), present, size)
-        with self.carrier.passing(current):
-            scores = score(self.model, self.anatomy.kind, self.anatomy.family, inputs)
+        with self.hooks.during(current):
+            scores = score(self.model, self.anatomy, inputs)
         if self.rules.prediction == "classifier":
             assert scores is not None
             return scores.float()
@@ -97,14 +97,15 @@ class CoalitionGame:
 
     def _removed(
         self, inputs: dict[str, Any], present: Tensor, size: int | None
-    ) -> tuple[dict[str, Any], Pass, Tensor | None]:
+    ) -> tuple[dict[str, Any], ForwardCall, Tensor | None]:
         """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
         tiling = self.call.tiling
         cells = tiling.cells[0] * tiling.cells[1]
-        bare = not torch.is_grad_enabled()
+        without_token = not torch.is_grad_enabled()
         if self.rules.removal == "pixels":
             pixels = self._filled(inputs["pixel_values"], present)
-            return {**inputs, "pixel_values": pixels}, Pass(cells, bare=bare), tiling.cell_weights(present)
+            inputs = {**inputs, "pixel_values": pixels}
+            return inputs, ForwardCall(cells, without_token=without_token), tiling.cell_weights(present)
         assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
         # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
@@ -113,7 +114,7 @@ class CoalitionGame:
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, Pass(cells, index, self.rules.removal, native, bare), None
+        return inputs, ForwardCall(cells, index, self.rules.removal, native, without_token), None
 
     def _filled(self, images: Tensor, present: Tensor) -> Tensor:
         colour = self.fill

@@ -22,12 +22,11 @@ from shapadapter.adapter.head import ProjectionHead, new_leaves
 from shapadapter.adapter.multiple import MIXED, Unpaired, check_agreement, check_one
 from shapadapter.backbone import (
     Anatomy,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     Tiling,
     base_forward,
     base_is_asked,
-    carrier_for,
-    named_fields,
     replace_forward,
     restore_forward,
     tile,
@@ -100,7 +99,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self.anatomy = anatomy
         self.rules: dict[str, Rules] = {}
         self.configs: dict[str, ShapleyConfig] = {}
-        self.carrier = carrier_for(anatomy, self.active_token)
+        self.hooks = FeatureHooks(anatomy, self.active_token)
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._forward: Any = None
@@ -238,8 +237,8 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     # -- one call --------------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Take the place of the model's own forward and, through the carrier, hook its blocks."""
-        self.carrier.attach(model)
+        """Take the place of the model's own forward and, hook its parts."""
+        self.hooks.attach(model)
         self._base_config = model.config
         self._parts = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         if self._forward is None:
@@ -247,7 +246,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def detach(self, model: PreTrainedModel) -> None:
         """Leave the model as it was before `attach`."""
-        self.carrier.detach()
+        self.hooks.detach()
         if restore_forward(model, self._forward):
             self._forward = None
 
@@ -267,15 +266,15 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)
-        with self.carrier.passing(Pass(call.tiling.cells[0] * call.tiling.cells[1])) as current:
-            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **named_fields(model))
+        with self.hooks.during(ForwardCall(call.tiling.cells[0] * call.tiling.cells[1])) as current:
+            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **self.anatomy.named_fields)
         if current.features is None:
             raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
         head = self.head(name)
         game = CoalitionGame(
             model=model,
             anatomy=self.anatomy,
-            carrier=self.carrier,
+            hooks=self.hooks,
             rules=self.rules[name],
             head=head,
             null=self._parameter("null", name),

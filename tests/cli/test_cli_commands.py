@@ -43,7 +43,7 @@ def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
 
 def test_the_inspected_model_is_tested_again(monkeypatch):
     """What is said is what a self-test finds now: a model whose masking leaks is no longer called sound."""
-    monkeypatch.setattr(selftest, "_check_base", refuse)
+    monkeypatch.setattr(selftest._SelfTest, "check_base", refuse)
     assert "the token changes the logits" in error_of("inspect", "out")
 
 
