@@ -15,16 +15,16 @@ import families
 import pytest
 import torch
 from safetensors import SafetensorError
-from shapadapter.core import files as atomic
-from shapadapter.core.errors import DiskFullError
-from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
-from shapadapter.hub.card.update import update_card
 from spaces import noise, write_checkpoint
 from test_explanation import explanation  # noqa: F401
 from test_trainer import trainer_of
 
 from shapadapter import ShapleyError, explain, export_program
+from shapadapter.core import files as atomic
+from shapadapter.core.errors import DiskFullError
+from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
 from shapadapter.evaluation.records import Records
+from shapadapter.hub.card.update import update_card
 from shapadapter.hub.space import write_space
 from shapadapter.visual import draw_explanation
 

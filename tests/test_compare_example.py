@@ -19,10 +19,10 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import compare
 import rivals
 import trainings
-from shapadapter.explanation.methods import METHODS
 
 import shapadapter.demo.models
 from shapadapter.demo.models import Scale
+from shapadapter.explanation.methods import METHODS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_evaluation")]
 

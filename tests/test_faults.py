@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from lives import noise, train_and_kill
-from shapadapter.core.errors import CheckpointError
-from shapadapter.data.augmentation import Augmented
-from shapadapter.training.publish import PushingTrainer
 from test_trainer import assert_same, images, names_in, trained, trainer_of
 from transformers import Trainer, TrainerCallback
 
+from shapadapter.core.errors import CheckpointError
+from shapadapter.data.augmentation import Augmented
 from shapadapter.training import checkpoints, last_whole_checkpoint
 from shapadapter.training import resume as resuming
 from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
+from shapadapter.training.publish import PushingTrainer
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
