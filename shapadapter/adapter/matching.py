@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
-from shapadapter.data.texts import text_rules
+from shapadapter.data.collator import text_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.grid import frame_of, laid_out
+from shapadapter.core.phrases import some
 from shapadapter.core.posterior import relative_error
-from shapadapter.data.classes import check_names, find_class, some
+from shapadapter.data.classes import check_names, find_class
 from shapadapter.explanation.convert import as_dict, as_numpy, as_shap
 from shapadapter.explanation.storage import read_explanation, write_explanation
 

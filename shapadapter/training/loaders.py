@@ -13,20 +13,10 @@ from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.errors import ShapleyError
+from shapadapter.data.classes import are_numbers, as_model_counts, named_classes
 from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator
 from shapadapter.data.images import IMAGE_COLUMNS, undecoded
-from shapadapter.data.labels import (
-    IGNORED,
-    LABEL_COLUMNS,
-    PROBLEMS,
-    READY,
-    ROW,
-    LabelRules,
-    are_numbers,
-    as_model_counts,
-    known_labels,
-    named_classes,
-)
+from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, READY, ROW, LabelRules, known_labels
 from shapadapter.data.rows import GuardedRows, guarded, is_transformed
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer

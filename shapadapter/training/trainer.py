@@ -20,9 +20,8 @@ from shapadapter.backbone import Anatomy, original_name
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.losses import shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
-from shapadapter.data.collator import ImageCollator
+from shapadapter.data.collator import ImageCollator, text_rules
 from shapadapter.data.rows import Skipped, check_skipping, in_place, of_known, readable_rows
-from shapadapter.data.texts import text_rules
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.training.arguments import ShapleyTrainingArguments

@@ -17,10 +17,11 @@ from torch.utils.data import IterableDataset, Subset
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.data.augmentation import Augmented, seeded
+from shapadapter.data.classes import Relabelled
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.frames import frames, unseen
 from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, open_image, prepare_opened
-from shapadapter.data.labels import LabelRules, Relabelled, as_row
+from shapadapter.data.labels import LabelRules, as_row
 from shapadapter.data.rows import is_transformed, readable_rows, some_rows
 from shapadapter.explanation.game import active_layer
 from shapadapter.training.arguments import LORA_LEARNING_RATE, ShapleyTrainingArguments
