@@ -63,7 +63,7 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     assert all(image["true"] == image["name"].split("/")[0] for image in shown)
     assert all(any(one["true"] for one in image["classes"]) for image in shown)
     assert "Relative L2 error to the true Shapley values" in page
-    assert "Insertion, most relevant first" in page
+    assert "Insertion: most relevant first" in page
     assert "Compared:" in page
     assert json.loads((tmp_path / "evaluation.json").read_text())["about"]["folder"] == "photos"
     assert run("card", "out", "--evaluation", tmp_path / "evaluation.json", "--images", "photos/ant").exit_code == 0
