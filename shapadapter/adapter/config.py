@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
 from shapadapter.adapter.head import new_leaves
-from shapadapter.adapter.weights import check_weights
+from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
@@ -27,13 +27,6 @@ from shapadapter.hub.card.render import read_pictures, write_card
 from shapadapter.hub.remote import PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]
-
-
-class Fingerprint(TypedDict):
-    """Numbers of a base model: of each part the norm, that of a sample of its weights, and the sample's projection."""
-
-    dtype: str
-    values: list[tuple[float, float, float]]
 
 
 class AutoMapping(TypedDict):
@@ -268,22 +261,23 @@ class ShapleyConfig(LoraConfig):
         text = write_card(Path(folder), self.to_dict(), pictures=self.pictures, tags=self.model_tags)
         self.written_card = None if text is None else (Path(folder).resolve(), text)
 
-    def tensors(self) -> list[str]:
-        """Names, as saved, of the tensors of token and head that an adapter of this configuration has."""
-        return list(self.shapes(1, 1))
+    def leaves(self, width: int, classes: int, channels: int = 3) -> dict[str, nn.Module | nn.Parameter]:
+        """New parameters of an adapter, by leaf, for features of `width` numbers."""
+        return new_leaves(
+            width,
+            classes,
+            self.head_width,
+            # The base model's own head has no need of a null parameter: it is asked for v(empty).
+            null=self.prediction == "vote",
+            token=self.shapley_token,
+            mechanism=self.mechanism or "sequence",
+            fill=(self.fill_color or [0.0] * channels) if self.fill == "learned" else None,
+        )
 
     def shapes(self, width: int, classes: int) -> dict[str, tuple[int, ...]]:
-        """The same with their shapes, for features of `width` numbers and so many classes."""
+        """The shapes of an adapter's tensors of token and head, by their names as saved."""
         with torch.device("meta"):
-            leaves = new_leaves(
-                width,
-                classes,
-                self.head_width,
-                null=self.prediction == "vote",
-                token=self.shapley_token,
-                mechanism=self.mechanism or "sequence",
-                fill=(self.fill_color or [0.0] * 3) if self.fill == "learned" else None,
-            )
+            leaves = self.leaves(width, classes)
         found: dict[str, tuple[int, ...]] = {}
         for leaf, value in leaves.items():
             parts = {"": value} if isinstance(value, nn.Parameter) else value.state_dict(prefix=".")

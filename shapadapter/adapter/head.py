@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shapadapter.adapter.weights import plain_weight
+
 _FREQUENCIES = 8
 _READER_HEADS = 4
 
@@ -188,7 +190,7 @@ def new_leaves(
         null: whether there is a null value.
         token: whether there is a Shapley token.
         mechanism: where the token works: "sequence", "readout" or "latents".
-        fill: the colour to start from, (C,), where it is learned.
+        fill: the color to start from, (C,), where it is learned.
     """
     vote = nn.Linear(width, classes, bias=False)
     nn.init.normal_(vote.weight, std=0.02)
@@ -205,7 +207,13 @@ def new_leaves(
     if fill is not None:
         leaves["fill"] = nn.Parameter(torch.tensor(fill))
     if token:
-        leaves |= _token_leaves(width, branch, travels=mechanism == "sequence")
+        own = width if mechanism == "sequence" else branch
+        gate = nn.Linear(own, branch)
+        nn.init.ones_(gate.bias)
+        leaves["token"] = nn.Parameter(torch.randn(1, 1, own) * 0.02)
+        leaves |= {"token_norm": nn.LayerNorm(own), "gate": gate}
+        if mechanism != "sequence":
+            leaves |= {"key": nn.Linear(width, branch), "value": nn.Linear(width, branch)}
     if mechanism == "latents":
         leaves |= {
             "place": nn.Linear(4 * _FREQUENCIES, branch),
@@ -214,13 +222,23 @@ def new_leaves(
     return leaves
 
 
-def _token_leaves(width: int, branch: int, travels: bool) -> dict[str, nn.Module | nn.Parameter]:
-    own = width if travels else branch
-    gate = nn.Linear(own, branch)
-    nn.init.ones_(gate.bias)
-    leaves: dict[str, nn.Module | nn.Parameter] = {
-        "token": nn.Parameter(torch.randn(1, 1, own) * 0.02),
-        "token_norm": nn.LayerNorm(own),
-        "gate": gate,
-    }
-    return leaves if travels else {**leaves, "key": nn.Linear(width, branch), "value": nn.Linear(width, branch)}
+@torch.no_grad()
+def start_from_classifiers(vote: Tensor, null: Tensor | None, classifiers: list[nn.Linear], unit_norm: bool) -> None:
+    """Copy the base model's classifier, the mean of several, into the vote (K, D) and the null value (K,) if it fits.
+
+    A model that classifies the mean of its normalised features then predicts by vote what it predicted before; others
+    start nearer to that than from random numbers. A classifier that is itself new is as good a start as any.
+    With texts, the projection to the space of embeddings is copied, scaled to embeddings of about unit length.
+    """
+    heads = [
+        (head, weight)
+        for head in classifiers
+        if not head.weight.is_meta and (weight := plain_weight(head)).shape == vote.shape
+    ]
+    if not heads or vote.is_meta:
+        return
+    weight = torch.stack([weight.to(vote) for _, weight in heads]).mean(dim=0)  # (K, D)
+    vote.copy_(weight / weight.norm() if unit_norm else weight)
+    biases = [head.bias for head, _ in heads if head.bias is not None]
+    if null is not None and len(biases) == len(heads):
+        null.copy_(torch.stack([bias.to(null) for bias in biases]).mean(dim=0))  # (K,)
