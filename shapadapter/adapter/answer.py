@@ -80,17 +80,7 @@ class MatchingOutput(ShapleyOutput):
 
 
 def answer(game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequence: bool) -> ShapleyOutput:
-    """The output of one call.
-
-    Args:
-        game: the call's game.
-        evidence: what the head has read off the cells.
-        output: the base model's own.
-        token_in_sequence: whether a token went through the blocks with the image.
-
-    Raises:
-        ShapleyError: coalitions were given to a matching model, but no texts to compare them with.
-    """
+    """The output of one call, from the base model's `output` and what the head has read off the cells."""
     matching = game.anatomy.kind == "matching"
     if game.rules.prediction == "vote":
         assert game.null is not None
@@ -122,10 +112,8 @@ def answer(game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequen
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
     """The base model's loss on logits (B, K), in fp32: by its problem type cross-entropy, binary cross-entropy or squares.
 
-    It is the mean over the labels that are known, each of several counting for itself; 0 where none is.
-
-    Raises:
-        ShapleyError: a label is no class of the model.
+    It is the mean over the labels that are known, each of several counting for itself; 0 where none is. A label that is
+    no class of the model is refused.
     """
     config, logits = model.config, logits.to(torch.promote_types(logits.dtype, torch.float32))
     if "_loss_function" in vars(model):  # the user's own

@@ -23,26 +23,15 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 @dataclass(frozen=True)
 class Texts:
-    """What a matching model was asked to compare images with.
+    """What a matching model was asked to compare images with."""
 
-    Attributes:
-        inputs: what its text tower gets.
-        embeds: (T, P) normalised embeddings given in place of texts, or None.
-        loss: whether the contrastive loss was asked for.
-    """
-
-    inputs: dict[str, Any]
-    embeds: Tensor | None
-    loss: bool
+    inputs: dict[str, Any]  # of its text tower
+    embeds: Tensor | None  # (T, P) normalised embeddings, given in place of texts
+    loss: bool  # whether the contrastive loss was asked for
 
     @classmethod
     def taken_from(cls, options: dict[str, Any], model: PreTrainedModel) -> Texts:
-        """Take the text side out of a call's keyword arguments.
-
-        Raises:
-            ValueError: texts and embeddings of texts at once.
-            ShapleyError: a text is longer than the model's position table.
-        """
+        """Take the text side out of a call's keyword arguments, and check it."""
         given = {name: options.pop(name, None) for name in _TEXT_INPUTS}
         inputs = {name: value for name, value in given.items() if value is not None}
         embeds = options.pop("text_embeds", None)
@@ -70,11 +59,7 @@ class Texts:
         return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
 
     def loss_of(self, model: Any, similarity: Tensor) -> Tensor | None:
-        """The model's contrastive loss on `similarity` (B, B), if asked for; equal texts are matches of each other.
-
-        Raises:
-            ShapleyError: there is not one text for each image.
-        """
+        """The model's contrastive loss on `similarity` (B, B), if asked for; equal texts are matches of each other."""
         if not self.loss:
             return None
         ids = self.inputs.get("input_ids")
@@ -89,35 +74,20 @@ class Texts:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a wrapped model was called with.
+    """What a wrapped model was called with."""
 
-    Attributes:
-        pixel_values: (B, C, H, W), or patches (B, N, 3 * p * p).
-        tiling: how the players lie on the images.
-        tokens: T, the length of the base model's token sequence, if it has one.
-        labels: the task's labels or None.
-        texts: what a matching model compares the images with, else None.
-        coalitions: (B, M, N) bool, True = present, or None.
-        coalition_sizes: (M,) players in each coalition, where the caller knows them to be the same for all images.
-        coalition_grad: whether gradients flow through the coalitions' values.
-        return_attributions: whether every player's are wanted, or with coalitions their sums alone.
-        return_dict: whether the caller wants named fields.
-        options: further keyword arguments of the base model, for coalitions as well.
-        extras: those that ask for more outputs, for the full image alone.
-    """
-
-    pixel_values: Tensor
-    tiling: Tiling
-    tokens: int
+    pixel_values: Tensor  # (B, C, H, W), or patches (B, N, 3 * p * p)
+    tiling: Tiling  # how the players lie on the images
+    tokens: int  # T, the length of the base model's token sequence, if it has one
     labels: Tensor | None
-    texts: Texts | None
-    coalitions: Tensor | None
-    coalition_sizes: tuple[int, ...] | None
-    coalition_grad: bool
-    return_attributions: bool
+    texts: Texts | None  # what a matching model compares the images with
+    coalitions: Tensor | None  # (B, M, N) bool, True = present
+    coalition_sizes: tuple[int, ...] | None  # (M,) players in each, where the caller knows it is so for all images
+    coalition_grad: bool  # whether gradients flow through the coalitions' values
+    return_attributions: bool  # of every player, or with coalitions their sums alone
     return_dict: bool
-    options: dict[str, Any]
-    extras: dict[str, Any]
+    options: dict[str, Any]  # further keyword arguments of the base model, for coalitions as well
+    extras: dict[str, Any]  # those that ask for more outputs, for the full image alone
 
     @classmethod
     def of(
@@ -128,14 +98,7 @@ class ModelCall:
         anatomy: Anatomy,
         tile: Callable[..., Tiling],
     ) -> ModelCall:
-        """Sort out the arguments of `model(*args, **kwargs)`.
-
-        Raises:
-            TypeError: positional arguments beyond the images.
-            ImageError: images, or coalitions, of another shape than expected.
-            ValueError: an argument that removes players in another way.
-            ShapleyError: texts that do not fit the model.
-        """
+        """The arguments of `model(*args, **kwargs)`; `tile` says how players lie on images, given the options."""
         options = dict(kwargs)
         # Perceiver's own name for images, which people pass by habit.
         images = options.pop("inputs", None) if options.get("pixel_values") is None else None

@@ -34,16 +34,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_wrappable(model: nn.Module, tune: str, others: Mapping[str, ShapleyConfig]) -> None:
-    """Refuse a model that holds what the adapter's checkpoint could not describe.
-
-    Args:
-        model: the base model.
-        tune: of the adapter that is to be added.
-        others: the Shapley adapters that the model holds, by name.
-
-    Raises:
-        UnsupportedModelError: adapters of other methods are there, or one adapter trains by LoRA and one in full.
-    """
+    """Refuse a base model that holds what the new adapter's checkpoint could not describe; `others` are its Shapley adapters."""
     if isinstance(model, PeftModel):
         raise UnsupportedModelError(
             "The model is a PeftModel already. Wrap the bare model, get_peft_model(model.unload(), ShapleyConfig(...)); "
@@ -81,12 +72,7 @@ def _foreign_adapters(model: nn.Module, own: Mapping[str, Any]) -> list[str]:
 
 
 def check_base(model: PreTrainedModel, anatomy: Anatomy, config: ShapleyConfig) -> None:
-    """Write down what the adapter is made for or, if that is written already, check it against the base model.
-
-    Raises:
-        CheckpointError: the adapter was made for another number of classes or another base.
-        ShapleyError: the base model's classes are not named by 0..K-1.
-    """
+    """Write down what the adapter is made for or, if that is written already, check it against the base model."""
     fingerprint = base_fingerprint(model, anatomy, config)
     if config.num_classes is None:
         config.num_classes, config.base_fingerprint = anatomy.classes, fingerprint
@@ -148,16 +134,7 @@ def check_modules(model: nn.Module, config: ShapleyConfig) -> None:
 
 @torch.no_grad()
 def check_fits(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Refuse weights that lack part of token, head or LoRA, which would stay random, or hold what does not fit.
-
-    Args:
-        model: with the adapter, before its weights are loaded.
-        name: of the adapter.
-        state: the tensors by their names in the model.
-
-    Raises:
-        CheckpointError: a tensor is missing, has no place in the model, is of another kind or shape, or not finite.
-    """
+    """Refuse weights that lack part of adapter `name`, which would stay random, or that do not fit into the model."""
     places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if any("_fsdp_wrapped_module" in place or "_flat_param" in place for place in places):
         return  # they have other names and shapes there
@@ -197,18 +174,9 @@ def check_fits(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
 def check_restorable(
     model: nn.Module, anatomy: Anatomy, own: Mapping[str, Any], config: ShapleyConfig, saved: dict[str, Any]
 ) -> None:
-    """Refuse to save an adapter from which the model's state could not be restored.
+    """Refuse to save an adapter, with the state dict `saved`, from which the model could not be restored.
 
-    Args:
-        model: the model that is saved, with or without PEFT's wrapper.
-        anatomy: its parts.
-        own: its Shapley adapters, by name.
-        config: the adapter's.
-        saved: the adapter's state dict as it would be written.
-
-    Raises:
-        CheckpointError: base parameters are trained, or changed, or other adapters are stacked on the model; or weights of
-            the adapter are offloaded.
+    `own` are the model's Shapley adapters by name, `config` is of the one that is saved.
     """
     away = next((name for name, tensor in saved.items() if tensor.is_meta), None)
     if away is not None:
@@ -281,9 +249,7 @@ def check_agreement(parts: list[Any], name: str) -> None:
 def check_mergeable(model: nn.Module) -> None:
     """Refuse to merge LoRA where the sum of the weights does not compute the sum of the layers.
 
-    Raises:
-        ShapleyError: a convolution standardises its weights before it uses them, as BiT's and NFNet's do; or the weights
-            are quantised, and their sum would be rounded.
+    A convolution may standardise its weights before it uses them, as BiT's and NFNet's do; sums of quantised ones are rounded.
     """
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, LoraLayer) else None

@@ -61,51 +61,29 @@ def evaluate_coalitions(
 
 @dataclass(frozen=True)
 class Rules:
-    """What an adapter's config says about its game.
+    """What an adapter's config says about its game."""
 
-    Attributes:
-        prediction: "vote" or "classifier".
-        classes: K of the adapter; with texts P.
-        removal: "drop", "mask" or "pixels".
-        blur: whether absent pixels show the blurred present ones.
-        fill_color: the color they show otherwise; None for 0 in the image processor's scale.
-        grid: (rows, cols) of the players, None for the cells.
-        offset: (down, right) by which cells look beside their place, in cells.
-        empty: (1, K), v(empty) where it is known beforehand, as in a model that is exported for one size of images.
-    """
-
-    prediction: str
-    classes: int
-    removal: Any
-    blur: bool = False
-    fill_color: tuple[float, ...] | None = None
-    grid: tuple[int, int] | None = None
-    offset: tuple[float, float] = (0.0, 0.0)
-    empty: Tensor | None = None
+    prediction: str  # "vote" or "classifier"
+    classes: int  # K of the adapter; with texts P
+    removal: Any  # "drop", "mask" or "pixels"
+    blur: bool = False  # whether absent pixels show the blurred present ones
+    fill_color: tuple[float, ...] | None = None  # what they show otherwise; None for 0 in the image processor's scale
+    grid: tuple[int, int] | None = None  # (rows, cols) of the players, None for the cells
+    offset: tuple[float, float] = (0.0, 0.0)  # (down, right) by which cells look beside their place, in cells
+    empty: Tensor | None = None  # (1, K), v(empty) where it is known beforehand, as in a model exported for one size
 
 
 @dataclass(frozen=True)
 class CoalitionGame:
-    """One call's game: values v(S) in scores (K), or with texts in the space of embeddings (P).
+    """One call's game by the active adapter: values v(S) in scores (K), or with texts in the space of embeddings (P)."""
 
-    Attributes:
-        model: the base model.
-        anatomy: its parts.
-        carrier: the hooks that see its passes.
-        rules: of the active adapter.
-        head: of the active adapter.
-        null: (K,), its null value, with `vote` prediction.
-        fill: (C,), its learned color, if it has one.
-        call: what the model was called with.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # the base model
     anatomy: Anatomy
-    carrier: Carrier
+    carrier: Carrier  # sees its passes
     rules: Rules
     head: ProjectionHead
-    null: Tensor | None
-    fill: Tensor | None
+    null: Tensor | None  # (K,), with `vote` prediction
+    fill: Tensor | None  # (C,), where the color is learned
     call: ModelCall
 
     def value(self, images: Tensor | None, present: Tensor, size: int | None) -> Tensor:

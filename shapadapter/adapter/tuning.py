@@ -27,14 +27,7 @@ _FOR_TEXTS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "m
 def resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig, own: str) -> None:
     """Say in `target_modules` and `modules_to_save` what `tune` and `train_classifier` mean for this model.
 
-    Args:
-        model: the base model.
-        anatomy: its parts.
-        config: of the adapter.
-        own: name of the adapter's own child of the model.
-
-    Raises:
-        FieldError: options that exclude each other, or with which the adapter could not be restored.
+    `own` is the name of the adapter's own child of the model.
     """
     _check_lora(config)
     if config.tune != "lora":

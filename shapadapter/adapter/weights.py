@@ -67,12 +67,7 @@ def plain_weight(linear: nn.Linear) -> Tensor:
 
 
 def check_weights(path: Path, config: ShapleyConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a safetensors file.
-
-    Raises:
-        CheckpointError: the file is damaged, or part of token and head is missing or of another shape than the
-            configuration says, or a number is not finite.
-    """
+    """The shape of each tensor in a safetensors file, which is refused if damaged or not of this configuration."""
     with open_tensors(path) as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         _check_shapes(path, saved, config)
