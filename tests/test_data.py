@@ -421,9 +421,9 @@ def test_a_batch_without_a_readable_image_takes_part_and_has_no_say(tmp_path):
     found = gradients(trainer, batch)
     assert found.keys() == trained(trainer.model).keys()  # as the other processes wait for
     assert all(not gradient.any() for gradient in found.values())
-    assert "task_loss" not in {name for name, sums in trainer._sums["train"].items() if sums.any()}
+    assert "task_loss" not in {name for name, sums in trainer.monitor.sums["train"].items() if sums.any()}
     with pytest.raises(ImageError, match=r"None of 8 images could be read"):
-        trainer._gather("train")
+        trainer.monitor.means("train")
 
 
 def test_the_stand_in_has_the_shape_of_the_others():

@@ -133,7 +133,7 @@ def test_the_trainer_adds_no_waiting_to_a_step(tmp_path):
     with Asked() as asked:
         trainer.compute_loss(trainer.model, batch)
     assert asked.waited == []
-    assert trainer._gather("train")["task_loss"] > 0
+    assert trainer.monitor.means("train")["task_loss"] > 0
 
 
 def test_no_tensor_of_all_players_and_classes_is_kept_for_backward():

@@ -116,7 +116,11 @@ class CoalitionGame:
                 channels = self.rules.fill_color or [0.0] * images.shape[1]
                 color = torch.stack([images.new_full((), channel) for channel in channels])  # (C,)
             pixels = fill_absent(images, present, tiling.players, color, self.rules.blur, tiling.seen)
-            return {**inputs, "pixel_values": pixels}, ForwardCall(cells, without_token=without_token), tiling.cell_weights(present)
+            return (
+                {**inputs, "pixel_values": pixels},
+                ForwardCall(cells, without_token=without_token),
+                tiling.cell_weights(present),
+            )
         assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
         # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
