@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shapadapter.cli.evaluate_command import evaluate_checkpoint
 from shapadapter.cli.messages import quiet, reporting
 from shapadapter.cli.options import (
     OUTPUT,
@@ -65,7 +66,6 @@ def command(
     A second run with the same --output takes what has been measured from there.
     """
     with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
-        from shapadapter.evaluation import evaluate_checkpoint
         from shapadapter.hub.load import load
         from shapadapter.hub.locate import called
 
@@ -79,7 +79,7 @@ def command(
             "device": device,
             "trust_remote_code": trust_remote_code,
         }
-        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, place, **settings)
         loaded = load(checkpoint, **place)
         page = _page(loaded, called(checkpoint, subfolder), data, result, output / "report.html", shown, seed)
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
@@ -90,8 +90,7 @@ def _page(
 ) -> Path:
     """Explain some of the images, and show them below the measures, the wrong predictions first."""
     from shapadapter.data.classes import class_names
-    from shapadapter.evaluation.dataset import choose
-    from shapadapter.evaluation.folder_run import labelled_images
+    from shapadapter.evaluation.dataset import choose, labelled_images
     from shapadapter.explanation.game import active_layer
     from shapadapter.visual import write_page
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
-from shapadapter.evaluation import evaluate_checkpoint
-from shapadapter.evaluation import folder_run as command
-from shapadapter.evaluation.localization import SALIENCY
+from shapadapter.cli.evaluate_command import evaluate_checkpoint
+from shapadapter.evaluation import evaluator
+from shapadapter.evaluation.dataset import labelled_images
+from shapadapter.evaluation.plan import SALIENCY
 from shapadapter.hub import update_card
 
 pytest.importorskip("matplotlib")
@@ -73,7 +74,7 @@ def test_json_goes_to_the_standard_output(folders):
 
 
 def test_labels_are_found_by_name(folders):
-    rows = command.labelled_images(folders / "data", ["dog", "cat", "bee", "ant"], None)
+    rows = labelled_images(folders / "data", ["dog", "cat", "bee", "ant"], None)
     assert {(row["label"], row["image"].split("/")[-2]) for row in rows} == {
         (0, "dog"),
         (1, "cat"),
@@ -140,7 +141,7 @@ def test_an_interruption_has_its_own_code(folders, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "evaluate", interrupted)
+    monkeypatch.setattr(evaluator, "evaluate", interrupted)
     found = run(folders / "adapter", "--data", folders / "data")
     assert found.exit_code == 130
     assert "Interrupted" in found.output
