@@ -261,10 +261,8 @@ def test_options_reach_the_model(model):
 
 
 def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
-    from shapadapter.evaluation import study
-
     expected = evaluate(model, rows_of(), processor(), **settings(images=4))
-    original, done = study.Measurer.records, []
+    original, done = measure.Measurer.records, []
 
     def interrupted(self, indices):
         if len(done) == 2:
@@ -272,10 +270,10 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
         done.extend(indices)
         return original(self, indices)
 
-    monkeypatch.setattr(study.Measurer, "records", interrupted)
+    monkeypatch.setattr(measure.Measurer, "records", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, rows_of(), processor(), cache=tmp_path, **settings(images=4))
-    monkeypatch.setattr(study.Measurer, "records", original)
+    monkeypatch.setattr(measure.Measurer, "records", original)
     assert len(list(tmp_path.glob("*/image-*.json"))) == 2
     with Calls(model) as rest:
         found = evaluate(model, rows_of(), processor(), cache=tmp_path, **settings(images=4))
