@@ -9,13 +9,13 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shapadapter.cli.evaluate import evaluate_checkpoint
 from small import NAMES, bare, pictures, processor, wrapped
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
 from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
+from shapadapter.cli.evaluate import evaluate_checkpoint
 from shapadapter.evaluation import evaluator
 from shapadapter.evaluation.dataset import labelled_images
 from shapadapter.evaluation.plan import SALIENCY

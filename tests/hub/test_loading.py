@@ -8,12 +8,12 @@ import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from server import STRANGERS_TOKEN, TOKEN
-from shapadapter.cli.evaluate import evaluate_checkpoint
 from tiny import BASE, NAMES, save_base, with_code
 from transformers import AutoModelForImageClassification
 
 import shapadapter
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError
+from shapadapter.cli.evaluate import evaluate_checkpoint
 from shapadapter.evaluation import evaluator
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
