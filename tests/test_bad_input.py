@@ -9,9 +9,6 @@ import torch
 from families import CLASSES, base, images, shapley, stir, wrap
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification
-
-from shapadapter import ShapleyConfig
 from shapadapter.core.errors import (
     CheckpointError,
     ClassNotFoundError,
@@ -19,6 +16,9 @@ from shapadapter.core.errors import (
     ShapleyError,
     UnsupportedModelError,
 )
+from transformers import AutoModelForImageClassification
+
+from shapadapter import ShapleyConfig
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def cuts(size):
     return [0, 1, 7, 8, 9, 100, header, size // 2, size - 4, size - 1]
 
 
-@pytest.mark.parametrize("kept", range(10))
+@pytest.mark.parametrize("kept", [0, 4, 6, 9])
 def test_a_cut_off_file(saved, tmp_path, kept):
     whole = (saved / "adapter" / "adapter_model.safetensors").read_bytes()
     folder = damaged(saved, tmp_path, whole[: cuts(len(whole))[kept]])

