@@ -6,13 +6,12 @@ import pytest
 import torch
 import zoo
 from families import wrap
-from test_trainer import fixed_batch, trainer_of
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from shapadapter.core.errors import ImageError
 from shapadapter.core.losses import coalition_sums, expected_square, shapley_loss, shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.explanation.game import active_layer
+from test_trainer import fixed_batch, trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = {
     "vit": lambda prediction: (wrap("vit", prediction), {"pixel_values": families.images(3)}),
@@ -33,7 +32,17 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")], ids=str)
+EACH = [(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")]
+FEW = [
+    ("vit", "vote"),
+    ("vit", "classifier"),
+    ("beit", "vote"),
+    ("resnet on a fine grid", "classifier"),
+    ("clip", "vote"),
+]
+
+
+@pytest.fixture(params=[one if one in FEW else pytest.param(one, marks=pytest.mark.families) for one in EACH], ids=str)
 def played(request):
     """A wrapped model, its inputs, and pairs of coalitions with their sizes."""
     kind, prediction = request.param
