@@ -33,7 +33,17 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")], ids=str)
+EACH = [(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")]
+FEW = [
+    ("vit", "vote"),
+    ("vit", "classifier"),
+    ("beit", "vote"),
+    ("resnet on a fine grid", "classifier"),
+    ("clip", "vote"),
+]
+
+
+@pytest.fixture(params=[one if one in FEW else pytest.param(one, marks=pytest.mark.families) for one in EACH], ids=str)
 def played(request):
     """A wrapped model, its inputs, and pairs of coalitions with their sizes."""
     kind, prediction = request.param
