@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from shapadapter.backbone import Anatomy, Tiling
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
-from shapadapter.data.texts import text_rules
+from shapadapter.data.collator import text_rules
 
 _OURS = ("coalitions", "coalition_sizes", "coalition_grad", "return_attributions")
 _EXTRAS = ("output_hidden_states", "output_attentions")

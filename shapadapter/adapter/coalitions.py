@@ -17,8 +17,8 @@ from shapadapter.adapter.call import ModelCall
 from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
-    Carrier,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     evaluating,
     evaluation_view,
     fill_absent,
@@ -79,7 +79,7 @@ class CoalitionGame:
 
     model: PreTrainedModel  # the base model
     anatomy: Anatomy
-    carrier: Carrier  # sees its passes
+    hooks: FeatureHooks  # sees its passes
     rules: Rules
     head: ProjectionHead
     null: Tensor | None  # (K,), with `vote` prediction
@@ -92,8 +92,8 @@ class CoalitionGame:
         `size` is how many are in every row; it is not needed where pixels are replaced.
         """
         inputs, current, weights = self._removed(self.call.inputs(images), present, size)
-        with self.carrier.passing(current):
-            scores = score(self.model, self.anatomy.kind, self.anatomy.family, inputs)
+        with self.hooks.during(current):
+            scores = score(self.model, self.anatomy, inputs)
         if self.rules.prediction == "classifier":
             assert scores is not None
             return scores.float()
@@ -104,11 +104,11 @@ class CoalitionGame:
 
     def _removed(
         self, inputs: dict[str, Any], present: Tensor, size: int | None
-    ) -> tuple[dict[str, Any], Pass, Tensor | None]:
+    ) -> tuple[dict[str, Any], ForwardCall, Tensor | None]:
         """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
         tiling = self.call.tiling
         cells = tiling.cells[0] * tiling.cells[1]
-        bare = not torch.is_grad_enabled()
+        without_token = not torch.is_grad_enabled()
         if self.rules.removal == "pixels":
             images, color = inputs["pixel_values"], self.fill
             if color is None:
@@ -116,7 +116,11 @@ class CoalitionGame:
                 channels = self.rules.fill_color or [0.0] * images.shape[1]
                 color = torch.stack([images.new_full((), channel) for channel in channels])  # (C,)
             pixels = fill_absent(images, present, tiling.players, color, self.rules.blur, tiling.seen)
-            return {**inputs, "pixel_values": pixels}, Pass(cells, bare=bare), tiling.cell_weights(present)
+            return (
+                {**inputs, "pixel_values": pixels},
+                ForwardCall(cells, without_token=without_token),
+                tiling.cell_weights(present),
+            )
         assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
         # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
@@ -125,7 +129,7 @@ class CoalitionGame:
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, Pass(cells, index, self.rules.removal, native, bare), None
+        return inputs, ForwardCall(cells, index, self.rules.removal, native, without_token), None
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""

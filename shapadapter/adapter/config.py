@@ -22,7 +22,7 @@ from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
-from shapadapter.explanation.storage import break_links, refuse_links
+from shapadapter.core.links import break_links, refuse_links
 from shapadapter.hub.card.facts import code, one_line, settled
 from shapadapter.hub.card.render import read_pictures, write_card
 from shapadapter.hub.remote import PROCESSOR_FILES

@@ -22,12 +22,11 @@ from shapadapter.adapter.config import ShapleyConfig
 from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     Tiling,
     base_forward,
     base_is_asked,
-    carrier_for,
-    named_fields,
     replace_forward,
     restore_forward,
     tile,
@@ -95,7 +94,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self.anatomy = anatomy
         self.rules: dict[str, Rules] = {}
         self.configs: dict[str, ShapleyConfig] = {}
-        self.carrier = carrier_for(anatomy, self.active_token)
+        self.hooks = FeatureHooks(anatomy, self.active_token)
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._forward: Any = None
@@ -227,8 +226,8 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     # -- one call --------------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Take the place of the model's own forward and `set_adapter` and, through the carrier, hook its blocks."""
-        self.carrier.attach(model)
+        """Take the place of the model's own forward and `set_adapter` and, through its hooks, see its blocks."""
+        self.hooks.attach(model)
         self._base_config = model.config
         self._parts = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         if self._forward is None:
@@ -237,7 +236,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
 
     def detach(self, model: PreTrainedModel) -> None:
         """Leave the model as it was before `attach`."""
-        self.carrier.detach()
+        self.hooks.detach()
         vars(model).pop("set_adapter", None)
         if restore_forward(model, self._forward):
             self._forward = None
@@ -258,15 +257,15 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)
-        with self.carrier.passing(Pass(call.tiling.cells[0] * call.tiling.cells[1])) as current:
-            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **named_fields(model))
+        with self.hooks.during(ForwardCall(call.tiling.cells[0] * call.tiling.cells[1])) as current:
+            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **self.anatomy.named_fields)
         if current.features is None:
             raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
         head = self.head(name)
         game = CoalitionGame(
             model=model,
             anatomy=self.anatomy,
-            carrier=self.carrier,
+            hooks=self.hooks,
             rules=self.rules[name],
             head=head,
             null=self._parameter("null", name),

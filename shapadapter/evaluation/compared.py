@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.seeds import seed_of
+from shapadapter.core.statistics import seed_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.localization import SALIENCY
 from shapadapter.explanation.api import Predicted

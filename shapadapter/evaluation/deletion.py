@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shapadapter.core.seeds import generator_of
+from shapadapter.core.statistics import generator_of
 from shapadapter.evaluation.games import Games
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import write_together
+from shapadapter.core.links import refuse_link
 from shapadapter.data.classes import class_names
 from shapadapter.evaluation.compared import unknown
 from shapadapter.evaluation.evaluator import evaluate
@@ -20,7 +21,6 @@ from shapadapter.evaluation.plan import METHODS
 from shapadapter.evaluation.result import Evaluation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.methods import METHODS as KNOWN
-from shapadapter.explanation.storage import refuse_link
 from shapadapter.hub.card.facts import weights_digest
 from shapadapter.hub.load import load
 from shapadapter.hub.locate import called

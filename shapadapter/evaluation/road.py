@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from shapadapter.core.seeds import generator_of
+from shapadapter.core.statistics import generator_of
 from shapadapter.evaluation.compared import image_of
 from shapadapter.evaluation.games import Games
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.seeds import generator_of
-from shapadapter.core.statistics import Interval, relative_l2, spearman
+from shapadapter.core.statistics import Interval, generator_of, relative_l2, spearman
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.compared import Explainer, Methods, image_of, stacked
 from shapadapter.evaluation.dataset import Rows, choose

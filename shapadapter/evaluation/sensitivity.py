@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shapadapter.core.seeds import generator_of
-from shapadapter.core.statistics import is_constant, pearson
+from shapadapter.core.statistics import generator_of, is_constant, pearson
 from shapadapter.evaluation.agreement import informed
 from shapadapter.evaluation.games import Games
 

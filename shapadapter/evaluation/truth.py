@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shapadapter.core.seeds import generator_of
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
@@ -19,6 +18,7 @@ from shapadapter.core.shapley import (
     sample_pairs,
     sample_sizes,
 )
+from shapadapter.core.statistics import generator_of
 from shapadapter.evaluation.games import Games
 
 

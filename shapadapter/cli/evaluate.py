@@ -1,4 +1,4 @@
-"""`shapadapter report`."""
+"""`shapadapter evaluate` and `shapadapter report`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,51 @@ from shapadapter.core.locks import alone_in
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
     from shapadapter.explanation.explanation import Explanation
-    from shapadapter.visual.page import Measures
 
-
-EXAMPLE = "shapadapter report out --data photos --output report"
-CLASSES = 5
+_CLASSES = 5
 """Of each image, the likeliest ones, on the page."""
 
 
-def command(
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT),
+    ] = None,
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure a fine-tuned model and its explanations, side by side with other methods."""
+    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
+        from shapadapter.evaluation import evaluate_checkpoint
+
+        quiet()
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
+        place: dict[str, Any] = {
+            "subfolder": subfolder,
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, **place, **settings)
+        say(result.to_dict(), result.table())
+
+
+def report(
     context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
@@ -49,9 +85,9 @@ def command(
     methods: Methods = "",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
-    output: Annotated[
-        Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
-    ] = Path("report"),
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", **OUTPUT)] = Path(
+        "report"
+    ),
     subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
@@ -92,8 +128,10 @@ def _page(
     from shapadapter.data.classes import class_names
     from shapadapter.evaluation.dataset import choose
     from shapadapter.evaluation.folder_run import labelled_images
+    from shapadapter.evaluation.tables import blocks, summary
     from shapadapter.explanation.game import active_layer
     from shapadapter.visual import write_page
+    from shapadapter.visual.page import Measures
 
     model, processor = loaded
     rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
@@ -101,6 +139,7 @@ def _page(
     # One by one, for they may differ in size.
     explained = [(row, _explained(model, processor, row)) for row in chosen]
     explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
+    notes = (summary(result.about), *result.notes)
     return write_page(
         [explanation for _, explanation in explained],
         file,
@@ -108,7 +147,7 @@ def _page(
         table=_rows(result),
         names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
         true_labels=[row["label"] for row, _ in explained],
-        measures=_measures(result),
+        measures=Measures(blocks(result), result.curves, result.about["curves_read"], notes),
     )
 
 
@@ -116,7 +155,7 @@ def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
     """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
     from shapadapter.explanation.api import explain
 
-    found = explain(model, row["image"], processor, top_k=CLASSES)
+    found = explain(model, row["image"], processor, top_k=_CLASSES)
     shown = found.classes[0].tolist()
     if row["label"] in shown:
         return found
@@ -130,12 +169,3 @@ def _rows(result: Evaluation) -> list[tuple[str, str]]:
 
     facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
     return [(row.label, row.shown) for row in rows(facts)]
-
-
-def _measures(result: Evaluation) -> Measures:
-    """All the others, with the curves."""
-    from shapadapter.evaluation.tables import blocks, summary
-    from shapadapter.visual.page import Measures
-
-    notes = (summary(result.about), *result.notes)
-    return Measures(blocks(result), result.curves, result.about["curves_read"], notes)
