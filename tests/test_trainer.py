@@ -29,7 +29,6 @@ from shapadapter.core.losses import shapley_loss
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.training import ImageCollator
 from shapadapter.training.callbacks import is_constant
-from shapadapter.training.validation import is_constant
 
 datasets = pytest.importorskip("datasets")
 
