@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError, load
-from shapadapter.cli.app import app
+from shapadapter.cli.commands import app
 from shapadapter.core.errors import redacted
 from shapadapter.hub import push
 from shapadapter.hub.card.facts import code
