@@ -34,17 +34,13 @@ def attention_rollout(case: Case) -> Answer:
 
 
 def _blocks(case: Case) -> list[Tensor]:
-    """Attention probabilities (B, T, T) of each block, mean of the heads.
-
-    Raises:
-        ShapleyError: the model has no attention from every token to every token.
-    """
-    seats = len(case.layer.anatomy.attentions)
+    """Attention probabilities (B, T, T) of each block, mean of the heads."""
+    blocks = len(case.layer.anatomy.attentions)
     with attention_weights() as collected:
         case.model(**case.batch.inputs)
     # With the base model's own classifier, the empty image follows.
-    weights = [found.float().mean(dim=1) for found in collected[:seats] if found is not None]
-    if not seats or len(weights) != seats:
+    weights = [found.float().mean(dim=1) for found in collected[:blocks] if found is not None]
+    if not blocks or len(weights) != blocks:
         raise ShapleyError(
             "This model does not tell the attention between all its patches. Use a method that needs none, e.g. "
             "'kernel_shap', 'leave_one_out', 'grad_cam' or 'integrated_gradients'."
@@ -107,9 +103,6 @@ def grad_cam(case: Case) -> Answer:
 
     F are the final features. Where a class token predicts, these have no part in it: then they are those that enter the
     last block.
-
-    Raises:
-        ShapleyError: the features belong to no places in the image, or have no part in the prediction.
     """
     pixels = case.pixel_values.detach().clone().requires_grad_()
     with torch.enable_grad(), _caught_features(case) as caught:
