@@ -107,27 +107,16 @@ def _warn_of_errors(explanation: Explanation, wanted: float, most: int) -> None:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A batch of images after its forward pass.
+    """A batch of images after its forward pass."""
 
-    Attributes:
-        inputs: the keyword arguments of that pass, texts and options among them.
-        output: what the model returned.
-        tiling: how the players lie on the images.
-        seen: (B, H, W, 3) uint8, the part of the images that the players tile.
-        classes: (B, C) int64, the classes to show.
-        labels: the K class names.
-        likelihood: how scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities.
-        frames: (B, 6), where `seen` lies on the originals, as `shapadapter.data.frames.frames` says; None of prepared images.
-    """
-
-    inputs: dict[str, Any]
-    output: Any
-    tiling: Tiling
-    seen: Tensor
-    classes: Tensor
-    labels: tuple[str, ...]
-    likelihood: str
-    frames: Tensor | None = None
+    inputs: dict[str, Any]  # the keyword arguments of that pass, texts and options among them
+    output: Any  # what the model returned
+    tiling: Tiling  # how the players lie on the images
+    seen: Tensor  # (B, H, W, 3) uint8, the part of the images that the players tile
+    classes: Tensor  # (B, C) int64, those to show
+    labels: tuple[str, ...]  # of the K classes
+    likelihood: str  # how scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities
+    frames: Tensor | None = None  # (B, 6), of `shapadapter.data.frames.frames`; None of prepared images
 
 
 def predictions(
@@ -174,7 +163,7 @@ def predictions(
 
 
 def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
-    """One pass; says how to mend images of a size that the model does not take."""
+    """One pass; says what to do about images of a size that the model does not take."""
     try:
         return model(**given)
     except ShapleyError:

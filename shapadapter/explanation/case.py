@@ -22,25 +22,15 @@ from shapadapter.explanation.refine import enumerated
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of images to explain, after its forward pass.
+    """A batch of images to explain, after its forward pass."""
 
-    Attributes:
-        model: the wrapped model.
-        layer: its Shapley layer.
-        batch: the images and what the model said of them.
-        evaluations: how many model evaluations a method that samples may spend on each image.
-        seed: of all that is drawn.
-        first: the number of the first image of the batch among all; what is drawn depends on it.
-        batch_size: images in a forward pass.
-    """
-
-    model: nn.Module
+    model: nn.Module  # wrapped
     layer: ShapleyLayer
     batch: Predicted
-    evaluations: int
+    evaluations: int  # of the model, that a method that samples may spend on each image
     seed: int
-    first: int
-    batch_size: int
+    first: int  # the number of the first image of the batch among all; what is drawn depends on it
+    batch_size: int  # images in a forward pass
 
     @property
     def images(self) -> int:
@@ -102,17 +92,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says.
+    """What a method says."""
 
-    Attributes:
-        maps: (B, N, C), what each player is worth to each shown class.
-        evaluations: model evaluations spent on each image beyond its forward pass; None if nobody counted.
-        standard_errors: (B, N, C), of the maps, where the method knows them.
-    """
-
-    maps: Tensor
-    evaluations: int | None = 0
-    standard_errors: Tensor | None = None
+    maps: Tensor  # (B, N, C), what each player is worth to each shown class
+    evaluations: int | None = 0  # spent on each image beyond its forward pass; None if nobody counted
+    standard_errors: Tensor | None = None  # (B, N, C), of the maps, where the method knows them
 
 
 # -- coalitions ------------------------------------------------------------------------------------------------------

@@ -29,14 +29,7 @@ _OPTIONAL = ("standard_errors", "evaluations", "frames")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of one image.
-
-    Attributes:
-        label: The name of the class.
-        index: Its index among the model's K classes.
-        logit: Its logit.
-        probability: Its probability, in 0..1.
-    """
+    """One class of one image: its name, its index among the model's K classes, its logit and probability in 0..1."""
 
     label: str
     index: int
@@ -194,12 +187,10 @@ class Explanation:
             level: The share of players whose Shapley value lies inside, in 0..1.
 
         Returns:
-            low (B, rows, cols) float32 and high (B, rows, cols) float32, in logits; NaN where no error is known.
+            low and high (B, rows, cols) float32, in logits; NaN where no error is known.
 
         Raises:
-            ClassNotFoundError: If the model has no such class.
-            ValueError: If the class was not computed for every image, the level is not between 0 and 1, or the
-                explanation has no standard errors.
+            ValueError: As `for_label`; or the level is not between 0 and 1, or there are no standard errors.
         """
         if self.standard_errors is None:
             raise ValueError("This explanation has no standard errors: explain again with refine=256.")
@@ -255,7 +246,6 @@ class Explanation:
         Raises:
             ClassNotFoundError: If the model has no such class.
             ValueError: If the class was not computed for this image, or the frame of the original is not known.
-            IndexError: If there is no such image.
         """
         one = self[index]
         values = one._best(one.attributions) if label is None else one.for_label(label)  # (1, rows, cols)
@@ -264,10 +254,7 @@ class Explanation:
         return laid_out(values[0].numpy(), size, box, smooth)  # (rows, cols) -> (H, W)
 
     def figure(self, index: int = 0, **options: Any) -> "Figure":
-        """Draw one image and its maps with matplotlib.
-
-        Options as in `shapadapter.visual.draw_explanation`: `labels`, `smooth`, `original`, ...
-        """
+        """Draw one image and its maps; options as in `shapadapter.visual.draw_explanation`: `labels`, `smooth`, ..."""
         from shapadapter.visual import draw_explanation
 
         return draw_explanation(self, index, **options)

@@ -34,17 +34,11 @@ _REPEATS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """How many evaluations each image gets.
+    """How many evaluations each image gets."""
 
-    Attributes:
-        totals: evaluations spent on an image after each round, increasing and even.
-        relative_error: an image whose shown classes all have at most this error is done.
-        seed: of the coalitions.
-    """
-
-    totals: tuple[int, ...]
-    relative_error: float
-    seed: int
+    totals: tuple[int, ...]  # evaluations spent on an image after each round, increasing and even
+    relative_error: float  # an image whose shown classes all have at most this error is done
+    seed: int  # of the coalitions
 
     @classmethod
     def of(cls, refine: int | str, relative_error: float | None, max_refine: int | None, seed: int) -> Plan | None:
