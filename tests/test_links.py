@@ -218,8 +218,9 @@ def test_a_trainer_pushes_no_link(root, monkeypatch):
     assert not list(out.glob("_push-*"))
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_evaluations_write_through_no_link(root):
-    from shapadapter.evaluation import evaluate_checkpoint
+    from shapadapter.cli.evaluate import evaluate_checkpoint
 
     model, processor = load(root / "adapter")
     noise = np.random.default_rng(0)

@@ -45,7 +45,7 @@ def find_images(given: list[Path]) -> dict[Path, Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    from shapadapter.evaluation.folder_run import IMAGE_SUFFIXES
+    from shapadapter.evaluation.dataset import IMAGE_SUFFIXES
 
     files = [Path(place, name) for place, _, names in os.walk(folder) for name in names if not name.startswith(".")]
     return sorted(

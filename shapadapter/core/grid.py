@@ -11,26 +11,14 @@ from torch.nn.functional import grid_sample
 
 @dataclass(frozen=True)
 class Grid:
-    """How the players tile an image.
-
-    Attributes:
-        rows: Number of tiles from top to bottom.
-        cols: Number of tiles from left to right.
-    """
+    """How the players tile an image: in so many rows from top to bottom, and columns from left to right."""
 
     rows: int
     cols: int
 
 
 def pixels_to_players(mask: Tensor, grid: Grid) -> Tensor:
-    """Average a pixel mask over the tile of each player.
-
-    Args:
-        mask: (..., H, W) bool or numbers, e.g. 1 inside an object and 0 outside.
-        grid: The grid of players; its rows divide H, its columns divide W.
-
-    Returns:
-        (..., rows, cols) float32 mean of the mask in each tile.
+    """Average a pixel mask (..., H, W), e.g. 1 inside an object and 0 outside, over tiles: (..., rows, cols) float32.
 
     Raises:
         ValueError: If the image cannot be cut into equal tiles.

@@ -30,8 +30,7 @@ from shapadapter.explanation.api import explain
 from shapadapter.hub.load import find_base, load_processor
 from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.training.arguments import ShapleyTrainingArguments
-from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first
-from shapadapter.training.resume import running_alone
+from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first, running_alone
 from shapadapter.training.trainer import ShapleyTrainer
 from shapadapter.visual import gallery
 
