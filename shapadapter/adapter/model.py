@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shapadapter import __version__
-from shapadapter.adapter.card_saving import note
 from shapadapter.adapter.config import ShapleyConfig
 from shapadapter.adapter.guard import (
     check_base,
@@ -33,6 +32,7 @@ from shapadapter.adapter.guard import (
 )
 from shapadapter.adapter.layer import CHILD, ShapleyLayer, whole
 from shapadapter.adapter.multiple import MIXED, check_merged, check_one, rehearse_merge
+from shapadapter.adapter.saving import describe
 from shapadapter.adapter.tuning import check_apart, check_trainable, resolve_training
 from shapadapter.adapter.vote_start import start_from_classifier
 from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
@@ -228,7 +228,7 @@ class ShapleyModel(LoraModel):
         if active and config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has settled it by the first labels.
             config.problem_type = model.config.problem_type
-        note(model, layer, config, saved)
+        describe(model, layer, config, saved)
         return saved
 
     @classmethod

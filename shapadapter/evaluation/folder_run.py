@@ -11,6 +11,7 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shapadapter.adapter.saving import weights_digest
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import write_together
 from shapadapter.data.classes import class_names
@@ -21,7 +22,6 @@ from shapadapter.evaluation.result import Evaluation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.methods import METHODS as KNOWN
 from shapadapter.explanation.storage import refuse_link
-from shapadapter.hub.card.facts import weights_digest
 from shapadapter.hub.load import load
 from shapadapter.hub.locate import called
 

@@ -26,12 +26,12 @@ from shapadapter import __version__
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.backbone import Removal, choose_removal, configured_size
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.hub.load import comes_with_code, load, told
 from shapadapter.hub.locate import called, locate
-from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 
 SHOWN_CLASSES = 10
 
@@ -146,7 +146,7 @@ def _is_adapter(name: str, revision: str | None, token: str | bool | None) -> bo
     except EntryNotFoundError:  # also without a network, where it was never asked for
         return False
     except HUB_ERRORS as error:
-        raise ShapleyError(f"{name} is no folder here. {hub_trouble(error, name, revision) or error}") from error
+        raise ShapleyError(f"There is no folder {name} here. {hub_trouble(error, name, revision) or error}") from error
 
 
 def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:

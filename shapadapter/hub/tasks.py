@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from transformers import pipelines
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from shapadapter.adapter.saving import read_config
 from shapadapter.core.errors import ShapleyError
-from shapadapter.hub.card.facts import read_config
+from shapadapter.core.remote import find_base
 
 TASK = "image-attribution"
 
@@ -95,8 +96,6 @@ def _find_adapter_config_file(theirs: Any, model: Any, *args: Any, **kwargs: Any
     name = about.get("base_model_name_or_path")
     if about.get("peft_type") != "SHAPLEY" or not isinstance(name, str) or (folder / "config.json").is_file():
         return found
-    from shapadapter.hub.load import find_base
-
     if (base := find_base(folder, name)) == name:
         return found
     with tempfile.TemporaryFile("w+", encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from shapadapter.core.documents import Between, FileName, open_tensors, read_json, reading, shown
 from shapadapter.core.errors import CheckpointError
 from shapadapter.core.files import to_disk, write_together
-from shapadapter.hub.card.render import CARD, PICTURES
+from shapadapter.core.remote import CARD, PICTURES
 
 MANIFEST = "complete.json"
 """Written last: the names, sizes and hashes of all other files of a checkpoint."""

@@ -29,7 +29,7 @@ from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.callbacks import AttributionMaps
 from shapadapter.training.loaders import LoadingTrainer, class_names, label_rules, refilled, without_repeats
 from shapadapter.training.mixup import mixed
-from shapadapter.training.record import CardingTrainer
+from shapadapter.training.record import RecordingTrainer
 from shapadapter.training.resume import ResumableTrainer
 from shapadapter.training.task_loss import check_labels, soft_task
 from shapadapter.training.terms import TASK, FiniteTrainer, MeasuringTrainer
@@ -71,7 +71,7 @@ class ShardedTrainer(Trainer):
 
 
 class ShapleyTrainer(
-    MeasuringTrainer, CardingTrainer, LoadingTrainer, ResumableTrainer, FiniteTrainer, ShardedTrainer
+    MeasuringTrainer, RecordingTrainer, LoadingTrainer, ResumableTrainer, FiniteTrainer, ShardedTrainer
 ):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 

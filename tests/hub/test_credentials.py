@@ -11,8 +11,8 @@ from tiny import save_base
 
 from shapadapter import CheckpointError, ShapleyError
 from shapadapter.core.errors import redacted
+from shapadapter.core.remote import hub_trouble, warn_of_local_base
 from shapadapter.hub.card.facts import code
-from shapadapter.hub.remote import hub_trouble, warn_of_local_base
 
 SCRIPT = """
 import logging, traceback
