@@ -185,7 +185,7 @@ def test_what_cannot_become_a_space_is_refused(checkpoint, picture, tmp_path):
         ((checkpoint, foreign), {}, "not a Space of ours"),
         ((checkpoint, text), {}, "not a Space of ours"),
         ((pickled, space), {}, "no adapter_model.safetensors"),
-        ((tmp_path, space), {}, "no adapter of shapadapter"),
+        ((tmp_path, space), {}, "holds no adapter"),
         (("./nowhere", space), {}, "There is no folder ./nowhere"),
         (("one/two/three", space), {}, "There is no folder one/two/three"),
         ((checkpoint, space), {"revision": "main"}, "is a folder here"),

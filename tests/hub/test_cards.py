@@ -74,6 +74,8 @@ def test_a_branch_and_a_pull_request_have_cards(online):
     card = text_of("ada/branches", "v2")
     assert 'shapadapter.load("ada/branches", revision="v2")' in card
     assert "Edited on the Hub." in card
+    config = model.peft_config["default"]
+    config.record = {**config.record, "about": {"model_name": "Another name"}}
     model.push_to_hub("ada/branches", create_pr=True)
     assert 'shapadapter.load("ada/branches")' in text_of("ada/branches", "refs/pr/1")
 
