@@ -323,7 +323,7 @@ def test_a_broken_mark_makes_the_block_the_user_s(damage):
     assert "0.917" in again
 
 
-# Of version 0.1, which had a pair of marks for each section, and its note of the metadata at the end.
+# Of an earlier version, which had a pair of marks for each section, and its note of the metadata at the end.
 SAVED_BEFORE = (Path(__file__).parent / "fixtures" / "adapter" / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """The text of a card: one generated block between two marks, yaml above it, and whatever the user wrote around both.
 
 The begin mark holds a digest of the block, and a comment in the block those of the metadata that were filled in: what no
-longer agrees with its digest was edited, and is the user's. Cards of version 0.1 had a pair of marks for each section.
+longer agrees with its digest was edited, and is the user's. Earlier cards had a pair of marks for each section.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _with_block(body: str, markdown: str, metadata: Mapping[str, Any]) -> str:
         placed = True
         return _block(markdown, metadata)
 
-    if _NOTE.search(_BLOCK.sub("", body)):  # 0.1 wrote it at the end of the text
+    if _NOTE.search(_BLOCK.sub("", body)):  # earlier cards had it at the end of the text
         body = _BLOCK.sub(put, _NOTE.sub("", body))
         return re.sub(r"\s*\0", "", body).rstrip() + "\n"
     return _BLOCK.sub(put, body)
