@@ -65,7 +65,7 @@ class LossMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an attempt of `auto_find_batch_size` left behind."""
         self.sums["train"], self.skipped, self._finite, self._lost = {}, Skipped(), None, None
-        self.trainer.objective.draws.restart("train", "mix")
+        self.trainer.objective.restart("train", "mix")
 
     @torch.no_grad()
     def add_batch(
@@ -114,10 +114,12 @@ class LossMonitor(TrainerCallback):
         accelerator, names = self.trainer.accelerator, sorted(sums)
         parts = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
         found = {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+        if "logit_spread" in found:
+            self._warn_of_collapse(found.pop("logit_spread"))
         skips = self.trainer.args.corrupt_images == "skip"
         return {**found, "skipped_images": self.skipped.total(mode, accelerator)} if skips else found
 
-    def warn_of_collapse(self, spread: float) -> None:
+    def _warn_of_collapse(self, spread: float) -> None:
         """Warn once, after the warm-up, if the logits hardly vary between images."""
         args, state = self.trainer.args, self.trainer.state
         warmed_up = args.shapley_weight > 0 and state.global_step >= args.shapley_warmup * state.max_steps
