@@ -15,17 +15,22 @@ from shapadapter.core.statistics import (
     spearman,
     top_k_overlap,
 )
-from shapadapter.evaluation.deletion import aopc, curve_area, order_of, prefix_coalitions
-from shapadapter.evaluation.localization import Segmentation, energy_inside, grid_pointing, pointing_game, segmentation
-from shapadapter.evaluation.retrieval import recall_at_k
-from shapadapter.evaluation.road import noisy_linear_imputation
-from shapadapter.evaluation.sensitivity import (
+from shapadapter.evaluation.deletion import (
+    aopc,
+    curve_area,
+    noisy_linear_imputation,
+    order_of,
+    prefix_coalitions,
+)
+from shapadapter.evaluation.faithfulness import (
     faithfulness_correlation,
     infidelity,
     normalised_infidelity,
     removal_coalitions,
     sensitivity_n,
 )
+from shapadapter.evaluation.localization import Segmentation, energy_inside, grid_pointing, pointing_game, segmentation
+from shapadapter.evaluation.retrieval import recall_at_k
 
 __all__ = [
     "EquivalentEvaluations",

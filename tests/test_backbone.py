@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from families import CLASSES, DEPTH, FAMILIES, PREFIX, WIDTH, base, images
+from laws import LATENTS, MAPS, TOKENS, on
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -33,15 +34,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit.modeling_vit import ViTAttention
-from zoo import MATCHING, READOUT, SEQUENCE, ZOO, of_kind
+from zoo import MATCHING, ZOO
 
 from shapadapter import ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.backbone import default_targets, evaluating, linear_layers, settle
 from shapadapter.backbone import families as table
 from shapadapter.backbone.families import register_family
-from shapadapter.backbone.readout import find_readout
-from shapadapter.backbone.sequence import find_sequence
+from shapadapter.backbone.search import find_readout, find_sequence
 from shapadapter.core.errors import ImageError, UnsupportedModelError
 
 BLOCKS = {
@@ -56,7 +56,7 @@ BLOCKS = {
     "metaclip2": "vision_model.encoder.layers",
     "siglip": "vision_model.encoder.layers",
 }
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = on(FAMILIES, "family")
 
 
 def run(model, **kwargs):
@@ -74,7 +74,7 @@ def state(model):
             for name, m in model.named_modules()
             if m._forward_hooks or m._forward_pre_hooks
         ],
-        "seats": [name for name, m in model.named_modules() if "_shapadapter_seat" in vars(m)],
+        "patches": [name for name, m in model.named_modules() if "_shapadapter_patch" in vars(m)],
         "configs": [(name, id(m.config)) for name, m in model.named_modules() if hasattr(m, "config")],
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
@@ -104,16 +104,15 @@ def test_the_parts_of_a_sequence_are_found(family):
     assert state(model) == before
 
 
-@every_family
-def test_the_self_test_draws_no_random_numbers(family):
-    model = base(family)
+def test_the_self_test_draws_no_random_numbers():
+    model = base("vit")
     torch.manual_seed(5)
     before = torch.get_rng_state()
     settle(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", of_kind(SEQUENCE, MATCHING))
+@on([name for name in TOKENS if name not in FAMILIES])
 def test_the_parts_of_other_sequences_are_found(name):
     entry = ZOO[name]
     anatomy, removal = settle(zoo.base(name))
@@ -124,7 +123,7 @@ def test_the_parts_of_other_sequences_are_found(name):
     assert removal == ("mask" if name.startswith(("beit", "data2vec", "dinov3", "siglip2")) else "drop")
 
 
-@pytest.mark.parametrize("name", [name for name in of_kind(READOUT) if name != "hiera_two_pools"])
+@on([*MAPS, *LATENTS])
 def test_the_final_map_of_everything_else_is_found(name):
     entry, model = ZOO[name], zoo.base(name)
     before = state(model)
@@ -487,8 +486,9 @@ FAULTY = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTY)
-@pytest.mark.parametrize("tune", ["lora", "frozen"])
+@pytest.mark.parametrize(
+    ("name", "tune"), [(name, "lora") for name in FAULTY] + [("leaky_drop", "frozen"), ("mixing_mask", "frozen")]
+)
 def test_the_self_test_fails_and_leaves_no_trace(name, tune):
     make, removal, message = FAULTY[name]
     model = make()
@@ -498,7 +498,7 @@ def test_the_self_test_fails_and_leaves_no_trace(name, tune):
     assert not any(isinstance(m, ShapleyLayer) for m in model.modules())
     assert torch.equal(run(model).logits, logits)
     after = state(model)
-    for key in ("hooks", "seats", "configs", "training", "modules", "keys", "requires_grad"):
+    for key in ("hooks", "patches", "configs", "training", "modules", "keys", "requires_grad"):
         assert after[key] == before[key], key
 
 
@@ -557,7 +557,7 @@ def test_a_model_that_breaks_on_a_shorter_sequence_is_refused_by_name():
     with pytest.raises(UnsupportedModelError):
         get_peft_model(model, ShapleyConfig(removal="drop"))
     assert state(model)["hooks"] == before["hooks"]
-    assert state(model)["seats"] == before["seats"]
+    assert state(model)["patches"] == before["patches"]
     auto = get_peft_model(_fixed_copy(model, Fixed), ShapleyConfig())
     assert auto.peft_config["default"].removal == "mask"
 

@@ -75,7 +75,7 @@ def test_what_the_demo_leaves_can_be_evaluated(tmp_path):
 
     from shapadapter.demo.digits import NAMES, build_digits
     from shapadapter.demo.models import save_pictures
-    from shapadapter.evaluation.folder_run import labelled_images
+    from shapadapter.evaluation.dataset import labelled_images
 
     scenes = build_digits(0, 500)
     save_pictures(scenes, tmp_path)

@@ -67,7 +67,7 @@ def middle(changed):
     ]
 
 
-@pytest.mark.parametrize("size", [(150, 227), (227, 150), (97, 131), (41, 30)], ids=str)
+@pytest.mark.parametrize("size", [(150, 227), (41, 30)], ids=str)
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_patch_painted_into_the_original_is_where_the_frame_says(name, size):
     processor, (height, width) = PROCESSORS[name], size
@@ -200,7 +200,6 @@ def test_without_a_frame_there_is_a_word(model):
 
 
 def test_pictures_on_the_original(model):
-    pytest.importorskip("matplotlib")
     explanation, image = explain(model, photo(), CROP, top_k=2), photo()
     figure = draw_explanation(explanation, original=image)
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]

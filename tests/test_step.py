@@ -33,7 +33,17 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")], ids=str)
+EACH = [(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")]
+FEW = [
+    ("vit", "vote"),
+    ("vit", "classifier"),
+    ("beit", "vote"),
+    ("resnet on a fine grid", "classifier"),
+    ("clip", "vote"),
+]
+
+
+@pytest.fixture(params=[one if one in FEW else pytest.param(one, marks=pytest.mark.families) for one in EACH], ids=str)
 def played(request):
     """A wrapped model, its inputs, and pairs of coalitions with their sizes."""
     kind, prediction = request.param
@@ -158,7 +168,7 @@ def test_no_tensor_of_all_players_and_classes_is_kept_for_backward():
 def test_coalition_passes_without_gradient_leave_the_token_out(monkeypatch):
     model = wrap("vit").train()
     lengths = []
-    block = active_layer(model).carrier.anatomy.blocks[-1]
+    block = active_layer(model).hooks.anatomy.blocks[-1]
     model.get_base_model().get_submodule(block).register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 import warnings
@@ -17,33 +18,28 @@ from torch.profiler import ProfilerActivity, profile
 
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.statistics import Interval
-from shapadapter.evaluation.compared import ALWAYS, ONE_PASS, Methods, image_of
+from shapadapter.evaluation.plan import ALWAYS, ONE_PASS, Plan, image_of
 from shapadapter.explanation.api import Predicted
 
 REPEATS = 11
-"""Of what takes a few forward passes; of what takes many, one."""
+"""How often a call of a few forward passes is timed; one of many is timed once."""
 
 
-def costs(model: nn.Module, methods: Methods, batch: Predicted) -> dict[str, dict[str, Interval]]:
-    """Time and peak memory of every method that knows the model, on one image, over those of the plain pass; of the one pass on the batch.
+def costs(model: nn.Module, plan: Plan, batch: Predicted) -> dict[str, dict[str, Interval]]:
+    """Time and peak memory over those of the plain pass: of the one pass on a batch, of other methods on one image.
 
     The one pass is measured with LoRA merged, as one would deploy it, and against the base model alone.
-
-    Args:
-        model: a wrapped model in evaluation mode.
-        methods: to measure.
-        batch: some images, and the classes to explain.
     """
     plain, merged = base_alone(model), with_merged_lora(model)
     inputs, single = batch.inputs, image_of(batch.inputs, 0)
     passing = {name: value for name, value in inputs.items() if name not in single}
     target = int(batch.classes[0, 0])
     found = {ONE_PASS: compare(lambda: plain(**inputs), lambda: merged(**inputs))}
-    for name in methods.names:
+    for name in plan.names:
         if name not in (ONE_PASS, *ALWAYS):
             found[name] = compare(
                 lambda: plain(**single, **passing),
-                lambda name=name: methods.explain(name, model, single, [target], 0),  # type: ignore[misc]
+                lambda name=name: plan.explain(name, model, single, [target], 0),  # type: ignore[misc]
             )
     return found
 
@@ -57,8 +53,7 @@ def compare(plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, Int
     slow, quick = median(b for _, b in times), median(a for a, _ in times)
     memory = peak_memory_of(other) / peak_memory_of(plain)
     return {
-        name: Interval(value, float("nan"), float("nan"), 1)
-        for name, value in (("time", slow / quick), ("memory", memory))
+        name: Interval(ratio, math.nan, math.nan, 1) for name, ratio in (("time", slow / quick), ("memory", memory))
     }
 
 
@@ -101,7 +96,7 @@ def _wait() -> None:
 
 
 def peak_memory_of(run: Callable[[], Any]) -> float:
-    """The most bytes that a call had allocated at a time, beyond what was there before it: of the device, if there is one."""
+    """The most bytes that a call had allocated at a time beyond those before it: of the device, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,11 +1,10 @@
-"""Rows of a data set, by index, as the model takes them."""
+"""Rows of a data set by index, as the model takes them, and of a folder of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.data.classes import as_model_counts
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.images import IMAGE_COLUMNS, IMAGE_INPUTS
-from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_model_counts, as_row
+from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_row
 
 MASKS = "mask"
 """The column in which masks are looked for, and not missed, where no other is named."""
@@ -30,14 +30,8 @@ REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A few rows, collated.
-
-    Attributes:
-        inputs: `pixel_values` (B, C, H, W) and what else the model takes of images.
-        labels: (B,), or (B, K) for several labels; None if the data has none.
-    """
+class Batch(NamedTuple):
+    """Inputs of a few images, `pixel_values` (B, C, H, W) among them, and their labels (B,), (B, K) or None."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
@@ -46,11 +40,8 @@ class Batch:
 class Rows:
     """A data set whose rows are collated as in training.
 
-    Args:
-        dataset: has a length and rows by index: `datasets.Dataset`, a torch data set, a list of dicts.
-        processor: the image processor, or a collator of the user's: rows in, `pixel_values` and `labels` out.
-        names: of the model's classes, by index: what the data names alike is counted alike.
-        labels: what the model's labels may be; None takes any numbers.
+    What the data names like the model's `names` is counted as the model does; `labels` says what labels may be, None takes
+    any numbers. In place of the processor there may be a collator of the user's.
     """
 
     def __init__(
@@ -109,11 +100,7 @@ class Rows:
         return [as_row(dataset[index])[name] for index in indices]
 
     def mask(self, name: str, index: int) -> NDArray[np.bool_]:
-        """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object.
-
-        Raises:
-            ShapleyError: there is something else in it.
-        """
+        """The pixel mask (H, W) in a column of a row: a picture, an array or a path; what is not 0 is the object."""
         (found,) = self.column(name, [index])
         if isinstance(found, str | Path):
             with Image.open(found) as file:
@@ -132,16 +119,22 @@ class Rows:
         return pixels > 0
 
     def masks(self, name: str | None) -> str | None:
-        """The column of masks: the one that is named, else `MASKS` if the rows have it.
-
-        Raises:
-            ShapleyError: a column was named that is not there.
-        """
+        """The column of masks: the one that is named, else `MASKS` if the rows have it."""
         if self.has(name or MASKS):
             return name or MASKS
         if name is not None:
             raise ShapleyError(f"The data has no column {name!r} for masks.")
         return None
+
+    def groups(self, name: str | None) -> Tensor | None:
+        """Numbers for the values of a column, whatever they are: (R,) int64; None where no column is named."""
+        if name is None:
+            return None
+        if not self.has(name):
+            raise ShapleyError(f"The data has no column {name!r} for groups.")
+        values = self.column(name, range(len(self)))
+        known = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        return torch.tensor([known[value] for value in values], device="cpu")
 
     def has(self, name: str) -> bool:
         """Whether the rows have a column."""
@@ -152,3 +145,35 @@ def choose(count: int, wanted: int, seed: int) -> list[int]:
     """`wanted` of `count` rows, drawn without replacement; fewer are a part of more."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")  # (count,)
     return sorted(order[:wanted].tolist())
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def labelled_images(data: Path, labels: list[str], masks: Path | None) -> list[dict[str, Any]]:
+    """A row for each image of a folder with a subfolder for each class, with its mask at the same relative path."""
+    images = [
+        (path, folder.name)
+        for folder in sorted(path for path in data.iterdir() if path.is_dir())
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not images:
+        raise ShapleyError(
+            f"Expected {data} to hold a subfolder of images for each class, e.g. {data}/{labels[0]}/1.png."
+        )
+    strangers = sorted({name for _, name in images} - set(labels))
+    if strangers:
+        raise ShapleyError(
+            f"The subfolders {strangers[:5]} of {data} are no classes of the model. Its classes are {labels[:10]}"
+            f"{' ...' if len(labels) > 10 else ''}."
+        )
+    rows: list[dict[str, Any]] = []
+    for path, name in images:
+        rows.append({"image": str(path), "label": labels.index(name)})
+        if masks is not None:
+            mask = (masks / path.relative_to(data)).with_suffix(".png")
+            if not mask.is_file():
+                raise ShapleyError(f"There is no mask {mask} for {path}.")
+            rows[-1]["mask"] = str(mask)
+    return rows

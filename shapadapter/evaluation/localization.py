@@ -1,7 +1,10 @@
-"""Do attributions lie on the object? Measures against a mask or box."""
+"""Do attributions lie on the object? Measures against a mask, and the grid pointing game."""
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from shapadapter.backbone import sum_over_tiles
 from shapadapter.core.errors import ShapleyError
 from shapadapter.data.images import prepare_images
+from shapadapter.evaluation.dataset import Rows
+from shapadapter.evaluation.plan import Plan
+from shapadapter.evaluation.records import Record, Records, digest, plain
 from shapadapter.explanation.api import Predicted
 
 
@@ -34,7 +40,7 @@ def energy_inside(attributions: Tensor, inside: Tensor) -> Tensor:
         (...) share in 0 .. 1; nan where no attribution is positive.
 
     Raises:
-        ValueError: If the two are not on the same grid.
+        ValueError: the two are not on the same grid.
     """
     _check_same_grid(attributions, inside)
     positive = attributions.clamp(min=0)  # (..., rows, cols)
@@ -55,7 +61,7 @@ def pointing_game(attributions: Tensor, inside: Tensor) -> Tensor:
         no map could hit it, or an attribution is nan.
 
     Raises:
-        ValueError: If the two are not on the same grid.
+        ValueError: the two are not on the same grid.
     """
     _check_same_grid(attributions, inside)
     truth = inside > 0.5  # (..., rows, cols)
@@ -78,7 +84,7 @@ def grid_pointing(attributions: Tensor, cell: Tensor, side: int) -> Tensor:
         (...) share in 0 .. 1, chance is `1 / side^2`; nan where no attribution is positive.
 
     Raises:
-        ValueError: If players lie across the cells, or there is no such cell.
+        ValueError: players lie across the cells, or there is no such cell.
     """
     rows, cols = attributions.shape[-2:]
     if side < 1 or rows % side or cols % side:
@@ -120,7 +126,7 @@ def segmentation(attributions: Tensor, inside: Tensor) -> Segmentation:
         float64 measures in 0 .. 1, one per image.
 
     Raises:
-        ValueError: If the two are not on the same grid.
+        ValueError: the two are not on the same grid.
     """
     _check_same_grid(attributions, inside)
     scores, truth = torch.broadcast_tensors(attributions.double().flatten(-2), (inside > 0.5).flatten(-2))  # (..., N)
@@ -135,7 +141,7 @@ def segmentation(attributions: Tensor, inside: Tensor) -> Segmentation:
 
 
 def _iou(found: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of sets of players, nan where both are empty: (..., N), (..., N) -> (...)."""
+    """Of sets of players, nan where both are empty: (..., N), (..., N) -> (...)."""
     return (found & truth).sum(dim=-1).double() / (found | truth).sum(dim=-1)
 
 
@@ -155,17 +161,8 @@ def _check_same_grid(attributions: Tensor, inside: Tensor) -> None:
         )
 
 
-SALIENCY = "colour contrast (no model)"
-"""A map without a model: how far the colour of each tile is from the image's mean colour."""
-
-
-def localisation(maps: Tensor, inside: Tensor) -> dict[str, Tensor]:
-    """Every measure against a mask, (B, methods) each.
-
-    Args:
-        maps: (B, methods, rows, cols).
-        inside: (B, rows, cols) share of each tile inside the object.
-    """
+def mask_measures(maps: Tensor, inside: Tensor) -> dict[str, Tensor]:
+    """Every measure of maps (B, methods, rows, cols) against masks (B, rows, cols), (B, methods) each."""
     truth = inside[:, None]  # (B, 1, rows, cols)
     parts = segmentation(maps, truth)
     energy = energy_inside(maps, truth)  # (B, methods)
@@ -181,7 +178,7 @@ def localisation(maps: Tensor, inside: Tensor) -> dict[str, Tensor]:
 
 
 def saliency(batch: Predicted) -> Tensor:
-    """The reference maps (B, rows, cols) of pictures in which things stand out by their colour."""
+    """Reference maps (B, rows, cols) without a model: how far the color of each tile is from the image's mean color."""
     pictures = batch.seen.float()  # (B, H, W, 3)
     areas = sum_over_tiles(torch.ones_like(pictures[..., :1]), batch.tiling.players, batch.tiling.seen)  # (B, N, 1)
     tiles = sum_over_tiles(pictures, batch.tiling.players, batch.tiling.seen) / areas  # (B, N, 3)
@@ -192,15 +189,8 @@ def saliency(batch: Predicted) -> Tensor:
 def tiles_inside(inside: NDArray[np.bool_], batch: Predicted, processor: Any | None) -> Tensor:
     """The share of each tile that is part of the object, (rows, cols) float64 in 0..1.
 
-    The mask goes the way of the images: resized and cropped by the same processor.
-
-    Args:
-        inside: (H, W), the object's pixels, as large as the image in the data set.
-        batch: what the images became.
-        processor: the image processor; without one the mask must fit the prepared images.
-
-    Raises:
-        ShapleyError: the mask is of another size than the prepared images, and there is no processor.
+    The mask (H, W), as large as the image in the data set, is resized and cropped by the same processor; without one it
+    must fit the prepared images.
     """
     size = tuple(batch.inputs["pixel_values"].shape[-2:])
     if processor is not None:
@@ -216,12 +206,105 @@ def tiles_inside(inside: NDArray[np.bool_], batch: Predicted, processor: Any | N
 
 
 def _processed(inside: NDArray[np.bool_], processor: Any) -> Tensor:
-    """A mask (H, W) as the processor resizes and crops it, (h, w) in 0..1.
-
-    What a processor does to colours is linear: where black and white end up tells what a grey is.
-    """
+    """A mask (H, W) as the processor resizes and crops it, (h, w) in 0..1."""
+    # What a processor does to colors is linear: where black and white end up tells what a grey is.
     shades = [np.zeros_like(inside), np.ones_like(inside), inside]
     pictures = [Image.fromarray(np.repeat(255 * shade.astype(np.uint8)[..., None], 3, axis=2)) for shade in shades]
     black, white, found = prepare_images(pictures, processor)["pixel_values"].double().mean(dim=1)  # (h, w) each
     share = (found - black) / (white - black)  # (h, w)
     return share.nan_to_num(0, 0, 0).clamp(0, 1)  # padding is neither
+
+
+# -- the grid pointing game: of four images in one, does the map of each class lie on its own image? ------------------
+
+SIDE = 2
+"""Images along each side of a montage."""
+
+
+def play_montages(
+    model: nn.Module, rows: Rows, plan: Plan, kept: Records, records: Sequence[Record]
+) -> tuple[list[Record], str | None]:
+    """Play the game on montages of the images of `records` that the model predicts right.
+
+    Returns a record for each montage, by method the share of positive attribution in the class's own quarter; or none,
+    and why.
+    """
+    batch = plan.predict(model, rows.batch([records[0]["index"]]).inputs)
+    reason = _impossible(batch)
+    fours = [] if reason else montage_groups(records, plan.seed)
+    if not reason and not fours:
+        reason = "Grid pointing needs four images of different classes that the model predicts right."
+    found = []
+    for four in fours:
+        pixels = montage(rows.batch([record["index"] for record in four]).inputs["pixel_values"])
+        classes = torch.tensor([record["class"] for record in four], device="cpu")
+        name = f"montage-{digest({'pixels': pixels, 'classes': classes}).hex()[:12]}"
+        record = kept.find(name)
+        if record is None:
+            record = _played(model, plan, pixels, four)
+            kept.keep(name, record)
+        found.append(record)
+    if found and not any(record["methods"] for record in found):
+        reason = "Grid pointing: in no montage did the model see any of the four classes."
+    return found, reason
+
+
+def _impossible(batch: Predicted) -> str | None:
+    """Why these images make no montage, None if they do."""
+    pixels, players = batch.inputs["pixel_values"], batch.tiling.players
+    if batch.likelihood == "none" or batch.output.logits.shape[1] < SIDE**2:
+        return f"Grid pointing needs a model with {SIDE**2} classes or more."
+    if pixels.ndim != 4:
+        return "Grid pointing needs images as pixels; these are cut in patches."
+    if any(side % SIDE for side in (*pixels.shape[-2:], *players)):
+        return (
+            f"Grid pointing needs images and players that {SIDE} x {SIDE} quarters divide; there are {players[0]} x "
+            f"{players[1]} players."
+        )
+    return None
+
+
+def montage_groups(records: Sequence[Record], seed: int) -> list[list[Record]]:
+    """Groups of four images of different classes, predicted right, each image in one, as many as there are."""
+    by_class: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["label"] is None or record["label"] == record["class"]:
+            by_class[record["class"]].append(record)
+    source = random.Random(seed)
+    groups = []
+    while len(by_class) >= SIDE**2:
+        # From the classes with most images left, so that as few as possible remain.
+        largest = sorted(by_class, key=lambda name: -len(by_class[name]))[: SIDE**2]
+        four = [by_class[name].pop() for name in largest]
+        source.shuffle(four)
+        groups.append(four)
+        by_class = defaultdict(list, {name: left for name, left in by_class.items() if left})
+    return groups
+
+
+def montage(pixels: Tensor) -> Tensor:
+    """Four images (4, C, H, W), each half as large, in one (1, C, H, W)."""
+    height, width = pixels.shape[-2] // SIDE, pixels.shape[-1] // SIDE
+    small = interpolate(pixels.float(), size=(height, width), mode="bilinear", antialias=True)  # (4, C, H / 2, W / 2)
+    rows = small.unflatten(0, (SIDE, SIDE)).permute(2, 0, 3, 1, 4)  # (C, 2, H / 2, 2, W / 2)
+    return rows.flatten(3, 4).flatten(1, 2)[None]  # (1, C, H, W)
+
+
+def _played(model: nn.Module, plan: Plan, pixels: Tensor, four: Sequence[Record]) -> Record:
+    """The record of one montage (1, C, H, W): only classes count that the model still gives more than chance."""
+    inputs = {"pixel_values": pixels}
+    batch = plan.predict(model, inputs)
+    logits = batch.output.logits[0].double().cpu()  # (K,)
+    softmax = batch.likelihood == "softmax"
+    likelihoods = logits.softmax(dim=0) if softmax else logits.sigmoid()  # (K,)
+    chance = 1 / len(logits) if softmax else 0.5
+    cells = {cell: record["class"] for cell, record in enumerate(four) if likelihoods[record["class"]] > chance}
+    targets = list(cells.values())
+    shares: dict[str, dict[str, float]] = {}
+    for name in plan.names if cells else ():
+        explanation = plan.explain(name, model, inputs, targets, four[0]["index"])
+        maps = torch.cat([explanation.for_label(target) for target in targets])  # (cells, rows, cols)
+        share = grid_pointing(maps, torch.tensor(list(cells), device="cpu"), SIDE)  # (cells,)
+        # Without positive attribution: what a map that knows nothing gets.
+        shares[name] = {"grid_pointing": float(share.nan_to_num(1 / SIDE**2).mean())}
+    return {"methods": plain(shares), "cells": len(cells)}

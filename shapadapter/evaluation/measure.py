@@ -1,69 +1,49 @@
-"""Everything that is measured about a few images: one record of plain numbers for each."""
+"""What is measured of images: one record of plain numbers for each, sanity checks among them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.statistics import relative_l2
+from shapadapter.core.statistics import Interval, generator_of, relative_l2, spearman
 from shapadapter.data.labels import known_labels
-from shapadapter.evaluation.agreement import agreement
-from shapadapter.evaluation.compared import Methods, check_finite, has_unit, stacked
-from shapadapter.evaluation.dataset import Rows
-from shapadapter.evaluation.deletion import follow, orders
-from shapadapter.evaluation.games import Games
-from shapadapter.evaluation.localization import SALIENCY, localisation, saliency, tiles_inside
-from shapadapter.evaluation.plan import Plan
-from shapadapter.evaluation.records import Record, as_numbers, digest
-from shapadapter.evaluation.road import road, road_lines, road_measures
-from shapadapter.evaluation.sanity import again, dependence, maps_of, stability, with_noise, with_random_parameters
-from shapadapter.evaluation.sensitivity import sensitivity
-from shapadapter.evaluation.truth import find_truth
-from shapadapter.explanation.api import Predicted, predictions
+from shapadapter.evaluation.dataset import Rows, choose
+from shapadapter.evaluation.deletion import areas, follow, orders, road
+from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, sensitivity
+from shapadapter.evaluation.localization import mask_measures, saliency, tiles_inside
+from shapadapter.evaluation.plan import SALIENCY, Explainer, Plan, has_unit, images_of, stacked
+from shapadapter.evaluation.records import Means, Record, digest, plain
+from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.game import active_layer
 
 COALITIONS_PER_IMAGE = 8
 """Coalitions that go in a forward pass for each image that could: half their tokens are absent on average."""
 
+NOISE = 0.05
+"""Standard deviation of the pixel noise, in that of the image's own pixels."""
+
 
 @dataclass(frozen=True)
 class Measurer:
-    """What is measured, on which model and data.
-
-    Attributes:
-        model: a wrapped model in evaluation mode.
-        rows: the data.
-        plan: the methods that are compared, and the effort.
-        masks: the column of pixel masks, None without.
-    """
+    """What is measured: a wrapped model in evaluation mode, rows, a plan, and the column of masks, None without."""
 
     model: nn.Module
     rows: Rows
     plan: Plan
     masks: str | None
 
-    @property
-    def methods(self) -> Methods:
-        """That are compared."""
-        return self.plan.methods
-
     @cached_property
-    def randomised(self) -> nn.Module:
+    def randomized(self) -> nn.Module:
         """The model with random parameters, made when it is first needed."""
         return with_random_parameters(self.model, self.plan.seed)
-
-    def predict(self, inputs: dict[str, Tensor]) -> Predicted:
-        """The forward pass of some images, with their predicted classes to explain."""
-        count = len(inputs["pixel_values"])
-        (batch,) = predictions(self.model, inputs, None, None, 1, None, count, self.methods.options)
-        if batch.tiling.count < 2:
-            raise ShapleyError("The image is a single player; there is nothing to explain.")
-        return batch
 
     def name_of(self, index: int) -> str:
         """A name for the record of a row that changes with its image, label and mask."""
@@ -74,87 +54,81 @@ class Measurer:
 
     def records(self, indices: Sequence[int]) -> list[Record]:
         """Measure the rows of these indices together."""
-        rows, seed = self.rows.batch(indices), self.plan.seed
-        batch = self.predict(rows.inputs)
-        explanations = self.methods.maps(self.model, batch, indices)
-        maps = stacked(explanations, batch.classes[:, 0].tolist())  # (B, methods, N)
-        check_finite(maps, self.methods.names)
-        games = Games(self.model, batch, COALITIONS_PER_IMAGE * self.plan.batch_size)
-        truth = find_truth(games, indices, self.plan.truth_evaluations, self.plan.budgets, seed)
-        order = orders(maps, indices, seed)  # (B, methods, N)
+        (inputs, labels), plan = self.rows.batch(indices), self.plan
+        batch = plan.predict(self.model, inputs)
+        if batch.tiling.count < 2:
+            raise ShapleyError("The image is a single player; there is nothing to explain.")
+        explanations = plan.explanations(self.model, batch, indices)
+        maps = stacked(explanations, batch.classes)  # (B, methods, N)
+        finite = maps.isfinite().all(dim=-1).all(dim=0).tolist()  # for each method
+        if not all(finite):
+            bad = [name for name, one in zip(plan.names, finite, strict=True) if not one]
+            raise ShapleyError(
+                f"The methods {bad} gave attributions that are not finite; no curve can be drawn of them."
+            )
+        games = Games(self.model, batch, COALITIONS_PER_IMAGE * plan.batch_size)
+        truth = find_truth(games, indices, plan.truth_evaluations, plan.budgets, plan.seed)
+        order = orders(maps, indices, plan.seed)  # (B, methods, N)
         curves = follow(games, order)
+        if plan.thorough:
+            curves |= road(games, order, indices, plan.seed)
         measures = {
             **agreement(maps, truth.values, [has_unit(one) for one in explanations[0]]),
-            **curves.measures(),
-            **sensitivity(games, maps, indices, seed),
+            **areas(curves),
+            **sensitivity(games, maps, indices, plan.seed),
             "evaluations": torch.tensor([[_spent(one) for one in several] for several in explanations], device="cpu"),
+            **(self._sanity(batch, maps, indices) if plan.thorough else {}),
         }
-        lines = {"insertion": curves.insertion, "deletion": curves.deletion}
-        if self.plan.thorough:
-            measures |= self._sanity(batch, maps, indices)
-            kept = road(games, order, indices, seed)
-            measures |= road_measures(kept)
-            lines |= road_lines(kept)
+        area, places = self._places(batch, maps, indices)
         common = {
             "players": torch.tensor([batch.tiling.players], device="cpu").expand(len(indices), -1),
             "class": games.classes.cpu(),
-            "label": _single(rows.labels, len(indices)),
+            "label": _single(labels, len(indices)),
             "likelihood": games.full.likelihoods[:, 0],
             "truth_error": truth.errors,
             "kernel_shap": relative_l2(truth.estimates, truth.values[:, None]),  # (B, budgets)
+            **area,
         }
-        return self._as_records(indices, common, measures, lines, self._located(indices, batch, maps))
+        records: list[Record] = []
+        for image, index in enumerate(indices):
+            methods = _by_method(plan.names, measures, image)
+            for name, found in _by_method([*plan.names, SALIENCY] if places else [], places, image).items():
+                methods.setdefault(name, {}).update(found)
+            numbers = {name: plain(value[image]) for name, value in common.items()}
+            lines = _by_method(plan.names, curves, image)
+            records.append({"index": index, **numbers, "methods": methods, "curves": lines})
+        return records
 
     def _sanity(self, batch: Predicted, maps: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
         """What happens to the maps (B, methods, N) without the model's knowledge, and under noise."""
-        options = self.methods.options
-        untaught = maps_of(self.methods, self.randomised, again(self.randomised, batch, options), indices)
-        noisy = with_noise(self.model, batch, indices, self.plan.seed, options)
-        shaken = maps_of(self.methods, self.model, noisy, indices)
-        return {
-            **dependence(maps, untaught),
-            **stability(maps, shaken, batch.output.logits, noisy.output.logits),
-        }
+        untaught = _maps(self.plan, self.randomized, _again(self.plan, self.randomized, batch), indices)
+        pixels = batch.inputs["pixel_values"].clone()  # (B, C, H, W)
+        for place, index in enumerate(indices):
+            drawn = torch.randn(pixels[:1].shape, generator=generator_of(self.plan.seed, index, "noise"), device="cpu")
+            pixels[place] += NOISE * pixels[place].std() * drawn[0].to(pixels)
+        noisy = _again(self.plan, self.model, replace(batch, inputs={**batch.inputs, "pixel_values": pixels}))
+        shaken = _maps(self.plan, self.model, noisy, indices)
+        # Near 0 is good: maps that stay the same do not depend on what the model has learned.
+        found = {"randomised": spearman(untaught, maps)}
+        return {**found, **stability(maps, shaken, batch.output.logits, noisy.output.logits)}
 
-    def _located(
-        self, indices: Sequence[int], batch: Predicted, maps: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The object's share of each image (B,) and the measures (B, methods + 1), with the reference without a model."""
+    def _places(
+        self, batch: Predicted, maps: Tensor, indices: Sequence[int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The object's share of each image (B,), and the measures (B, methods + 1), with the reference without a model."""
         if self.masks is None:
-            return None
+            return {}, {}
         masks = [self.rows.mask(self.masks, index) for index in indices]
         inside = torch.stack([tiles_inside(mask, batch, self.rows.processor) for mask in masks])  # (B, rows, cols)
         grids = maps.unflatten(-1, batch.tiling.players)  # (B, methods, rows, cols)
         every = torch.cat([grids, saliency(batch)[:, None]], dim=1)  # (B, methods + 1, rows, cols)
-        return inside.mean(dim=(1, 2)), localisation(every, inside)
-
-    def _as_records(
-        self,
-        indices: Sequence[int],
-        common: dict[str, Tensor],
-        measures: dict[str, Tensor],
-        lines: dict[str, Tensor],
-        located: tuple[Tensor, dict[str, Tensor]] | None,
-    ) -> list[Record]:
-        """Tensors (B, ...) and (B, methods, ...) as one record for each image."""
-        names = self.methods.names
-        records = []
-        for place, index in enumerate(indices):
-            record: Record = {"index": index, **{name: as_numbers(value[place]) for name, value in common.items()}}
-            record["methods"] = _by_method(names, measures, place)
-            record["curves"] = _by_method(names, lines, place)
-            if located is not None:
-                area, where = located
-                record["area"] = float(area[place])
-                for name, found in _by_method([*names, SALIENCY], where, place).items():
-                    record["methods"].setdefault(name, {}).update(found)
-            records.append(record)
-        return records
+        return {"area": inside.mean(dim=(1, 2))}, mask_measures(every, inside)
 
 
-def _by_method(names: list[str], values: dict[str, Tensor], place: int) -> dict[str, dict[str, Any]]:
+def _by_method(names: list[str], values: dict[str, Tensor], image: int) -> dict[str, dict[str, Any]]:
+    """Of one image in tensors (B, methods, ...)."""
     return {
-        name: {measure: as_numbers(value[place, column]) for measure, value in values.items()}
+        name: {measure: plain(value[image, column]) for measure, value in values.items()}
         for column, name in enumerate(names)
     }
 
@@ -170,3 +144,91 @@ def _single(labels: Tensor | None, images: int) -> Tensor:
 def _spent(explanation: Any) -> float:
     """Model evaluations beyond the forward pass; nan if nobody counted."""
     return float("nan") if explanation.evaluations is None else float(explanation.evaluations[0])
+
+
+# -- do maps depend on what the model has learned, and are they stable where the model is? ---------------------------
+
+
+def with_random_parameters(model: nn.Module, seed: int) -> nn.Module:
+    """A copy whose parameters, of base and adapter, are drawn anew: normal, with each tensor's mean and deviation.
+
+    The model-parameter randomization test (Adebayo et al. 2018).
+    """
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1:
+                numbers = parameter.float()
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
+                parameter.copy_(numbers.mean() + numbers.std() * noise)
+    return other
+
+
+def stability(maps: Tensor, noisy: Tensor, logits: Tensor, noisy_logits: Tensor) -> dict[str, Tensor]:
+    """Relative change of maps (B, methods, N) under noise, and its ratio to that of the logits (B, K)."""
+    change = relative_l2(noisy, maps)  # (B, methods)
+    moved = relative_l2(noisy_logits.double(), logits.double())[:, None].cpu()  # (B, 1)
+    return {"noise_change": change, "noise_ratio": change / moved}
+
+
+def _again(plan: Plan, model: nn.Module, batch: Predicted) -> Predicted:
+    """What a model says of the images of a batch, with the same classes to explain."""
+    return replace(plan.predict(model, images_of(batch.inputs)), classes=batch.classes)
+
+
+def _maps(plan: Plan, model: nn.Module, batch: Predicted, indices: Sequence[int]) -> Tensor:
+    """The maps (B, methods, N) of every method."""
+    return stacked(plan.explanations(model, batch, indices), batch.classes)
+
+
+def map_agreement(
+    model: nn.Module,
+    other_model: nn.Module,
+    dataset: Any,
+    processor: Any | None = None,
+    *,
+    method: str | Explainer = "shapadapter",
+    images: int = 32,
+    seed: int = 0,
+    batch_size: int = 32,
+    **options: Any,
+) -> Interval:
+    """Rank correlation of two models' maps of the same images, for the classes that the first predicts.
+
+    With an `other_model` trained on shuffled labels this is the label randomization test (Adebayo et al. 2018): maps of
+    a good method then have little in common.
+
+    Args:
+        model: a wrapped classifier.
+        other_model: another one with the same classes and players.
+        dataset: as for `evaluate`.
+        processor: as for `evaluate`; both models get the same images.
+        method: a name that `attribute` knows, or a function as for `evaluate`.
+        images: how many images, drawn from the data.
+        seed: of all that is drawn.
+        batch_size: images in a forward pass.
+        **options: further keyword arguments of the models' forward.
+
+    Returns:
+        The mean Spearman correlation over images, with its bootstrap interval.
+
+    Raises:
+        ShapleyError: the models differ in classes or players.
+    """
+    classes = [active_layer(each).classes for each in (model, other_model)]
+    if classes[0] != classes[1]:
+        raise ShapleyError(f"Expected two models with the same classes, got {classes[0]} and {classes[1]} of them.")
+    plan = replace(Plan.of({"compared": method}, seed, options), explainers={"compared": method})
+    rows, found = Rows(dataset, processor), []
+    chosen = choose(len(rows), images, seed)
+    model, other_model = evaluation_view(model), evaluation_view(other_model)
+    with torch.no_grad():
+        for start in range(0, len(chosen), batch_size):
+            indices = chosen[start : start + batch_size]
+            batch = plan.predict(model, rows.batch(indices).inputs)
+            one, other = (_maps(plan, each, batch, indices)[:, 0] for each in (model, other_model))  # (b, N)
+            if one.shape != other.shape:
+                raise ShapleyError(f"The models have {one.shape[1]} and {other.shape[1]} players.")
+            found.append(spearman(other, one))  # (b,)
+    return Means(None, seed).of_columns(torch.cat(found)[:, None])[0]

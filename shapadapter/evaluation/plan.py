@@ -1,25 +1,43 @@
-"""What is to be measured, with which effort, and what a reader must know of it."""
+"""What is to be measured: the methods that are compared, by name or as the user's functions, and the effort."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shapadapter.evaluation.agreement import top_count
-from shapadapter.evaluation.compared import Explainer, Methods
-from shapadapter.evaluation.sensitivity import DRAWS, removed_counts
-from shapadapter.evaluation.truth import is_exact
-from shapadapter.explanation.api import Predicted, base_of, device_of
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.statistics import seed_of
+from shapadapter.data.images import IMAGE_INPUTS
+from shapadapter.evaluation.faithfulness import DRAWS, is_exact, removed_counts, top_count
+from shapadapter.explanation.api import Predicted, base_of, device_of, predictions
+from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.methods import METHODS as KNOWN
+from shapadapter.explanation.methods import attribute
 
 METHODS = ("shapadapter", "leave_one_out", "random", "centre")
 BUDGETS = (128, 256, 512, 1024, 2048)
+
+ONE_PASS = "shapadapter"
+ALWAYS = ("random", "centre")
+"""What knows nothing of the model stands beside every comparison."""
+
+SALIENCY = "colour contrast (no model)"
+"""A row of the table that is no method: how far the color of each tile is from the image's mean color."""
+
+_WITHOUT_UNIT = ("attention", "attention_rollout", "grad_cam", "random", "centre")
+
+Explainer = Callable[..., Any]
+"""`explainer(model, images, targets=[class])`, with `images` as `explain` takes them: prepared, in a mapping, that
+returns an `Explanation`; or `method(model, inputs, classes)` as `attribute` takes it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,9 @@ class Plan:
     """The settings of an evaluation, checked.
 
     Attributes:
-        methods: that are compared, with seed and options.
+        explainers: by the name in the table, a name that `attribute` knows, or a function.
+        seed: of all that is drawn.
+        options: further keyword arguments of the model's forward.
         images: how many are explained.
         truth_evaluations: of KernelSHAP as the truth.
         budgets: of KernelSHAP to compare with.
@@ -36,12 +56,14 @@ class Plan:
         thorough: whether sanity, ROAD, montages and cost are measured, too.
     """
 
-    methods: Methods
-    images: int
-    truth_evaluations: int
-    budgets: tuple[int, ...]
-    batch_size: int
-    progress: bool
+    explainers: dict[str, str | Explainer]
+    seed: int
+    options: dict[str, Any]
+    images: int = 32
+    truth_evaluations: int = 4096
+    budgets: Sequence[int] = BUDGETS
+    batch_size: int = 32
+    progress: bool = True
     thorough: bool = True
 
     def __post_init__(self) -> None:
@@ -60,78 +82,101 @@ class Plan:
 
     @classmethod
     def of(
-        cls,
-        methods: Sequence[str] | Mapping[str, str | Explainer],
-        seed: int,
-        options: dict[str, Any],
-        budgets: Sequence[int],
-        **settings: Any,
+        cls, methods: Sequence[str] | Mapping[str, str | Explainer], seed: int, options: dict[str, Any], **effort: Any
     ) -> Plan:
-        """From the arguments of `evaluate`."""
-        return cls(methods=Methods.of(methods, seed, options), budgets=tuple(budgets), **settings)
+        """From the arguments of `evaluate`: the methods checked, the one pass first, what knows nothing last."""
+        listed = [methods] if isinstance(methods, str) else methods
+        wanted = dict(listed) if isinstance(listed, Mapping) else {name: name for name in listed}
+        for name, explainer in wanted.items():
+            if not callable(explainer):
+                check_known(explainer, f" Your own is a function: methods={{{name!r}: function}}.")
+        if SALIENCY in wanted:
+            raise ShapleyError(
+                f"{SALIENCY!r} is the row of the reference that knows no model; give your method another name."
+            )
+        order = [ONE_PASS, *(name for name in wanted if name not in (ONE_PASS, *ALWAYS)), *ALWAYS]
+        return cls({name: wanted.get(name, name) for name in order}, seed, options, **effort)
 
     @property
-    def seed(self) -> int:
-        """Of all that is drawn."""
-        return self.methods.seed
+    def names(self) -> list[str]:
+        """Of all methods, in the order of the table."""
+        return list(self.explainers)
+
+    def predict(self, model: nn.Module, inputs: dict[str, Tensor]) -> Predicted:
+        """The forward pass of some images, with their predicted classes to explain."""
+        (batch,) = predictions(model, inputs, None, None, 1, None, len(inputs["pixel_values"]), self.options)
+        return batch
+
+    def explain(
+        self, name: str, model: nn.Module, inputs: dict[str, Tensor], targets: list[int], index: int
+    ) -> Explanation:
+        """The explanation of one image by one method; the image's place in the data set seeds what is drawn for it."""
+        explainer = self.explainers[name]
+        if not callable(explainer):
+            # The same seed for every method, so that a method under two names is the same twice.
+            seed = seed_of(self.seed, index, "method")
+            return attribute(model, inputs, method=explainer, targets=targets, seed=seed, **self.options)
+        if _takes_classes(explainer):
+            return attribute(model, inputs, method=explainer, targets=targets, **self.options)
+        found = explainer(model, inputs, targets=targets)
+        if not isinstance(found, Explanation):
+            raise ShapleyError(
+                f"Expected the method {name!r} to return an Explanation, got {type(found).__name__}. A function of "
+                f"model, inputs and classes becomes one by partial(attribute, method=function)."
+            )
+        return found
+
+    def explanations(self, model: nn.Module, batch: Predicted, indices: Sequence[int]) -> list[list[Explanation]]:
+        """Of B images by every method, one image at a time, so that no image depends on the others."""
+        return [
+            [self.explain(name, model, image_of(batch.inputs, place), [target], index) for name in self.names]
+            for place, (target, index) in enumerate(zip(batch.classes[:, 0].tolist(), indices, strict=True))
+        ]
+
+    def settings(self, model: nn.Module, masks: str | None) -> dict[str, Any]:
+        """What the record of an image depends on, besides the image and the weights."""
+        layer = active_layer(model)
+        return {
+            "model": type(base_of(model)).__name__,
+            "adapter": repr(layer.rules[layer.active or ""]),
+            "precision": _precision(model),
+            "device": device_of(model).type,
+            "methods": {name: one if isinstance(one, str) else "own" for name, one in self.explainers.items()},
+            "options": {name: repr(value) for name, value in self.options.items()},
+            "truth_evaluations": self.truth_evaluations,
+            "budgets": list(self.budgets),
+            "thorough": self.thorough,
+            "masks": masks is not None,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+    def about(self, model: nn.Module, batch: Predicted) -> dict[str, Any]:
+        """What a reader must know of a result; `batch` is some images after their forward pass."""
+        layer, players = active_layer(model), batch.tiling.count
+        rules = layer.rules[layer.active or ""]
+        return {
+            "model": type(base_of(model)).__name__,
+            "methods": self.names,
+            "prediction": rules.prediction,
+            "removal": rules.removal,
+            "players": list(batch.tiling.players),
+            "explained": "the class that the model predicts",
+            "value": "logit",
+            "curves_read": "value" if batch.likelihood == "none" else "probability",
+            "truth": "exact" if is_exact(players) else "kernel_shap",
+            "truth_evaluations": 2**players if is_exact(players) else self.truth_evaluations,
+            "top_k": top_count(players),
+            "removed_counts": removed_counts(players),
+            "removal_draws": DRAWS,
+            "seed": self.seed,
+            "precision": _precision(model),
+            "device": device_of(model).type,
+            "versions": versions(),
+        }
 
 
-def settings_of(model: nn.Module, plan: Plan, masks: str | None) -> dict[str, Any]:
-    """What the record of an image depends on, besides the image and the weights."""
-    layer = active_layer(model)
-    device = device_of(model).type
-    return {
-        "model": type(base_of(model)).__name__,
-        "adapter": repr(layer.rules[layer.active or ""]),
-        "precision": precision(model),
-        "device": device,
-        "methods": {
-            name: maker if isinstance(maker, str) else "own" for name, maker in plan.methods.explainers.items()
-        },
-        "options": {name: repr(value) for name, value in plan.methods.options.items()},
-        "truth_evaluations": plan.truth_evaluations,
-        "budgets": list(plan.budgets),
-        "thorough": plan.thorough,
-        "masks": masks is not None,
-        "seed": plan.seed,
-        "versions": versions(),
-    }
-
-
-def about(model: nn.Module, plan: Plan, batch: Predicted, counts: Mapping[str, Any]) -> dict[str, Any]:
-    """The head of a result.
-
-    Args:
-        model: a wrapped model.
-        plan: what was measured.
-        batch: some images after their forward pass.
-        counts: what else is known: numbers of images and groups, the truth's error.
-    """
-    layer = active_layer(model)
-    rules = layer.rules[layer.active or ""]
-    return {
-        "model": type(base_of(model)).__name__,
-        "methods": plan.methods.names,
-        "prediction": rules.prediction,
-        "removal": rules.removal,
-        "players": list(batch.tiling.players),
-        "explained": "the class that the model predicts",
-        "value": "logit",
-        "curves_read": {"softmax": "probability", "sigmoid": "probability", "none": "value"}[batch.likelihood],
-        "truth": "exact" if is_exact(batch.tiling.count) else "kernel_shap",
-        "truth_evaluations": 2**batch.tiling.count if is_exact(batch.tiling.count) else plan.truth_evaluations,
-        "top_k": top_count(batch.tiling.count),
-        "removed_counts": removed_counts(batch.tiling.count),
-        "removal_draws": DRAWS,
-        "seed": plan.seed,
-        "precision": precision(model),
-        "device": device_of(model).type,
-        "versions": versions(),
-        **counts,
-    }
-
-
-def precision(model: nn.Module) -> str:
+def _precision(model: nn.Module) -> str:
     """The precision of the parameters, and of autocast where the caller has opened it."""
     parameter = next(model.parameters())
     own = str(parameter.dtype).removeprefix("torch.")
@@ -144,3 +189,50 @@ def precision(model: nn.Module) -> str:
 def versions() -> dict[str, str]:
     """Of the packages on which the numbers depend."""
     return {name: metadata.version(name) for name in ("shapadapter", "torch", "transformers", "peft")}
+
+
+def check_known(name: object, hint: str = "") -> None:
+    """Refuse a name that is no method's; `hint` says what else there is."""
+    if name not in KNOWN:
+        close = difflib.get_close_matches(str(name), KNOWN, n=3)
+        meant = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ShapleyError(f"There is no method {name!r}. {meant}The methods are {', '.join(KNOWN)}.{hint}")
+
+
+def _takes_classes(explainer: Explainer) -> bool:
+    """Whether a function is a method as `attribute` takes them, `method(model, inputs, classes)`, by its signature."""
+    try:
+        given = inspect.signature(explainer)
+    except (TypeError, ValueError):  # of what is built in
+        return False
+    if "targets" in given.parameters or any(one.kind is one.VAR_KEYWORD for one in given.parameters.values()):
+        return False
+    try:
+        given.bind("model", "inputs", "classes")
+    except TypeError:
+        return False
+    return True
+
+
+def has_unit(explanation: Explanation) -> bool:
+    """Whether the map speaks of the model's value."""
+    return explanation.method not in _WITHOUT_UNIT
+
+
+def images_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What belongs to images among a batch's inputs."""
+    return {name: value for name, value in inputs.items() if name in IMAGE_INPUTS}
+
+
+def image_of(inputs: Mapping[str, Any], place: int) -> dict[str, Tensor]:
+    """What belongs to one image, as a batch of one."""
+    return {name: value[place : place + 1] for name, value in images_of(inputs).items()}
+
+
+def stacked(explanations: list[list[Explanation]], classes: Tensor) -> Tensor:
+    """The maps (B, methods, N) float64 of the explained classes (B, 1)."""
+    maps = [
+        torch.stack([one.for_label(target).flatten().double() for one in several])
+        for several, target in zip(explanations, classes[:, 0].tolist(), strict=True)
+    ]
+    return torch.stack(maps)

@@ -1,11 +1,12 @@
-"""One json file for each image that has been measured, so that an interrupted evaluation goes on where it stopped."""
+"""What was measured about each image, on disk, and the means of it with their intervals."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,19 +16,17 @@ from torch import Tensor, nn
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError
 from shapadapter.core.files import write_together
-from shapadapter.explanation.storage import refuse_link
+from shapadapter.core.links import refuse_link
+from shapadapter.core.statistics import EquivalentEvaluations, Interval, bootstrap_intervals, equivalent_evaluations
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""
 
 
-def as_numbers(values: Tensor) -> Any:
-    """A tensor as json can hold it: nan becomes None."""
-    return plain(values.tolist())
-
-
 def plain(value: Any) -> Any:
-    """Numbers in lists and dicts, with None for what is not finite."""
+    """Numbers in tensors, lists and dicts as json can hold them, with None for what is not finite."""
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -41,12 +40,9 @@ class _Kept(TypedDict):
 
 
 class Records:
-    """A folder of records, or nothing at all.
+    """A folder with a json file for each image, or nothing at all where `folder` is None.
 
-    Args:
-        folder: where; None keeps nothing.
-        settings: what the records depend on besides the model and the image. Other settings, other files.
-        model: whose weights they depend on.
+    The files lie in a folder of their own for other settings, or a model with other weights.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], model: nn.Module) -> None:
@@ -60,7 +56,7 @@ class Records:
             write_together({self.folder / "settings.json": json.dumps(plain(settings), indent=2).encode()})
 
     def find(self, name: str) -> Record | None:
-        """The record of this name, if it is there and whole; of a damaged one nothing, so that it is measured again."""
+        """The record of this name, if it is there and complete; None of a damaged one, so that it is measured again."""
         path = None if self.folder is None else self.folder / f"{name}.json"
         if path is None or path.is_symlink():
             return None
@@ -68,8 +64,7 @@ class Records:
             kept = read_json(path, _Kept)
         except CheckpointError:
             return None
-        record: Record = kept["record"]
-        return record if kept["sha256"] == _sign(record) else None
+        return kept["record"] if kept["sha256"] == _sign(kept["record"]) else None
 
     def keep(self, name: str, record: Record) -> None:
         """Write a record; it is never seen half-written."""
@@ -79,7 +74,6 @@ class Records:
 
 
 def _sign(record: Record) -> str:
-    """By which a record is known that nobody and nothing has changed."""
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
@@ -92,3 +86,88 @@ def digest(tensors: Mapping[str, Any]) -> bytes:
             flat = value.detach().cpu().contiguous().flatten()
             found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return found.digest()
+
+
+# -- means -----------------------------------------------------------------------------------------------------------
+
+_DRAWS = 1000
+_NUMBERS_AT_ONCE = 10_000_000
+
+
+@dataclass(frozen=True)
+class Equivalent(EquivalentEvaluations):
+    """The KernelSHAP budget whose error equals a method's, with a 95 % bootstrap interval.
+
+    Attributes:
+        low: the lower end, in evaluations; not below the smallest budget.
+        high: the upper end; not above the largest.
+    """
+
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over images with their intervals, from draws of images, or of groups (R,) of them where there are any."""
+
+    groups: Tensor | None
+    seed: int
+
+    def of_columns(self, rows: Sequence[Sequence[float | None]] | Tensor) -> list[Interval]:
+        """Of columns (R, P), all from the same draws; None is left out."""
+        values = rows if isinstance(rows, Tensor) else _numbers(rows)
+        draws = min(_DRAWS, max(100, _NUMBERS_AT_ONCE // len(values)))  # of very many images fewer will do
+        return bootstrap_intervals(values, self.groups, draws=draws, seed=self.seed)
+
+    def of_names(self, records: Sequence[Mapping[Any, Any]]) -> dict[Any, Interval]:
+        """Of named numbers, a mapping for each image; a number that is missing or None is left out."""
+        names = list(dict.fromkeys(name for record in records for name in record))
+        if not names:
+            return {}
+        means = self.of_columns([[record.get(name) for name in names] for record in records])
+        return {name: mean for name, mean in zip(names, means, strict=True) if mean.count}
+
+    def of_methods(self, records: Sequence[Record]) -> dict[str, dict[str, Interval]]:
+        """Of every measure of every method."""
+        names = list(dict.fromkeys(name for record in records for name in record["methods"]))
+        return {name: self.of_names([record["methods"].get(name, {}) for record in records]) for name in names}
+
+    def of_curves(self, records: Sequence[Record]) -> dict[str, dict[str, tuple[Interval, ...]]]:
+        """Of every curve of every method, an interval at each point."""
+        return {
+            method: {name: tuple(self.of_columns([one["curves"][method][name] for one in records])) for name in lines}
+            for method, lines in records[0]["curves"].items()
+        }
+
+    def equivalent(self, records: Sequence[Record], method: str, budgets: Sequence[int]) -> Equivalent | None:
+        """The KernelSHAP budget whose mean error is that of a method; None without errors."""
+        values = _numbers([[one["methods"][method].get("error"), *one["kernel_shap"]] for one in records])
+        known = values.isfinite().all(dim=1)  # (R,)
+        if not bool(known.any()):
+            return None
+        values = values[known]  # (r, 1 + budgets)
+        groups = torch.arange(len(known), device="cpu") if self.groups is None else self.groups
+        names = groups[known].unique(return_inverse=True)[1]  # (r,)
+        sizes = names.bincount().double()[:, None]  # (G, 1)
+        sums = values.new_zeros(len(sizes), values.shape[1]).index_add(0, names, values)  # (G, 1 + budgets)
+        best = _budget(values.mean(dim=0), budgets)
+        if len(sizes) < 2:
+            return Equivalent(best.evaluations, best.bound)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randint(len(sizes), (_DRAWS, len(sizes)), generator=generator, device="cpu")  # (draws, G)
+        means = sums[chosen].sum(dim=1) / sizes[chosen].sum(dim=1)  # (draws, 1 + budgets)
+        drawn = values.new_tensor([_budget(mean, budgets).evaluations for mean in means])
+        low, high = drawn.quantile(values.new_tensor([0.025, 0.975])).tolist()
+        return Equivalent(best.evaluations, best.bound, low, high)
+
+
+def _numbers(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    numbers = [[math.nan if value is None else float(value) for value in row] for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _budget(means: Tensor, budgets: Sequence[int]) -> EquivalentEvaluations:
+    """From the mean errors (1 + budgets,) of a method and of each budget."""
+    error, *ladder = means.tolist()
+    return equivalent_evaluations(error, budgets, ladder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,29 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDic
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, reading, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
-from shapadapter.core.statistics import EquivalentEvaluations, Interval
-from shapadapter.evaluation.records import plain
+from shapadapter.core.statistics import Interval
+from shapadapter.evaluation.records import Equivalent, plain
 from shapadapter.evaluation.tables import as_markdown, as_text, blocks, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 FORMAT = "shapadapter.evaluation"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Equivalent(EquivalentEvaluations):
-    """The KernelSHAP budget whose error equals a method's, with a 95 % bootstrap interval.
-
-    Attributes:
-        low: the lower end, in evaluations; not below the smallest budget.
-        high: the upper end; not above the largest.
-    """
-
-    low: float = float("nan")
-    high: float = float("nan")
 
 
 class SavedInterval(TypedDict):
@@ -136,12 +123,12 @@ class Evaluation:
     def table(self) -> str:
         """The results as text, 120 columns wide at most: blocks with a row for each method."""
         self.check_whole()
-        return as_text(blocks(self), [_headline(self), summary(self.about)], self.notes)
+        return as_text(blocks(self), [self._headline(), summary(self.about)], self.notes)
 
     def markdown(self) -> str:
         """The same as Markdown tables."""
         self.check_whole()
-        return as_markdown(blocks(self), [_headline(self), summary(self.about)], self.notes)
+        return as_markdown(blocks(self), [self._headline(), summary(self.about)], self.notes)
 
     def metrics(self) -> dict[str, float]:
         """What was measured of the one-pass attributions, as plain numbers by stable names.
@@ -192,36 +179,31 @@ class Evaluation:
         with reading(path):
             return cls(
                 about=found["about"],
-                task=_intervals(found["task"]),
-                methods={name: _intervals(values) for name, values in found["methods"].items()},
-                kernel_shap={int(budget): _interval(value) for budget, value in found["kernel_shap"].items()},
-                equivalents={name: Equivalent(**_numbers(value)) for name, value in found["equivalents"].items()},
+                task=_read(found["task"]),
+                methods={name: _read(values) for name, values in found["methods"].items()},
+                kernel_shap={int(budget): mean for budget, mean in _read(found["kernel_shap"]).items()},
+                equivalents=_read(found["equivalents"], Equivalent),
                 curves={
-                    method: {name: tuple(map(_interval, points)) for name, points in lines.items()}
+                    method: {name: tuple(_read(dict(enumerate(points))).values()) for name, points in lines.items()}
                     for method, lines in found["curves"].items()
                 },
                 notes=tuple(found["notes"]),
             )
 
-
-def _headline(evaluation: Evaluation) -> str:
-    """The most important numbers in a sentence."""
-    own, found = evaluation.methods["shapadapter"], evaluation.equivalents.get("shapadapter")
-    words = {"<": "fewer than ", "=": "", ">": "more than "}
-    like = f", as KernelSHAP with {words[found.bound]}{round(found.evaluations)} evaluations" if found else ""
-    parts = [f"relative L2 error {own['error'].mean:.2f}{like}"] if "error" in own else []
-    parts += [f"{own['time'].mean:.1f} times the plain pass's time"] if "time" in own else []
-    parts += [f"accuracy {evaluation.task['accuracy'].mean:.3f}"] if "accuracy" in evaluation.task else []
-    return f"One pass: {'; '.join(parts)}." if parts else ""
-
-
-def _intervals(values: Mapping[str, Any]) -> dict[str, Interval]:
-    return {name: _interval(value) for name, value in values.items()}
+    def _headline(self) -> str:
+        """The most important numbers in a sentence."""
+        own, found = self.methods["shapadapter"], self.equivalents.get("shapadapter")
+        words = {"<": "fewer than ", "=": "", ">": "more than "}
+        like = f", as KernelSHAP with {words[found.bound]}{round(found.evaluations)} evaluations" if found else ""
+        parts = [f"relative L2 error {own['error'].mean:.2f}{like}"] if "error" in own else []
+        parts += [f"{own['time'].mean:.1f} times the plain pass's time"] if "time" in own else []
+        parts += [f"accuracy {self.task['accuracy'].mean:.3f}"] if "accuracy" in self.task else []
+        return f"One pass: {'; '.join(parts)}." if parts else ""
 
 
-def _interval(value: Mapping[str, Any]) -> Interval:
-    return Interval(**_numbers(value))
-
-
-def _numbers(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: float("nan") if number is None else number for name, number in value.items()}
+def _read(values: Mapping[Any, Mapping[str, Any]], kind: Any = Interval) -> dict[Any, Any]:
+    """Saved intervals or equivalents by name; json has None for nan."""
+    return {
+        name: kind(**{key: math.nan if number is None else number for key, number in value.items()})
+        for name, value in values.items()
+    }

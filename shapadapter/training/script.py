@@ -22,7 +22,7 @@ from shapadapter.adapter import ShapleyConfig
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
 from shapadapter.core.files import naming
-from shapadapter.data.classes import some
+from shapadapter.core.phrases import some
 from shapadapter.data.folders import fifth, image_folder, in_words, list_folder, no_classes
 from shapadapter.data.images import open_image
 from shapadapter.explanation.api import explain

@@ -14,11 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, en
 from typing_extensions import override
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator
+from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator, text_rules
 from shapadapter.data.images import IMAGE_COLUMNS
 from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW
 from shapadapter.data.rows import GuardedRows, check_skipping, guarded, in_place, of_known
-from shapadapter.data.texts import text_rules
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.training.arguments import ShapleyTrainingArguments, check_setting, prepare_fsdp, set_head_rate

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
-from shapadapter.evaluation import evaluate_checkpoint
-from shapadapter.evaluation import folder_run as command
-from shapadapter.evaluation.localization import SALIENCY
+from shapadapter.cli.evaluate import evaluate_checkpoint
+from shapadapter.evaluation import evaluator
+from shapadapter.evaluation.dataset import labelled_images
+from shapadapter.evaluation.plan import SALIENCY
 from shapadapter.hub import update_card
 
 pytest.importorskip("matplotlib")
@@ -73,7 +74,7 @@ def test_json_goes_to_the_standard_output(folders):
 
 
 def test_labels_are_found_by_name(folders):
-    rows = command.labelled_images(folders / "data", ["dog", "cat", "bee", "ant"], None)
+    rows = labelled_images(folders / "data", ["dog", "cat", "bee", "ant"], None)
     assert {(row["label"], row["image"].split("/")[-2]) for row in rows} == {
         (0, "dog"),
         (1, "cat"),
@@ -83,13 +84,13 @@ def test_labels_are_found_by_name(folders):
 
 
 def test_classes_are_found_in_whatever_order_the_configuration_lists_them(folders, tmp_path):
-    expected = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    expected = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     shutil.copytree(folders / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     config["id2label"] = dict(reversed(config["id2label"].items()))
     file.write_text(json.dumps(config))
-    found = evaluate_checkpoint(tmp_path / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    found = evaluate_checkpoint(tmp_path / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     assert found.task["cross_entropy"] == expected.task["cross_entropy"]
 
 
@@ -140,14 +141,14 @@ def test_an_interruption_has_its_own_code(folders, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "evaluate", interrupted)
+    monkeypatch.setattr(evaluator, "evaluate", interrupted)
     found = run(folders / "adapter", "--data", folders / "data")
     assert found.exit_code == 130
     assert "Interrupted" in found.output
 
 
 def test_an_evaluation_goes_into_the_card_of_its_own_adapter_alone(folders, tmp_path):
-    result = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    result = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     copy = shutil.copytree(folders / "adapter", tmp_path / "copy")
     assert "| Accuracy ↑ |" in update_card(copy, evaluation=result).read_text()
     tensors = load_file(copy / "adapter_model.safetensors")

@@ -7,7 +7,7 @@ import torch
 from small import bare, wrapped
 
 from shapadapter.evaluation.cost import base_alone, compare, peak_memory_of, with_merged_lora
-from shapadapter.evaluation.sanity import stability, with_random_parameters
+from shapadapter.evaluation.measure import stability, with_random_parameters
 
 PIXELS = torch.randn(2, 3, 24, 24)
 

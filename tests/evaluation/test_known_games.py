@@ -8,12 +8,9 @@ from small import wrapped
 
 from shapadapter import PatchGame
 from shapadapter.backbone import Tiling
-from shapadapter.evaluation.agreement import agreement
-from shapadapter.evaluation.deletion import follow, orders
-from shapadapter.evaluation.games import Games
-from shapadapter.evaluation.localization import localisation
-from shapadapter.evaluation.sensitivity import removed_counts, sensitivity
-from shapadapter.evaluation.truth import find_truth
+from shapadapter.evaluation.deletion import areas, follow, orders
+from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, removed_counts, sensitivity
+from shapadapter.evaluation.localization import mask_measures
 from shapadapter.explanation.api import Predicted, predictions
 
 NULL = -1.0
@@ -87,9 +84,9 @@ def test_curves_of_a_linear_game_are_sums_of_sorted_weights():
     curves = follow(games, order)
     ranked = weights.sort(dim=1, descending=True).values
     steps = torch.cat([torch.zeros(2, 1, dtype=torch.float64), ranked.cumsum(1)], dim=1)  # (2, 10)
-    torch.testing.assert_close(curves.insertion[:, 0], NULL + steps, atol=1e-5, rtol=0)
-    torch.testing.assert_close(curves.deletion[:, 0], NULL + steps[:, -1:] - steps, atol=1e-5, rtol=0)
-    measures = curves.measures()
+    torch.testing.assert_close(curves["insertion"][:, 0], NULL + steps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(curves["deletion"][:, 0], NULL + steps[:, -1:] - steps, atol=1e-5, rtol=0)
+    measures = areas(curves)
     torch.testing.assert_close(measures["aopc_morf"][:, 0], steps.mean(1), atol=1e-5, rtol=0)
     lerf = torch.cat([torch.zeros(2, 1, dtype=torch.float64), ranked.flip(1).cumsum(1)], dim=1)
     torch.testing.assert_close(measures["aopc_lerf"][:, 0], lerf.mean(1), atol=1e-5, rtol=0)
@@ -166,7 +163,7 @@ def test_a_map_that_says_nothing_is_no_gap_in_the_mean():
     assert agreement(maps, torch.ones_like(truth), [True, True])["pearson"][0, 0].isnan()  # nothing to be known
     inside = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]], dtype=torch.float64)
     silent = -torch.ones(1, 1, 2, 2, dtype=torch.float64)
-    assert localisation(silent, inside)["energy_inside"].item() == pytest.approx(0.375)  # the share of the area
+    assert mask_measures(silent, inside)["energy_inside"].item() == pytest.approx(0.375)  # the share of the area
 
 
 def test_a_map_that_points_the_wrong_way_is_not_turned_round():

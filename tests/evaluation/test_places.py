@@ -10,8 +10,7 @@ from transformers import CLIPImageProcessorPil
 from shapadapter import attribute, evaluate, explain
 from shapadapter.core.errors import ShapleyError
 from shapadapter.evaluation.dataset import Rows
-from shapadapter.evaluation.localization import saliency, tiles_inside
-from shapadapter.evaluation.montage import _fours, _montage
+from shapadapter.evaluation.localization import montage, montage_groups, saliency, tiles_inside
 from shapadapter.explanation.api import predictions
 
 QUARTER = np.zeros((40, 40), dtype=bool)
@@ -110,21 +109,21 @@ def test_masks_in_another_column():
 
 def test_a_montage_holds_four_images_row_by_row():
     values = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 12)
-    montage = _montage(values)
-    assert montage.shape == (1, 3, 8, 12)
-    quarters = montage[0, 0].unflatten(0, (2, 4)).unflatten(2, (2, 6))  # (2, 4, 2, 6)
+    found = montage(values)
+    assert found.shape == (1, 3, 8, 12)
+    quarters = found[0, 0].unflatten(0, (2, 4)).unflatten(2, (2, 6))  # (2, 4, 2, 6)
     assert quarters.mean(dim=(1, 3)).tolist() == [[0, 1], [2, 3]]
     assert quarters.std(dim=(1, 3)).max() == 0
 
 
 def test_montages_are_of_different_classes_predicted_right():
     records = [{"index": i, "class": i % 5, "label": i % 5 if i % 7 else 9} for i in range(30)]
-    fours = _fours(records, seed=0)
+    fours = montage_groups(records, seed=0)
     used = [record["index"] for four in fours for record in four]
     assert len(used) == len(set(used)) == 24
     assert all(len({record["class"] for record in four}) == 4 for four in fours)
     assert all(record["class"] == record["label"] for four in fours for record in four)
-    assert _fours(records[:3], seed=0) == []
+    assert montage_groups(records[:3], seed=0) == []
 
 
 def balanced(rows):

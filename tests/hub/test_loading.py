@@ -13,7 +13,8 @@ from transformers import AutoModelForImageClassification
 
 import shapadapter
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError
-from shapadapter.evaluation import folder_run as checkpoint
+from shapadapter.cli.evaluate import evaluate_checkpoint
+from shapadapter.evaluation import evaluator
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -118,9 +119,9 @@ def test_evaluate_takes_a_name_on_the_hub(adapter, tmp_path, monkeypatch):
         seen.extend(arguments)
         raise StopIteration
 
-    monkeypatch.setattr(checkpoint, "evaluate", measured)
+    monkeypatch.setattr(evaluator, "evaluate", measured)
     with pytest.raises(StopIteration):
-        checkpoint.evaluate_checkpoint(adapter("ada/evaluated"), tmp_path / "data", None, ("equal",), None)
+        evaluate_checkpoint(adapter("ada/evaluated"), tmp_path / "data", None, ("equal",), None)
     model, rows, processor = seen
     assert torch.equal(logits(model), logits(shapadapter.load(adapter.folder)[0]))
     assert [row["label"] for row in rows] == [1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shapadapter.evaluation.road import noisy_linear_imputation
+from shapadapter.evaluation.deletion import noisy_linear_imputation
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from shapadapter.core.losses import coalition_residuals
 from shapadapter.core.shapley import sample_paired_coalitions
-from shapadapter.evaluation.sensitivity import (
+from shapadapter.evaluation.faithfulness import (
     faithfulness_correlation,
     infidelity,
     normalised_infidelity,

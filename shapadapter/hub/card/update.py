@@ -10,9 +10,9 @@ from shapadapter.adapter.config import check_files
 from shapadapter.core.documents import read_json, read_tensors
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.files import write_together
+from shapadapter.core.links import refuse_links
 from shapadapter.evaluation import Evaluation
 from shapadapter.explanation.api import explain
-from shapadapter.explanation.storage import refuse_links
 from shapadapter.hub.card.facts import CONFIG, settled, weights_digest
 from shapadapter.hub.card.render import CARD, read_pictures, write_card
 from shapadapter.hub.card.results import compact

@@ -1,0 +1,182 @@
+"""`shapadapter evaluate` and `shapadapter report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shapadapter.cli.messages import quiet, reporting
+from shapadapter.cli.options import (
+    OUTPUT,
+    Base,
+    BatchSize,
+    Checkpoint,
+    Config,
+    Data,
+    Device,
+    Json,
+    Masks,
+    Measured,
+    Methods,
+    Revision,
+    Seed,
+    Subfolder,
+    TrustRemoteCode,
+)
+from shapadapter.cli.outputs import printable
+from shapadapter.core.locks import alone_in
+
+if TYPE_CHECKING:
+    from shapadapter.evaluation import Evaluation
+    from shapadapter.explanation.explanation import Explanation
+
+_CLASSES = 5
+"""Of each image, the likeliest ones, on the page."""
+
+
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT),
+    ] = None,
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure a fine-tuned model and its explanations, side by side with other methods."""
+    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
+        place["trust_remote_code"] = trust_remote_code
+        settings = {"images": images, "seed": seed, "batch_size": batch_size}
+        result = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)[-1]
+        say(result.to_dict(), result.table())
+
+
+def report(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1, max=500)] = 12,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", **OUTPUT)] = Path(
+        "report"
+    ),
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Evaluate a fine-tuned model and write a page: its measures, and images with their explanations.
+
+    A second run with the same --output takes what has been measured from there.
+    """
+    with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
+        place["trust_remote_code"] = trust_remote_code
+        settings = {"images": images, "seed": seed, "batch_size": batch_size}
+        measured = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)
+        page = _page(measured, data, output / "report.html", shown, seed)
+        result = measured[-1]
+        say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
+
+
+def _names(methods: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in methods.split(",") if name.strip())
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    data: Path,
+    masks: Path | None = None,
+    methods: tuple[str, ...] = (),
+    output: Path | None = None,
+    place: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Any, Any, Evaluation]:
+    """Load an adapter, from `place` as `load` takes it, and evaluate it on a folder: model, processor and results."""
+    from peft import get_peft_model_state_dict
+
+    from shapadapter.evaluation.evaluator import check_run, evaluate_folder
+    from shapadapter.explanation.game import active_layer
+    from shapadapter.hub.card.facts import weights_digest
+    from shapadapter.hub.load import load
+    from shapadapter.hub.locate import called
+
+    quiet()
+    place = place or {}
+    shown = called(checkpoint, place.get("subfolder"))
+    check_run(data, masks, methods, output, shown)
+    model, processor = load(checkpoint, **place)
+    weights = get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
+    # By the weights a card knows whether the evaluation is of its adapter.
+    about = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(weights)}
+    return model, processor, evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
+
+
+def _page(measured: tuple[Any, Any, Evaluation], data: Path, file: Path, shown: int, seed: int) -> Path:
+    """Explain some of the images, and show them below the measures, the wrong predictions first."""
+    from shapadapter.data.classes import class_names
+    from shapadapter.evaluation.dataset import choose, labelled_images
+    from shapadapter.evaluation.tables import blocks, summary
+    from shapadapter.explanation.game import active_layer
+    from shapadapter.visual import write_page
+    from shapadapter.visual.page import Measures
+
+    model, processor, result = measured
+    rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
+    chosen = [rows[index] for index in choose(len(rows), shown, seed)]
+    # One by one, for they may differ in size.
+    explained = [(row, _explained(model, processor, row)) for row in chosen]
+    explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
+    notes = (summary(result.about), *result.notes)
+    return write_page(
+        [explanation for _, explanation in explained],
+        file,
+        title=f"{result.about['checkpoint']} on {printable(data)}",
+        table=_rows(result),
+        names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
+        true_labels=[row["label"] for row, _ in explained],
+        measures=Measures(blocks(result), result.curves, result.about["curves_read"], notes),
+    )
+
+
+def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
+    """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
+    from shapadapter.explanation.api import explain
+
+    found = explain(model, row["image"], processor, top_k=_CLASSES)
+    shown = found.classes[0].tolist()
+    if row["label"] in shown:
+        return found
+    return explain(model, row["image"], processor, targets=[*shown, row["label"]])
+
+
+def _rows(result: Evaluation) -> list[tuple[str, str]]:
+    """The measures that stand on top: those of the model card."""
+    from shapadapter.hub.card.facts import Facts
+    from shapadapter.hub.card.results import compact, rows
+
+    facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
+    return [(row.label, row.shown) for row in rows(facts)]
