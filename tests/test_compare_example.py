@@ -9,7 +9,6 @@ import pytest
 from families import build
 from PIL import Image
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 pytest.importorskip("captum")
 

@@ -229,7 +229,6 @@ def test_quantities_have_no_probabilities(tmp_path, prediction, problem_type):
 
 
 def test_pictures_and_pages_show_the_quantity(tmp_path):
-    pytest.importorskip("matplotlib")
     shown = explain(wrap(bare("regression")), images())
     value = f"{shown.logits[0, 0]:.2f}".replace("-", "\N{MINUS SIGN}")
     words = [text.get_text() for text in shown.figure(0).findobj(lambda part: hasattr(part, "get_text"))]

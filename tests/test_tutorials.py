@@ -46,7 +46,7 @@ SMALL = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in."""
-    for name in ("datasets", "matplotlib", "mlxtend"):
+    for name in ("datasets", "mlxtend"):
         pytest.importorskip(name)
     import datasets
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +195,9 @@ class AttributionMaps(TrainerCallback):
     Args:
         trainer: whose model, collator and reports are used.
         images: how many images.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
 
     def __init__(self, trainer: Trainer, images: int) -> None:
-        if find_spec("matplotlib") is None:
-            raise ImportError('log_attributions draws with matplotlib: pip install "shapadapter[plot]"')
         self.trainer = trainer
         self.images = images
 

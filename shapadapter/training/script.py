@@ -269,8 +269,7 @@ def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | 
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         explanation.save_html(folder / "explanations.html")
-        with suppress(ImportError):  # without matplotlib there is the page
-            gallery(explanation).savefig(folder / "attributions.png")
+        gallery(explanation).savefig(folder / "attributions.png")
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:

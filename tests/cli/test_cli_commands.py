@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 import torch
 from commands import error_of, run
 from small import pictures, processor

@@ -382,7 +382,6 @@ def test_metrics_are_plain_numbers(result):
 
 
 def test_curves_are_drawn_with_a_line_for_each_method(result):
-    pytest.importorskip("matplotlib")
     figure = result.figure()
     assert len(figure.axes) == 4
     for axes in figure.axes:

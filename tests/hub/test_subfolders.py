@@ -288,7 +288,6 @@ def test_a_base_that_nobody_else_has_is_warned_of(online, repo, tmp_path):
 
 
 def test_the_commands_take_a_subfolder(online, named, repo, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     named.push_to_hub(repo)
     named.save_pretrained("out")
