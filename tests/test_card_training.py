@@ -201,7 +201,7 @@ def test_nobody_s_images_are_shown_if_that_is_not_wished(tmp_path):
 def test_images_that_cannot_be_explained_do_not_stop_a_save(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
     trainer.eval_dataset = [{"image": "nowhere.png", "label": 0}]
-    with pytest.warns(UserWarning, match="its card has no pictures"):
+    with pytest.warns(UserWarning, match="The card has no pictures"):
         trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file()
 

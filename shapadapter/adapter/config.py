@@ -158,8 +158,10 @@ class ShapleyConfig(LoraConfig):
             self.id2label = {_as_index(index): label for index, label in self.id2label.items()}
         self.check()
         super().__post_init__()
-        # For the card, and not part of the file: the folder with its pictures, and what is known when it is saved.
         prepare_libraries()
+        # For the card, and not part of the file: new pictures while they are saved, the folder with those that there are,
+        # and what is known of the model when it is saved.
+        self.pictures: Mapping[str, bytes] = {}
         self.source: Path | None = None
         self.model_tags: list[str] = []
         self.weights: str | None = None

@@ -175,9 +175,10 @@ def write_pictures(folder: Path, pictures: Mapping[str, bytes], record: Any) -> 
 
 
 def save_card(config: Any, folder: Path) -> None:
-    """Write the card of a configuration that was just saved, with the pictures of the folder that it was loaded from."""
-    source = config.source
-    new = {} if source is None or source.resolve() == folder.resolve() else read_pictures(source, config.record)
+    """Write the card of a configuration that was just saved, with new pictures or those of the folder it came from."""
+    source, new = config.source, config.pictures
+    if not new and source is not None and source.resolve() != folder.resolve():
+        new = read_pictures(source, config.record)
     write_pictures(folder, new, config.record)
     text = publisher().write_card(folder, config.to_dict(), tags=config.model_tags)
     config.written_card = None if text is None else (folder.resolve(), text)

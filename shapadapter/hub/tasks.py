@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 from transformers import pipelines
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from shapadapter.adapter.saving import read_config
-from shapadapter.core.errors import ShapleyError
+from shapadapter.core.documents import read_json
+from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.remote import find_base
 
 TASK = "image-attribution"
@@ -86,7 +87,10 @@ def _find_adapter_config_file(theirs: Any, model: Any, *args: Any, **kwargs: Any
     that was saved, and a relative one is relative to where the training ran.
     """
     found, folder = theirs(model, *args, **kwargs), Path(str(model))
-    about = read_config(folder) if found is not None else {}
+    about: dict[str, Any] = {}
+    if found is not None:
+        with suppress(CheckpointError):
+            about = read_json(folder / "adapter_config.json")
     name = about.get("base_model_name_or_path")
     if about.get("peft_type") != "SHAPLEY" or not isinstance(name, str) or (folder / "config.json").is_file():
         return found

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sized
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
-from shapadapter.adapter.saving import publisher, read_config, write_pictures, write_record
+from shapadapter.adapter.saving import publisher, read_config, write_record
 from shapadapter.core.files import naming
 from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.callbacks import CLASSES, explained
@@ -22,18 +22,7 @@ from shapadapter.training.publish import PushingTrainer, own_folder
 from shapadapter.visual import sample_pictures
 
 # Names of readers of files, which say nothing about the data.
-_READERS = [
-    "arrow",
-    "audiofolder",
-    "csv",
-    "generator",
-    "imagefolder",
-    "json",
-    "pandas",
-    "parquet",
-    "text",
-    "webdataset",
-]
+_READERS = re.compile("arrow|audiofolder|csv|generator|imagefolder|json|pandas|parquet|text|webdataset")
 _SETTINGS = (
     "learning_rate",
     "head_learning_rate",
@@ -92,7 +81,7 @@ def data(train: Any, held_out: Any) -> dict[str, Any]:
     names = [getattr(info, key, None) for key in ("dataset_name", "builder_name")]
     kind = type(inner)
     names += [kind.__name__] if kind.__module__.startswith("torchvision.") and kind.__name__ != "ImageFolder" else []
-    name = next((str(name) for name in names if name and str(name) not in _READERS), None)
+    name = next((str(name) for name in names if name and not _READERS.fullmatch(str(name))), None)
     counts = {"train_images": _length(train), "eval_images": _length(held_out)}
     found: dict[str, Any] = {"name": name, "id": ids[0] if ids else None, **counts}
     return {key: value for key, value in found.items() if value is not None}
@@ -190,15 +179,13 @@ class RecordingTrainer(PushingTrainer):
         if not self.args.should_save or config is None:
             super()._save(output_dir, state_dict)
             return
-        pictures, listed = self._drawn or ({}, {})
+        config.pictures, listed = self._drawn or ({}, {})
         config.record = {**self._record(config), **listed}
-        with TemporaryDirectory() as place:
-            write_pictures(Path(place), pictures, config.record)
-            config.source = Path(place)
-            try:
-                super()._save(output_dir, state_dict)
-            finally:
-                config.source = own_folder(self, Path(output_dir or str(self.args.output_dir)))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.pictures = {}  # from now on, they are files
+            config.source = own_folder(self, Path(output_dir or str(self.args.output_dir)))
 
     def _adapter(self) -> Any:
         """The active adapter's configuration; None while adapters are disabled."""
@@ -238,8 +225,7 @@ class RecordingTrainer(PushingTrainer):
         try:
             found, labels = explained(self, self._guarded(held_out), self.args.card_images)
         except Exception as error:  # of a data set or collator of the user's: what is trained must not be lost for it
-            words = f"The model is saved, but its card has no pictures: {type(error).__name__}: {error}"
-            warnings.warn(words, stacklevel=3)
+            warnings.warn(f"The card has no pictures: {type(error).__name__}: {error}", stacklevel=3)
             return None
         if not self.args.should_save:
             return None
@@ -277,17 +263,7 @@ class RecordingTrainer(PushingTrainer):
             dataset: the data, in words or as names on the Hub.
             dataset_args: which part of the data.
         """
-        self.note_about(
-            language=language,
-            license=license,
-            tags=tags,
-            model_name=model_name,
-            finetuned_from=finetuned_from,
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=dataset,
-            dataset_args=dataset_args,
-        )
+        self.note_about(**{name: value for name, value in locals().items() if name != "self"})
         config = self._adapter()
         if config is None or not self.is_world_process_zero():
             return
