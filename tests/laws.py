@@ -10,9 +10,10 @@ import pytest
 import torch
 import zoo
 from families import FAMILIES, shapley, wrap
-from shapadapter.core.losses import shapley_loss
 from torch import nn
 from zoo import FIXED, MATCHING, READOUT, SEQUENCE, ZOO, of_kind
+
+from shapadapter.core.losses import shapley_loss
 
 DEFAULT = ("vit", "dinov2_registers", "siglip", "beit", "siglip2", "swin", "levit", "resnet", "perceiver_conv")
 DEFAULT += ("clip_model",)
@@ -54,11 +55,15 @@ def removals(name):
 
 
 def on(cases, arguments="name"):
-    """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`."""
+    """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`.
+
+    With `--dist loadgroup` all tests of a family run in one process, which wraps it once.
+    """
     marked = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
-        marked.append(pytest.param(*values, marks=() if values[0] in DEFAULT else pytest.mark.families))
+        marks = () if values[0] in DEFAULT else (pytest.mark.families, pytest.mark.xdist_group(values[0]))
+        marked.append(pytest.param(*values, marks=marks))
     return pytest.mark.parametrize(arguments, marked)
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import zoo
 from families import CLASSES, images, shapley, wrap
-from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
-from shapadapter.core.shapley import all_coalitions
-from shapadapter.explanation.methods import METHODS
 
 from shapadapter import PatchGame, attribute, explain
 from shapadapter.backbone import attention_weights, fill_absent, sum_over_tiles
+from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
+from shapadapter.core.shapley import all_coalitions
+from shapadapter.explanation.methods import METHODS
 
 attr = pytest.importorskip("captum.attr")
 

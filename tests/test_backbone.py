@@ -10,8 +10,6 @@ from families import CLASSES, DEPTH, FAMILIES, PREFIX, WIDTH, base, images
 from laws import LATENTS, MAPS, TOKENS, on
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from shapadapter.backbone.sequence import find_sequence
-from shapadapter.core.errors import ImageError, UnsupportedModelError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -44,6 +42,8 @@ from shapadapter.backbone import default_targets, evaluating, linear_layers, set
 from shapadapter.backbone import families as table
 from shapadapter.backbone.families import register_family
 from shapadapter.backbone.readout import find_readout
+from shapadapter.backbone.sequence import find_sequence
+from shapadapter.core.errors import ImageError, UnsupportedModelError
 
 BLOCKS = {
     "vit": "vit.layers",

@@ -9,6 +9,9 @@ import torch
 from families import CLASSES, base, images, shapley, stir, wrap
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from shapadapter import ShapleyConfig
 from shapadapter.core.errors import (
     CheckpointError,
     ClassNotFoundError,
@@ -16,9 +19,6 @@ from shapadapter.core.errors import (
     ShapleyError,
     UnsupportedModelError,
 )
-from transformers import AutoModelForImageClassification
-
-from shapadapter import ShapleyConfig
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import pytest
 import torch
 import zoo
 from families import wrap
+from test_trainer import trained, trainer_of
+from torch._dynamo.utils import counters
+
 from shapadapter.core.losses import shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.explanation.game import active_layer
-from test_trainer import trained, trainer_of
-from torch._dynamo.utils import counters
 
 KINDS = {
     "vit": lambda prediction: (wrap("vit", prediction), families.images(3)),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from families import CLASSES, LABELS, images, wrap
 from PIL import Image
-from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
 from transformers import ViTImageProcessorPil
 
 from shapadapter import Explanation, explain
+from shapadapter.core.errors import ClassNotFoundError, ImageError, ShapleyError
 
 
 @pytest.fixture(scope="module")

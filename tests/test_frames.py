@@ -7,11 +7,6 @@ import pytest
 import torch
 from families import wrap
 from PIL import Image
-from shapadapter.data.collator import ImageCollator
-from shapadapter.data.frames import frames, unseen
-from shapadapter.data.images import prepare_opened, unpatchify
-from shapadapter.explanation.api import as_pictures
-from shapadapter.training.validation import warn_of_crops
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -27,6 +22,11 @@ from transformers import (
 )
 
 from shapadapter import Explanation, attribute, explain
+from shapadapter.data.collator import ImageCollator
+from shapadapter.data.frames import frames, unseen
+from shapadapter.data.images import prepare_opened, unpatchify
+from shapadapter.explanation.api import as_pictures
+from shapadapter.training.validation import warn_of_crops
 from shapadapter.visual import draw_explanation, draw_strip
 
 SQUARE = {"height": 64, "width": 64}

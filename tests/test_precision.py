@@ -9,11 +9,11 @@ import pytest
 import texts
 import torch
 import zoo
-from shapadapter.core.losses import shapley_loss_of_sums
-from shapadapter.core.shapley import sample_pairs
 from test_trainer import gap, history, tiny_vit, trained, trainer_of, wrapped
 
 from shapadapter import explain
+from shapadapter.core.losses import shapley_loss_of_sums
+from shapadapter.core.shapley import sample_pairs
 
 FAMILIES = ("vit", "clip", "swin", "resnet")
 PREDICTIONS = ("vote", "classifier")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from shapadapter.core import posterior as refinement
 from shapadapter.core.posterior import exact_posterior, relative_error, shapley_posterior
 from shapadapter.core.shapley import (

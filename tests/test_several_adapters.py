@@ -11,10 +11,10 @@ from families import LABELS, base, images, shapley, stir
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.functional import delete_adapter, set_adapter
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from shapadapter.core.errors import CheckpointError, ShapleyError
 from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyConfig, explain
+from shapadapter.core.errors import CheckpointError, ShapleyError
 
 CLASSIFIES = {"prediction": "classifier", "train_classifier": True}
 FORMS = {

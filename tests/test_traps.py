@@ -17,10 +17,10 @@ from laws import on
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
 from safetensors.torch import load_file
-from shapadapter.core.errors import CheckpointError, UnsupportedModelError
 from transformers import ViTConfig, ViTForImageClassification
 
 from shapadapter import ShapleyConfig, register
+from shapadapter.core.errors import CheckpointError, UnsupportedModelError
 
 
 def run(model, **kwargs):
