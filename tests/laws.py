@@ -55,11 +55,15 @@ def removals(name):
 
 
 def on(cases, arguments="name"):
-    """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`."""
+    """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`.
+
+    With `--dist loadgroup` all tests of a family run in one process, which wraps it once.
+    """
     marked = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
-        marked.append(pytest.param(*values, marks=() if values[0] in DEFAULT else pytest.mark.families))
+        marks = () if values[0] in DEFAULT else (pytest.mark.families, pytest.mark.xdist_group(values[0]))
+        marked.append(pytest.param(*values, marks=marks))
     return pytest.mark.parametrize(arguments, marked)
 
 

@@ -65,13 +65,19 @@ CUT = tuple(name for name in RESIZED if name not in TOKENS)
 """On 96 x 160 pixels most maps have 3 x 5 cells, and no grid here divides those."""
 
 
-@on([(name, grid) for name in QUICK if name not in PATCHED for grid in ((8, 8), (1, 2))[: 2 if name in DEFAULT else 1]]
-    + [(name, (6, 4)) for name in CUT if name in QUICK],
-    ("name", "grid"),
-)  # fmt: skip
-def test_players_that_are_no_cells(name, grid):
-    """Finer than any map of the zoo and than its patches, coarser than all of them, or cutting through cells."""
-    model, inputs = regridded(name, grid), zoo.inputs(name, size=(96, 160) if grid == (6, 4) else None)
+def grids_of(name):
+    """Grids and the sizes of images for them: finer than any cells, coarser than all, cutting through them."""
+    free = [((8, 8), None), ((1, 2), None)][: 2 if name in DEFAULT else 1]
+    cut = [((6, 4), (96, 160))] if name in CUT else []
+    return free + cut if name in DEFAULT else cut or free
+
+
+@on(
+    [(name, *case) for name in QUICK if name not in PATCHED for case in grids_of(name)],
+    ("name", "grid", "size"),
+)
+def test_players_that_are_no_cells(name, grid, size):
+    model, inputs = regridded(name, grid), zoo.inputs(name, size=size)
     chosen = coalitions(2, 4, math.prod(grid))
     output = run(model, inputs, coalitions=chosen)
     assert output.attributions.shape == (2, math.prod(grid), CLASSES)
