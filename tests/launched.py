@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from shapadapter.core.shapley import sample_pairs
 from test_finetune_example import train_on_given_coalitions
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, trained, trainer_of, wrapped
 
 from shapadapter import explain
+from shapadapter.core.shapley import sample_pairs
 
 
 def pretend_accelerators() -> None:

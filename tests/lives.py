@@ -18,10 +18,10 @@ import numpy as np
 import peft.peft_model
 import torch
 from PIL import Image
-from shapadapter.data.augmentation import Augmented
 from test_trainer import images, tiny_vit, trained, trainer_of, wrapped
 from transformers import TrainerCallback
 
+from shapadapter.data.augmentation import Augmented
 from shapadapter.training import last_whole_checkpoint
 
 PROCESSES = 2

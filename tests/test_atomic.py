@@ -8,23 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import families
 import pytest
 import torch
+from disks import small_disk
 from safetensors import SafetensorError
-from shapadapter.core import files as atomic
-from shapadapter.core.errors import DiskFullError
-from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
-from shapadapter.hub.card.update import update_card
 from spaces import noise, write_checkpoint
 from test_explanation import explanation  # noqa: F401
 from test_trainer import trainer_of
 
 from shapadapter import ShapleyError, explain, export_program
+from shapadapter.core import files as atomic
+from shapadapter.core.errors import DiskFullError
+from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
 from shapadapter.evaluation.records import Records
+from shapadapter.hub.card.update import update_card
 from shapadapter.hub.space import write_space
 from shapadapter.visual import draw_explanation
 
@@ -234,18 +234,6 @@ def test_links_and_permissions_of_the_user_stay(tmp_path):
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(most: int):
-    """No file can have more bytes; writing more fails half-way, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def full(most: int, action) -> str:

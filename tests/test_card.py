@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+
 from shapadapter.hub.card.facts import Facts, settled
 from shapadapter.hub.card.render import untouched, updated, write_card
 

@@ -18,11 +18,6 @@ import torch
 import zoo
 from families import wrap
 from PIL import Image
-from shapadapter.core.errors import UnreadableImageError
-from shapadapter.data.images import open_image
-from shapadapter.data.rows import in_place, readable_rows
-from shapadapter.evaluation.dataset import Rows
-from shapadapter.training.validation import mean_color
 from test_trainer import (
     CLASSES,
     StopAt,
@@ -41,8 +36,13 @@ from test_trainer import (
 from transformers import ViTImageProcessorPil as Processor
 
 from shapadapter import Augmented, ImageError, ShapleyError, ShapleyTrainer
+from shapadapter.core.errors import UnreadableImageError
+from shapadapter.data.images import open_image
+from shapadapter.data.rows import in_place, readable_rows
+from shapadapter.evaluation.dataset import Rows
 from shapadapter.training import ImageCollator
 from shapadapter.training import script as example
+from shapadapter.training.validation import mean_color
 
 datasets = pytest.importorskip("datasets")
 

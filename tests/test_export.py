@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from shapadapter.export.parity import new_folder
 from torch import nn
 from transformers import ViTImageProcessorPil as Processor
 
@@ -31,6 +30,7 @@ from shapadapter import (
 from shapadapter.export import formats as onnx_module
 from shapadapter.export import formats as program_module
 from shapadapter.export.deployed import OUTPUTS
+from shapadapter.export.parity import new_folder
 
 needs_onnx = pytest.mark.skipif(
     any(util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -66,6 +66,11 @@ CASES = {
     "pixels": resnet,
     "texts": clip,
 }
+
+
+each_case = pytest.mark.parametrize(
+    "case", ["drop", *(pytest.param(case, marks=pytest.mark.families) for case in ("pixels", "texts"))]
+)
 
 
 def in_onnxruntime(path):
@@ -124,7 +129,7 @@ def exported(tmp_path_factory):
 
 
 @needs_onnx
-@pytest.mark.parametrize("case", ["drop", "texts", pytest.param("pixels", marks=pytest.mark.families)])
+@each_case
 def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     model, given, report = exported(case, export_onnx)
     assert capfd.readouterr().out == ""  # where --json prints
@@ -134,7 +139,7 @@ def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     assert report.sizes == {path.name: path.stat().st_size for path in report.path.parent.iterdir()}
 
 
-@pytest.mark.parametrize("case", ["drop", "pixels", pytest.param("texts", marks=pytest.mark.families)])
+@each_case
 def test_a_program_computes_the_same_for_any_batch(case, exported):
     model, given, report = exported(case, export_program)
     assert_agrees(in_torch(report.path), model, given)

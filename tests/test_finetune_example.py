@@ -16,11 +16,11 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 from peft import AutoPeftModel
-from shapadapter.core.shapley import sample_pairs
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, tiny_vit, trained, trainer_of
 from transformers import AutoImageProcessor
 
 from shapadapter import explain
+from shapadapter.core.shapley import sample_pairs
 
 pytestmark = pytest.mark.slow
 

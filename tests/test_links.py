@@ -9,12 +9,12 @@ import families
 import numpy as np
 import pytest
 from PIL import Image
-from shapadapter.explanation.storage import refuse_links
-from shapadapter.hub.locate import AdapterFiles
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, load
+from shapadapter.explanation.storage import refuse_links
 from shapadapter.hub import push, update_card
+from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import push_space, write_space
 
 SECRET = "PRIVATE KEY of mine"

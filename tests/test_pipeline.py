@@ -15,13 +15,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
-from shapadapter.data import download as fetching
 from transformers import AutoModelForImageClassification, pipeline
 from transformers import ViTImageProcessorPil as Processor
 from transformers.pipelines.pt_utils import KeyDataset
 
 import shapadapter
 from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain
+from shapadapter.data import download as fetching
 
 TASK = "image-attribution"
 SIZE = {"height": families.SIDE, "width": families.SIDE}

@@ -20,7 +20,15 @@ import yaml
 from packaging.requirements import Requirement
 from peft import get_peft_model
 from PIL import Image
+from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
+from transformers import AutoModel
+
+import shapadapter
+from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
 from shapadapter.core import installation as installing
+from shapadapter.hub.space import limits as uploads
+from shapadapter.hub.space import push_space, write_space
+from shapadapter.hub.space import write as writing
 from shapadapter.hub.space.answers import (
     View,
     class_list,
@@ -32,14 +40,6 @@ from shapadapter.hub.space.answers import (
     strongest,
     sum_check,
 )
-from spaces import SCRIPT, enlarged, expected_map, noise, write_checkpoint
-from transformers import AutoModel
-
-import shapadapter
-from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
-from shapadapter.hub.space import limits as uploads
-from shapadapter.hub.space import push_space, write_space
-from shapadapter.hub.space import write as writing
 from shapadapter.hub.space.limits import open_upload
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 import zoo
 from families import wrap
+from test_trainer import fixed_batch, trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from shapadapter.core.errors import ImageError
 from shapadapter.core.losses import coalition_sums, expected_square, shapley_loss, shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.explanation.game import active_layer
-from test_trainer import fixed_batch, trainer_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = {
     "vit": lambda prediction: (wrap("vit", prediction), {"pixel_values": families.images(3)}),

@@ -13,9 +13,6 @@ import torch
 import zoo
 from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
-from shapadapter.core.losses import shapley_loss
-from shapadapter.core.shapley import sample_pairs
-from shapadapter.training.validation import is_constant
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as Processor
 
@@ -28,7 +25,10 @@ from shapadapter import (
     ShapleyTrainingArguments,
     explain,
 )
+from shapadapter.core.losses import shapley_loss
+from shapadapter.core.shapley import sample_pairs
 from shapadapter.training import ImageCollator
+from shapadapter.training.validation import is_constant
 
 datasets = pytest.importorskip("datasets")
 

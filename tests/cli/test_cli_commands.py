@@ -10,13 +10,13 @@ pytest.importorskip("matplotlib")
 
 import torch
 from commands import error_of, run
-from shapadapter.export.parity import ExportReport
 from small import pictures, processor
 from transformers import GPT2Config, GPT2Model
 
 from shapadapter import UnsupportedModelError, load
 from shapadapter.backbone import selftest
 from shapadapter.cli import space_command as space
+from shapadapter.export.parity import ExportReport
 
 
 def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from server import OWNER, TOKEN
-from shapadapter.hub.locate import AdapterFiles
 from test_cli_push import run
 from tiny import BASE
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -19,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import shapadapter
 from shapadapter import ImageError, ShapleyConfig, ShapleyError
 from shapadapter.hub import push, update_card
+from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import write_space
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
