@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import families
 import pytest
 import torch
+from disks import small_disk
 from safetensors import SafetensorError
 from spaces import noise, write_checkpoint
 from test_explanation import explanation  # noqa: F401
@@ -234,18 +234,6 @@ def test_links_and_permissions_of_the_user_stay(tmp_path):
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(most: int):
-    """No file can have more bytes; writing more fails half-way, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def full(most: int, action) -> str:

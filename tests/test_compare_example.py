@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_evaluation")]
 
 TINY = Scale(50, 1, 1, 1, truth_images=1, truth_evaluations=64, budgets=(16, 32))
 # Of each kind one: of the adapter, of attention, of gradients, of perturbations.
+ALWAYS = ("random", "centre")
 RIVALS = (rivals.DUO,)
 FEW = ("shapadapter", "attention", "gradient_x_input", "leave_one_out")
 
@@ -46,7 +47,7 @@ def run(output, *more):
 
 
 def test_every_method_is_compared():
-    assert set(compare.methods()) == set(METHODS) - {"exact"}
+    assert {*compare.methods(), *ALWAYS} == set(METHODS) - {"exact"}
     assert compare.RIVALS == rivals.RIVALS
 
 
@@ -60,7 +61,7 @@ def test_everything_stands_in_the_report(output, monkeypatch):
 
     monkeypatch.setattr(shapadapter.demo.models, "ShapleyTrainingArguments", noted)
     report, results = run(output)
-    for method in FEW:
+    for method in (*FEW, *ALWAYS):
         assert f"| {method} |" in report
     for objective in RIVALS:
         assert f"| {objective.name}, equal evaluations |" in report

@@ -68,6 +68,11 @@ CASES = {
 }
 
 
+each_case = pytest.mark.parametrize(
+    "case", ["drop", *(pytest.param(case, marks=pytest.mark.families) for case in ("pixels", "texts"))]
+)
+
+
 def in_onnxruntime(path):
     import onnxruntime
 
@@ -124,7 +129,7 @@ def exported(tmp_path_factory):
 
 
 @needs_onnx
-@pytest.mark.parametrize("case", ["drop", "texts", pytest.param("pixels", marks=pytest.mark.families)])
+@each_case
 def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     model, given, report = exported(case, export_onnx)
     assert capfd.readouterr().out == ""  # where --json prints
@@ -134,7 +139,7 @@ def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     assert report.sizes == {path.name: path.stat().st_size for path in report.path.parent.iterdir()}
 
 
-@pytest.mark.parametrize("case", ["drop", "pixels", pytest.param("texts", marks=pytest.mark.families)])
+@each_case
 def test_a_program_computes_the_same_for_any_batch(case, exported):
     model, given, report = exported(case, export_program)
     assert_agrees(in_torch(report.path), model, given)

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from disks import small_disk
 from lives import noise, train_and_kill
 from test_trainer import assert_same, images, names_in, trained, trainer_of
 from transformers import Trainer, TrainerCallback
@@ -160,18 +161,6 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path):
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(most: int):
-    """No file can have more bytes; writing more fails half-way, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 @pytest.mark.parametrize("most", [40_000, 100_000])  # the weights, or the optimiser, are written half

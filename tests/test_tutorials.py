@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
 TUTORIALS = pages.DOCS / "tutorials"
 LARGEST = 100_000  # bytes of a picture in the docs
 SMALL = {

@@ -3,51 +3,19 @@
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from commands import error_of, run
+from disks import small_disk
+from test_locks import another_run
 
 from shapadapter.core.files import passing
 from shapadapter.core.locks import NAME
 from shapadapter.training import script as finetune
 
 pytest.importorskip("fcntl")
-HOLD = """
-import sys, pathlib
-from shapadapter.core.locks import alone_in
-with alone_in(pathlib.Path(sys.argv[1])):
-    print(flush=True)
-    sys.stdin.read()
-"""
 DISK_FULL = "could not be written: File too large"
-
-
-@contextmanager
-def another_run(folder):
-    """Another process is in a folder, until it is killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    process.stdout.readline()
-    try:
-        yield process.pid
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@contextmanager
-def small_disk(most: int):
-    """No file can have more bytes; writing more fails half-way, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def left_by_a_killed_run(file: Path) -> Path:
