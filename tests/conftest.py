@@ -51,10 +51,10 @@ def quick_evaluation(monkeypatch):
     The truth of 16 players is sampled, which is 65,536 passes for each image else; times are taken once; pixels that are
     removed become grey, where solving for the neighbours' mean takes seconds.
     """
-    monkeypatch.setattr("shapadapter.evaluation.truth.MAX_ENUMERATED_PLAYERS", 10)
+    monkeypatch.setattr("shapadapter.evaluation.faithfulness.MAX_ENUMERATED_PLAYERS", 10)
     monkeypatch.setattr("shapadapter.evaluation.cost.REPEATS", 1)
     grey = lambda images, absent, generator: torch.where(absent[:, None], 0, images)  # noqa: E731
-    monkeypatch.setattr("shapadapter.evaluation.road.noisy_linear_imputation", grey)
+    monkeypatch.setattr("shapadapter.evaluation.deletion.noisy_linear_imputation", grey)
 
 
 @pytest.fixture(scope="session", autouse=True)
