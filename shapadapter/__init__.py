@@ -10,7 +10,7 @@ import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from shapadapter.core.imports import find_moved, follow
+from shapadapter.core.installation import find_moved, follow
 
 __version__ = "0.1.0.dev0"
 
@@ -35,7 +35,7 @@ find_moved(
             "refinement": "core.posterior",
             "retrieval": "evaluation.retrieval",
             "shapley": "core.shapley",
-            "texts": "data.texts",
+            "texts": "data.collator",
             "training.finetune": "training.script",
         }.items()
     }

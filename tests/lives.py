@@ -1,20 +1,19 @@
-"""Trainings that lose their lives: run as a program, this trains undisturbed, then again with deaths on the way.
+"""Trainings that lose their lives: one that is undisturbed, and again with deaths on the way.
 
-The interpreter imports everything once and forks a process for each life, so that many lives cost little. A death is
-SIGKILL at a random moment, by its own hand so that the moment is the same in every test: when a step begins or ends or is
-between two micro-batches, or while a file of a checkpoint is opened, half written, renamed or deleted. As a launcher does,
-the other processes are ended after it; then the next life goes on from what is left.
+Each life is a fork, so that many of them cost little. A death is SIGKILL at a random moment, by its own hand so that the
+moment is the same in every test: when a step begins or ends or is between two micro-batches, or while a file of a
+checkpoint is opened, half written, renamed or deleted. As a launcher does, the other processes are ended after it; then
+the next life goes on from what is left.
 """
 
-import contextlib
 import os
 import random
 import signal
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
+import forks
 import numpy as np
 import peft.peft_model
 import torch
@@ -25,15 +24,16 @@ from transformers import TrainerCallback
 from shapadapter.data.augmentation import Augmented
 from shapadapter.training import last_whole_checkpoint
 
+PROCESSES = 2
 OPTIONS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "max_steps": -1,
     "save_strategy": "steps",
     "save_steps": 2,
     "save_total_limit": 1,
-    "dataloader_num_workers": 2,
+    "dataloader_num_workers": 1,
 }
 
 
@@ -87,9 +87,9 @@ class Death(TrainerCallback):
     on_substep_end = on_pre_optimizer_step = on_step_end = on_save = on_step_begin
 
 
-def live(folder: Path, noisy: bool, *death) -> None:
+def live(folder: Path, *death) -> None:
     """One life: go on from what the one before left whole, and train to the end."""
-    rows = Augmented(images(18), noise) if noisy else images(18)
+    rows = Augmented(images(18), noise)
     base = tiny_vit(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     model = wrapped(base=base, lora_dropout=0.1)
     trainer = trainer_of(folder / "run", model, rows, callbacks=[Death(folder, *death)], **OPTIONS)
@@ -98,61 +98,33 @@ def live(folder: Path, noisy: bool, *death) -> None:
         torch.save(trained(trainer.model), folder / "weights.pt")
 
 
-def born(rank: int, processes: int, port: int) -> int:
-    """A process of its own group with what torchrun tells it; 0 inside it, else its number."""
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        if processes > 1:
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ.update({name: str(value) for name, value in places.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return child
+def life(folder: Path, deaths: list[tuple]) -> tuple[bool, str]:
+    """Run the processes of one life; whether they reached its end, and what they printed."""
+    actions = [partial(live, folder, *death) for death in deaths]
+    done = forks.run_all(actions, variables=forks.places(len(deaths)))
+    printed = "".join(one.printed for one in done)
+    assert {one.code for one in done} <= {0, -signal.SIGKILL}, f"a process failed by itself: {printed[-4000:]}"
+    return not any(one.code for one in done), printed
 
 
-def life(folder: Path, noisy: bool, deaths: list[tuple]) -> bool:
-    """Run the processes of one life; whether they reached its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children, codes = [], []
-    for rank, death in enumerate(deaths):
-        children.append(born(rank, len(deaths), port))
-        if children[-1] == 0:
-            try:
-                live(folder, noisy, *death)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-    for _ in children:
-        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
-        if codes[-1] != 0:
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
-    if any(codes) and codes[0] != -signal.SIGKILL:
-        raise SystemExit(f"A process failed by itself: {codes}")
-    return not any(codes)
+def train_and_kill(home: Path, seed: int, times: int) -> str:
+    """Once undisturbed in `whole/`, once in `killed/` with deaths of random processes at random moments.
 
-
-def main(home: Path, processes: int, noisy: bool, seed: int, times: int) -> None:
-    """Once undisturbed in `whole/`, once in `killed/` with deaths of random processes at random moments."""
+    Returns what was printed on the way.
+    """
     for name in ("whole", "killed"):
         (home / name).mkdir()
-    assert life(home / "whole", noisy, [()] * processes)
-    chance = random.Random(seed)
-    for number in range(times):
-        deaths: list[tuple] = [()] * processes
-        rank = chance.randrange(processes)
-        # Only the first process writes more than its random state.
-        kind, most = (("saving", 36 if rank == 0 else 2), ("step", 12))[number % 2]
-        deaths[rank] = (kind, chance.randint(1, most))
-        if life(home / "killed", noisy, deaths):
-            return
-    assert life(home / "killed", noisy, [()] * processes)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:]))
+    assert life(home / "whole", [()] * PROCESSES)[0]
+    chance, printed = random.Random(seed), ""
+    for number in range(times + 1):
+        deaths: list[tuple] = [()] * PROCESSES
+        if number < times:
+            rank = chance.randrange(PROCESSES)
+            # Only the first process writes more than its random state.
+            kind, most = (("saving", 36 if rank == 0 else 2), ("step", 8))[number % 2]
+            deaths[rank] = (kind, chance.randint(1, most))
+        ended, said = life(home / "killed", deaths)
+        printed += said
+        if ended:
+            return printed
+    raise AssertionError("a life without a death did not reach its end")

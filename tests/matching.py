@@ -10,8 +10,8 @@ import zoo
 from families import WIDTH
 from PIL import Image
 
+from shapadapter.data.collator import prepare_texts, text_rules
 from shapadapter.data.images import prepare_images
-from shapadapter.data.texts import prepare_texts, text_rules
 
 SIGMOID = ("siglip", "siglip2")
 PATCHED = ("siglip2",)

@@ -40,8 +40,7 @@ from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.backbone import default_targets, evaluating, linear_layers, settle
 from shapadapter.backbone import families as table
 from shapadapter.backbone.families import register_family
-from shapadapter.backbone.readout import find_readout
-from shapadapter.backbone.sequence import find_sequence
+from shapadapter.backbone.search import find_readout, find_sequence
 from shapadapter.core.errors import ImageError, UnsupportedModelError
 
 BLOCKS = {
@@ -74,7 +73,7 @@ def state(model):
             for name, m in model.named_modules()
             if m._forward_hooks or m._forward_pre_hooks
         ],
-        "seats": [name for name, m in model.named_modules() if "_shapadapter_seat" in vars(m)],
+        "patches": [name for name, m in model.named_modules() if "_shapadapter_patch" in vars(m)],
         "configs": [(name, id(m.config)) for name, m in model.named_modules() if hasattr(m, "config")],
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
@@ -498,7 +497,7 @@ def test_the_self_test_fails_and_leaves_no_trace(name, tune):
     assert not any(isinstance(m, ShapleyLayer) for m in model.modules())
     assert torch.equal(run(model).logits, logits)
     after = state(model)
-    for key in ("hooks", "seats", "configs", "training", "modules", "keys", "requires_grad"):
+    for key in ("hooks", "patches", "configs", "training", "modules", "keys", "requires_grad"):
         assert after[key] == before[key], key
 
 
@@ -557,7 +556,7 @@ def test_a_model_that_breaks_on_a_shorter_sequence_is_refused_by_name():
     with pytest.raises(UnsupportedModelError):
         get_peft_model(model, ShapleyConfig(removal="drop"))
     assert state(model)["hooks"] == before["hooks"]
-    assert state(model)["seats"] == before["seats"]
+    assert state(model)["patches"] == before["patches"]
     auto = get_peft_model(_fixed_copy(model, Fixed), ShapleyConfig())
     assert auto.peft_config["default"].removal == "mask"
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from shapadapter import PatchGame, ShapleyConfig, attribute, explain
 from shapadapter.backbone.attention import _collecting
-from shapadapter.backbone.forward import _asked
+from shapadapter.backbone.forward import _request
 from shapadapter.backbone.hooks import _running
 
 THREADS, PATIENCE = 8, 60
@@ -68,7 +68,7 @@ def _places(model, count=12):
 
 
 def _nothing_left():
-    return _running.found is None and _asked.base is False and _collecting.weights is None
+    return _running.found is None and _request.pending is False and _collecting.weights is None
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

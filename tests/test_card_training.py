@@ -20,7 +20,7 @@ from shapadapter.adapter import card_saving as cards
 from shapadapter.hub import update_card
 from shapadapter.hub.card.facts import read_config, weights_digest
 from shapadapter.hub.card.render import untouched
-from shapadapter.training.checkpoints import trouble_with
+from shapadapter.training.checkpoints import damage_in
 
 NAMES = {0: "red <b>", 1: "green | x", 2: "blue"}
 
@@ -118,9 +118,9 @@ def test_an_edited_card_does_not_break_a_checkpoint(run):
     folder = place / "out" / "checkpoint-2"
     card = card_of(folder)
     (folder / "README.md").write_text(card.replace("## Data", "## My data"))
-    assert trouble_with(folder) is None
+    assert damage_in(folder) is None
     (folder / "README.md").unlink()
-    assert trouble_with(folder) is None
+    assert damage_in(folder) is None
 
 
 def test_results_and_pictures_come_later(run, evaluation, tmp_path):
@@ -131,7 +131,7 @@ def test_results_and_pictures_come_later(run, evaluation, tmp_path):
     assert f"| Accuracy ↑ | {evaluation.task['accuracy'].mean:.3f}" in card
     assert "Time, over the plain forward pass" in card
     assert card.count("](explanations/explanation-") == 1
-    assert trouble_with(folder) is None
+    assert damage_in(folder) is None
     assert str(tmp_path) not in json.dumps(record_of(folder))
     # It travels: with the weights to another folder, by another road.
     other = ViTForImageClassification.from_pretrained(place / "base")
@@ -151,7 +151,7 @@ def test_a_broken_checkpoint_is_not_declared_whole(run):
     content = (folder / "optimizer.pt").read_bytes()
     (folder / "optimizer.pt").write_bytes(content[:-1])
     update_card(folder)
-    assert "optimizer.pt" in trouble_with(folder)
+    assert "optimizer.pt" in damage_in(folder)
     (folder / "optimizer.pt").write_bytes(content)
 
 
@@ -280,7 +280,6 @@ def test_a_resumed_training_counts_all_its_minutes(tmp_path):
     trainer_of(tmp_path, max_steps=1, **options).train()
     config = read_config(tmp_path / "checkpoint-1")
     config["record"]["training"]["minutes"] = 90
-    (tmp_path / "checkpoint-1" / "complete.json").unlink()
     (tmp_path / "checkpoint-1" / "adapter_config.json").write_text(json.dumps(config))
     trainer = trainer_of(tmp_path, max_steps=2, **options)
     with warnings.catch_warnings():

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.data.collator import TextRules
 from shapadapter.data.images import open_image
-from shapadapter.data.texts import TextRules
 from shapadapter.training import ImageCollator
 
 RED = (255, 0, 0)

@@ -6,18 +6,18 @@ import itertools
 import json
 import random
 import shutil
-import sys
 import tarfile
 import warnings
+from functools import partial
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
 import zoo
 from families import wrap
 from PIL import Image
-from test_finetune_example import launch
 from test_trainer import (
     CLASSES,
     StopAt,
@@ -45,15 +45,6 @@ from shapadapter.training import script as example
 from shapadapter.training.validation import mean_color
 
 datasets = pytest.importorskip("datasets")
-
-WORKER = """
-import sys
-sys.path.insert(0, {tests!r})
-import test_data
-from accelerate.state import PartialState
-test_data.on_two_processes({folder!r})
-PartialState().destroy_process_group()  # else gloo's threads may meet a closing interpreter
-"""
 
 
 def processor():
@@ -430,9 +421,9 @@ def test_a_batch_without_a_readable_image_takes_part_and_has_no_say(tmp_path):
     found = gradients(trainer, batch)
     assert found.keys() == trained(trainer.model).keys()  # as the other processes wait for
     assert all(not gradient.any() for gradient in found.values())
-    assert "task_loss" not in {name for name, sums in trainer._sums["train"].items() if sums.any()}
+    assert "task_loss" not in {name for name, sums in trainer.monitor.sums["train"].items() if sums.any()}
     with pytest.raises(ImageError, match=r"None of 8 images could be read"):
-        trainer._gather("train")
+        trainer.monitor.means("train")
 
 
 def test_the_stand_in_has_the_shape_of_the_others():
@@ -703,9 +694,7 @@ def on_two_processes(folder):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)])
+    forks.run_together(partial(on_two_processes, str(tmp_path)))
     one, other = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1))
 
     assert sorted(one["sharded"] + other["sharded"]) == list(range(20))

@@ -57,7 +57,8 @@ class TestShap:
     @pytest.fixture(autouse=True)
     def _needs_shap(self):
         pytest.importorskip("shap")
-        matplotlib = pytest.importorskip("matplotlib")
+        import matplotlib
+
         matplotlib.use("Agg")
 
     def test_image_plot_shows_every_map_with_its_title(self, explanation):  # noqa: F811

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 
 import shapadapter.explanation.explanation as explanation_module
 from shapadapter.core.errors import CheckpointError, ClassNotFoundError
+from shapadapter.core.files import write_together
 from shapadapter.explanation.explanation import Explanation, Prediction
-from shapadapter.explanation.storage import JSON_NAME, TENSORS_NAME, write_together
+from shapadapter.explanation.storage import JSON_NAME, TENSORS_NAME
 
 LABELS = ("zero", "one", "two", "seven", "eight")
 TENSORS = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
@@ -288,6 +289,7 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
     assert {n for n in foreign if n.startswith("shapadapter")} == {
         "shapadapter.data.classes",
         "shapadapter.core.errors",
+        "shapadapter.core.grid",
         "shapadapter.explanation.convert",
         "shapadapter.explanation.storage",
         "shapadapter.core.posterior",

@@ -3,23 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from lives import noise
+from lives import noise, train_and_kill
 from test_trainer import assert_same, images, names_in, trained, trainer_of
 from transformers import Trainer, TrainerCallback
 
 from shapadapter.core.errors import CheckpointError
 from shapadapter.data.augmentation import Augmented
 from shapadapter.training import checkpoints, last_whole_checkpoint
-from shapadapter.training import resume as resuming
-from shapadapter.training.checkpoints import MANIFEST, newest_first, rotate, seal, trouble_with, unreadable_in
+from shapadapter.training.checkpoints import damage_in, newest_first, rotate
 from shapadapter.training.publish import PushingTrainer
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
@@ -71,33 +68,24 @@ def change_a_byte(path: Path) -> None:
 # -- whole or not ----------------------------------------------------------------------------------------------------
 
 
-def test_a_manifest_names_every_file(saved):
-    folder = saved[0] / "checkpoint-3"
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert set(manifest["files"]) == names_in(folder) - {MANIFEST, "README.md"}  # the card may be edited
-    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(manifest["files"])
-    assert trouble_with(folder) is None
-    assert unreadable_in(folder) is None
-
-
-def test_files_in_subfolders_count(tmp_path):
-    shard = tmp_path / "optimizer_0" / ".metadata"  # as sharded checkpoints have
-    shard.parent.mkdir()
-    shard.write_text("1")
-    seal(tmp_path)
-    assert trouble_with(tmp_path) is None
-    shard.write_text("2")
-    assert "optimizer_0/.metadata" in trouble_with(tmp_path)
+def test_a_checkpoint_with_the_manifest_of_earlier_versions_is_resumed(saved, run):
+    about = {"format": "shapadapter.checkpoint", "format_version": 1, "files": {"gone": {"bytes": 1, "sha256": "0"}}}
+    (run / "checkpoint-3" / "complete.json").write_text(json.dumps(about))
+    assert damage_in(run / "checkpoint-3") is None
+    step, weights = going_on(run, True)
+    assert step == 3
+    assert_same(saved[1], weights, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "what"),
     [
-        (MANIFEST, Path.unlink, "missing"),
-        (MANIFEST, cut, "cannot be read"),
-        ("optimizer.pt", cut, r"optimizer.pt has [\d,]+ bytes instead of [\d,]+"),
-        ("optimizer.pt", change_a_byte, "optimizer.pt holds other bytes"),
-        ("adapter_model.safetensors", change_a_byte, "adapter_model.safetensors holds other bytes"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing, so it was not saved to its end"),
+        ("trainer_state.json", cut, "trainer_state.json cannot be read"),
+        ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
+        ("optimizer.pt", cut, "optimizer.pt cannot be read"),
+        ("optimizer.pt", change_a_byte, "optimizer.pt cannot be read"),
+        ("adapter_model.safetensors", cut, "adapter_model.safetensors cannot be read"),
         ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
     ],
 )
@@ -106,11 +94,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, d
     damage(broken / name)
     with pytest.warns(UserWarning, match=rf"Passing over .*checkpoint-3: .*{what}"):
         assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
-    if (broken / MANIFEST).exists():
-        with pytest.raises(
-            CheckpointError, match=rf"go on from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"
-        ):
-            trainer_of(run, **STEPS).train(resume_from_checkpoint=str(broken))
+    with pytest.raises(CheckpointError, match=rf"go on from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"):
+        trainer_of(run, **STEPS).train(resume_from_checkpoint=str(broken))
 
 
 def test_the_trainer_goes_on_from_the_newest_whole_checkpoint(saved, run):
@@ -126,7 +111,7 @@ def test_whole_checkpoints_are_used_without_a_word(run):
         warnings.simplefilter("error", UserWarning)
         assert last_whole_checkpoint(run) == str(run / "checkpoint-3")
         assert going_on(run, True)[0] == 3
-        choose = trainer_of(run, **STEPS)._chosen
+        choose = trainer_of(run, **STEPS).checkpoints.chosen
         assert choose("True") == choose(True) == str(run / "checkpoint-3")  # a word from a command line
         assert choose(run / "checkpoint-1") == str(run / "checkpoint-1")
         assert choose("False") is choose(False) is choose(None) is None
@@ -134,7 +119,7 @@ def test_whole_checkpoints_are_used_without_a_word(run):
 
 def test_several_broken_ones_are_all_named(run):
     cut(run / "checkpoint-3" / "scheduler.pt")
-    (run / "checkpoint-2" / MANIFEST).unlink()
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
     (run / "checkpoint-10").mkdir()  # newer than 3, though not by the alphabet
     with pytest.warns(UserWarning, match="Passing over") as said:
         assert last_whole_checkpoint(run) == str(run / "checkpoint-1")
@@ -160,38 +145,16 @@ def test_nothing_whole_is_a_clear_error(run, tmp_path_factory):
     assert last_whole_checkpoint(nowhere) is None
 
 
-def test_a_readable_checkpoint_of_another_trainer_is_used_with_a_warning(saved, run):
-    folder = run / "checkpoint-2"
-    (folder / MANIFEST).unlink()
-    with pytest.warns(UserWarning, match=f"no {MANIFEST}"):
-        step, weights = going_on(run, str(folder))
-    assert step == 2
-    assert_same(saved[1], weights, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
-def test_an_unreadable_checkpoint_of_another_trainer_is_refused(run, name):
-    folder = run / "checkpoint-2"
-    (folder / MANIFEST).unlink()
-    cut(folder / name)
-    choose = trainer_of(run, **STEPS)._chosen
-    with pytest.raises(CheckpointError, match=rf"{name} cannot be read.*Pass .*checkpoint-3 instead"):
-        choose(folder)
-    (folder / "trainer_state.json").unlink()  # the last that is written
-    with pytest.raises(CheckpointError, match=r"trainer_state\.json are missing"):
-        choose(folder)
-
-
 def test_a_damaged_best_model_is_not_loaded(tmp_path):
     class Damage(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                change_a_byte(Path(state.best_model_checkpoint) / "adapter_model.safetensors")
+                cut(Path(state.best_model_checkpoint) / "adapter_model.safetensors")
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "shapley_loss", "greater_is_better": False}
     options = {**STEPS, **best, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     trainer = trainer_of(tmp_path, callbacks=[Damage()], **options)
-    said = r"training is over.* best model .*adapter_model\.safetensors holds other bytes.* trainer\.save_model"
+    said = r"training is over.* best model .*adapter_model\.safetensors cannot be read.* trainer\.save_model"
     with pytest.raises(CheckpointError, match=said):
         trainer.train()
 
@@ -233,7 +196,7 @@ def test_an_error_in_saving_the_first_checkpoint(tmp_path, monkeypatch):
     def fails(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resuming, "seal", fails)
+    monkeypatch.setattr(Trainer, "_save_rng_state", fails)
     with pytest.raises(CheckpointError, match=r"checkpoint-1 \(OSError: .*No space left.*no earlier one"):
         trainer_of(tmp_path, **STEPS).train()
     assert names_in(tmp_path) == set()
@@ -241,27 +204,47 @@ def test_an_error_in_saving_the_first_checkpoint(tmp_path, monkeypatch):
 
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     whole = []
+    usual = checkpoints.rotate
 
-    def watched(folder):
-        whole.append({path.name for path in newest_first(tmp_path) if trouble_with(path) is None})
-        seal(folder)
+    def watched(run, *args):
+        whole.append({path.name for path in newest_first(tmp_path) if damage_in(path) is None})
+        usual(run, *args)
 
-    monkeypatch.setattr(resuming, "seal", watched)
+    monkeypatch.setattr(checkpoints, "rotate", watched)
     trainer_of(tmp_path, **STEPS, save_total_limit=1).train()
-    assert whole == [set(), {"checkpoint-1"}, {"checkpoint-2"}, {"checkpoint-3"}]
+    assert whole == [{"checkpoint-1"}, *({f"checkpoint-{step}", f"checkpoint-{step + 1}"} for step in (1, 2, 3))]
     assert names_in(tmp_path) == {"checkpoint-4"}
     arguments = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert arguments.save_total_limit == 1
 
 
-def test_half_written_checkpoints_go_first_and_never_count(run):
-    (run / "checkpoint-3" / MANIFEST).unlink()
+def test_nothing_of_a_checkpoint_has_its_name_before_all_of_it_is_there(tmp_path, monkeypatch):
+    seen = []
+    usual = Trainer._save_rng_state
+
+    def save(trainer, folder):
+        seen.append((names_in(tmp_path), Path(folder).name))
+        usual(trainer, folder)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", save)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "shapley_loss", "greater_is_better": False}
+    trainer = trainer_of(tmp_path, **{**STEPS, **best, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2})
+    trainer.train()
+    assert [name for _, name in seen] == ["checkpoint-1", "checkpoint-2"]
+    assert ["checkpoint-1" in there for there, _ in seen] == [False, True]
+    assert "checkpoint-2" not in seen[1][0]
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    assert names_in(tmp_path) == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_the_best_and_the_last_checkpoint_stay(run):
     rotate(run, None, {run / "checkpoint-2"})
     assert len(names_in(run)) == 3
-    rotate(run, 2, {run / "checkpoint-2"})
-    assert names_in(run) == {"checkpoint-1", "checkpoint-2"}
-    rotate(run, 1, {run / "checkpoint-1", run / "checkpoint-2"})  # the best and the last
-    assert names_in(run) == {"checkpoint-1", "checkpoint-2"}
+    rotate(run, 2, {run / "checkpoint-1"})
+    assert names_in(run) == {"checkpoint-1", "checkpoint-3"}
+    rotate(run, 1, {run / "checkpoint-1", run / "checkpoint-3"})
+    assert names_in(run) == {"checkpoint-1", "checkpoint-3"}
     rotate(run, 1, {run / "checkpoint-1"})
     assert names_in(run) == {"checkpoint-1"}
 
@@ -276,7 +259,7 @@ def test_what_a_killed_run_left_under_a_name_is_not_mixed_with_the_new(tmp_path)
 def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        PushingTrainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, trouble_with(Path(folder))))
+        PushingTrainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, damage_in(Path(folder))))
     )
     trainer = trainer_of(tmp_path, **{**STEPS, "max_steps": 2})
     trainer.args.push_to_hub = True
@@ -319,24 +302,13 @@ def test_a_run_resumed_at_its_end_takes_no_step_more(saved, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "noisy"), [(1, 1), (2, 0)])
-def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path, processes, noisy):
-    # LoRA and the base drop out, two workers read shuffled images, gradients are accumulated, one checkpoint is kept.
-    lives = Path(__file__).with_name("lives.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(lives), str(tmp_path), str(processes), str(noisy), "0", "6"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path):
+    # LoRA and the base drop out, two processes with a worker each read shuffled images and add noise to them, gradients are
+    # accumulated, one checkpoint is kept.
+    printed = train_and_kill(tmp_path, seed=0, times=4)
     deaths = (tmp_path / "killed" / "deaths.txt").read_text().splitlines()
-    assert len(deaths) >= 3
+    assert len(deaths) >= 3, deaths
     assert {line.partition(":")[0] for line in deaths} == {"saving", "step"}
-    assert "Passing over" in done.stderr
+    assert "Passing over" not in printed
     whole, killed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))
     assert_same(whole, killed, atol=0, rtol=0)
-
-
-def test_the_manifest_is_no_part_of_itself(tmp_path):
-    (tmp_path / "a").write_text("1")
-    seal(tmp_path)
-    seal(tmp_path)
-    assert list(json.loads((tmp_path / checkpoints.MANIFEST).read_text())["files"]) == ["a"]

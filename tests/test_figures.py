@@ -26,10 +26,8 @@ from shapadapter.visual import (
     signed_colors,
     symmetric_limit,
 )
-from shapadapter.visual.marks import strongest
+from shapadapter.visual.maps import strongest
 from shapadapter.visual.wording import MINUS, columns, number, one_line
-
-pytest.importorskip("matplotlib")
 
 
 def one_map(values, side=64, **options):

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -24,33 +25,29 @@ from shapadapter.core.shapley import sample_pairs
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
-TWO_PROCESSES = ["--config_file", str(EXAMPLE.parent / "configs" / "cpu-two-processes.yaml")]
+TWO_PROCESSES = EXAMPLE.parent / "configs" / "cpu-two-processes.yaml"
 
-# Loaded by every process that finds it on PYTHONPATH: notes which rank opens which file for writing.
-SPY = """
-import os, sys
-def note(event, args):
-    if event == "open" and isinstance(args[0], str) and args[0].startswith(os.environ["SPY_ON"]) and args[2] & 3:
-        with open(os.environ["SPY_LOG"], "a") as log:
-            log.write(os.environ.get("RANK", "0") + " " + os.path.basename(args[0]) + "\\n")
-sys.addaudithook(note)
-"""
 
-# Trains in two processes on rows that bring their own coalitions, and shows what each process would draw.
-WORKER = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-from test_finetune_example import train_on_given_coalitions
-trainer = train_on_given_coalitions({folder!r}, 4)
-assert trainer.args.world_size == 2
-drawn = trainer._draw_coalitions({{"pixel_values": torch.zeros(4, 3, 32, 32)}}, True)
-torch.save(drawn, {folder!r} + f"/drawn-{{trainer.args.process_index}}.pt")
-if trainer.is_world_process_zero():
-    from test_trainer import trained
-    torch.save(trained(trainer.model), {folder!r} + "/weights.pt")
-trainer.accelerator.end_training()  # else gloo's threads may meet a closing interpreter
-"""
+def watched(script, folder, log):
+    """Run a script; each file below the folder that is opened for writing is noted, with the process that does it."""
+
+    def note(event, args):
+        if event == "open" and isinstance(args[0], str) and args[0].startswith(f"{folder}/") and args[2] & 3:
+            with log.open("a") as lines:
+                lines.write(f"{os.environ.get('RANK', '0')} {os.path.basename(args[0])}\n")  # noqa: PTH119
+
+    sys.addaudithook(note)
+    script()
+
+
+def train_and_draw(folder):
+    """Train in one of two processes on rows that bring their own coalitions, and show what it would draw."""
+    trainer = train_on_given_coalitions(folder, 4)
+    assert trainer.args.world_size == 2
+    drawn = trainer._draw_coalitions({"pixel_values": torch.zeros(4, 3, 32, 32)}, True)
+    torch.save(drawn, folder / f"drawn-{trainer.args.process_index}.pt")
+    if trainer.is_world_process_zero():
+        torch.save(trained(trainer.model), folder / "weights.pt")
 
 
 def train_on_given_coalitions(folder, batch_size, resume=None, **options):
@@ -74,19 +71,6 @@ def train_on_given_coalitions(folder, batch_size, resume=None, **options):
     return trainer
 
 
-def launch(command, **variables) -> str:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **variables,
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """24 images of three classes in a train and a test folder, and a checkpoint to start from."""
@@ -101,8 +85,6 @@ def folder(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(home / f"{index}.png")
     tiny_vit(classes=5).save_pretrained(root / "base")
     Processor(size={"height": 32, "width": 32}).save_pretrained(root / "base")
-    (root / "spy").mkdir()
-    (root / "spy" / "sitecustomize.py").write_text(SPY)
     return root
 
 
@@ -112,11 +94,8 @@ def test_the_example_trains_saves_and_explains(folder, launcher, steps):
     options = f"--image_folder {folder}/images --model_name_or_path {folder}/base --output_dir {out} --use_cpu"
     options += " --num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --logging_steps 1"
     options += " --explained_images 2 --lora_rank 4 --report_to none --disable_tqdm True"
-    start = [sys.executable]
-    if launcher == "accelerate":
-        start += ["-m", "accelerate.commands.accelerate_cli", "launch", *TWO_PROCESSES]
-    variables = {"SPY_ON": f"{out}/", "SPY_LOG": str(folder / f"{launcher}.log"), "PYTHONPATH": str(folder / "spy")}
-    printed = launch([*start, str(EXAMPLE), *options.split()], HF_DATASETS_CACHE=str(folder / "cache"), **variables)
+    action = partial(watched, forks.script(EXAMPLE, *options.split()), out, folder / f"{launcher}.log")
+    printed = forks.run_whole(action) if launcher == "python" else forks.run_as_accelerate(TWO_PROCESSES, action)
 
     assert printed.count("***** eval metrics *****") == 1
     state = json.loads((out / f"checkpoint-{steps}" / "trainer_state.json").read_text())
@@ -147,9 +126,7 @@ def test_the_example_trains_saves_and_explains(folder, launcher, steps):
 
 
 def test_two_processes_equal_one_and_draw_coalitions_of_their_own(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)])
+    forks.run_together(partial(train_and_draw, tmp_path))
     alone = trained(train_on_given_coalitions(tmp_path, 8).model)
     together = torch.load(tmp_path / "weights.pt")
     assert alone.keys() == together.keys()

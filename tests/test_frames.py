@@ -200,7 +200,6 @@ def test_without_a_frame_there_is_a_word(model):
 
 
 def test_pictures_on_the_original(model):
-    pytest.importorskip("matplotlib")
     explanation, image = explain(model, photo(), CROP, top_k=2), photo()
     figure = draw_explanation(explanation, original=image)
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]

@@ -251,6 +251,7 @@ def test_rows_without_a_label_are_predicted_and_evaluated(tmp_path, label):
 SMALL = {"images": 2, "truth_evaluations": 256, "budgets": (16,), "methods": (), "progress": False}
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_evaluate_counts_what_is_known():
     model, processor = wrapped(), Processor(size={"height": 32, "width": 32})
     known, some = rows([0, 1, 2]), rows([0, 1, 2])
@@ -359,6 +360,7 @@ def test_other_numbers_of_classes_are_said_at_once(tmp_path):
 # -- pairs, splits and targets ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_pairs_are_rows(tmp_path):
     folder, listed = Folder([0, 1, 2, 0, 1, 2]), rows([0, 1, 2, 0, 1, 2])
     one, other = (trainer_of(tmp_path, train=data, held_out=data) for data in (folder, listed))

@@ -1,9 +1,10 @@
 """The ready configurations of accelerate, and what several processes change: nothing."""
 
 import copy
-import sys
+from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -12,15 +13,14 @@ pytest.importorskip("datasets")
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from launched import METRICS, evaluate
+from launched import METRICS, evaluate, main
 from peft import PeftModel
-from test_finetune_example import launch, train_on_given_coalitions
+from test_finetune_example import train_on_given_coalitions
 from test_trainer import Processor, assert_same, images, tiny_vit, trained, wrapped
 
 from shapadapter import UnsupportedModelError, explain
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-WORKER = Path(__file__).parent / "launched.py"
 
 # Of each file: the kind, how many processes, and what it is for.
 EFFECTS = {
@@ -45,10 +45,8 @@ EFFECTS = {
 }
 
 
-def run_by(config, task, folder, *options, **variables) -> dict:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", f"{CONFIGS / config}.yaml", *options, str(WORKER), task, str(folder)]
-    launch(command, **variables)
+def run_by(config, task, folder, *options) -> dict:
+    forks.run_as_accelerate(CONFIGS / f"{config}.yaml", partial(main, task, str(folder)), *options)
     return torch.load(folder / "found.pt")
 
 
@@ -113,8 +111,7 @@ def test_bare_parameters_are_read_by_a_call_where_something_waits_for_calls():
 @pytest.mark.slow
 def test_metrics_of_two_processes_are_those_of_one(tmp_path):
     """Of 7 images two processes with batches of 2 see one again, which counts once."""
-    (tmp_path / "one").mkdir()
-    one = run_by("cpu", "evaluate", tmp_path / "one")
+    one = evaluate(tmp_path / "one")
     two = run_by("cpu-two-processes", "evaluate", tmp_path)
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert two == pytest.approx(one, rel=1e-5)
@@ -143,8 +140,7 @@ def test_fsdp_reaches_the_weights_of_one_process_and_saves_an_ordinary_adapter(t
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_reaches_the_weights_of_one_process(tmp_path, stage):
     pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch([*command, str(WORKER), f"zero{stage}", str(tmp_path)], DS_ACCELERATOR="cpu")
+    forks.run_together(partial(main, f"zero{stage}", str(tmp_path)), DS_ACCELERATOR="cpu")
     found = torch.load(tmp_path / "found.pt")
     assert found["type"] == "DistributedType.DEEPSPEED"
     model = alone(tmp_path)

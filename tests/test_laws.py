@@ -179,16 +179,16 @@ def test_token_moves_attributions_and_nothing_else(family, prediction):
 def test_token_reads_every_player(family):
     """The token after the last block moves when any one player's pixels change."""
     model = wrapped(family)
-    carrier, seen = shapley(model).carrier, []
-    original = carrier._after_last
+    hooks, seen = shapley(model).hooks, []
+    original = hooks._after_source
 
     def spy(*args):
         hidden = original(*args)
-        seen.append(carrier.current.token.clone())
+        seen.append(hooks.call.token.clone())
         return hidden
 
-    block = model.get_base_model().get_submodule(carrier.anatomy.blocks[-1])
-    carrier._handles[-1].remove()
+    block = model.get_base_model().get_submodule(hooks.anatomy.blocks[-1])
+    hooks._handles[-1].remove()
     block.register_forward_hook(spy)
     run(model)
     for player in range(PLAYERS):
@@ -621,7 +621,7 @@ def test_a_failed_call_leaves_nothing_behind():
     before = run(model)
     with pytest.raises(ValueError):
         run(model, images(2, 48, 48))  # without interpolate_pos_encoding
-    assert shapley(model).carrier.current is None
+    assert shapley(model).hooks.call is None
     assert torch.equal(run(model).attributions, before.attributions)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, load
-from shapadapter.explanation.storage import refuse_links
+from shapadapter.core.links import refuse_links
 from shapadapter.hub import push, update_card
 from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import push_space, write_space
@@ -218,8 +218,9 @@ def test_a_trainer_pushes_no_link(root, monkeypatch):
     assert not list(out.glob("_push-*"))
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_evaluations_write_through_no_link(root):
-    from shapadapter.cli.evaluate_command import evaluate_checkpoint
+    from shapadapter.cli.evaluate import evaluate_checkpoint
 
     model, processor = load(root / "adapter")
     noise = np.random.default_rng(0)

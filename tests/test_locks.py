@@ -18,7 +18,7 @@ from shapadapter.core import locks
 from shapadapter.core.locks import NAME, alone_in
 from shapadapter.demo import run as demo
 from shapadapter.demo.models import claim
-from shapadapter.training.resume import running_alone
+from shapadapter.training.checkpoints import running_alone
 
 pytest.importorskip("fcntl")
 HOST = socket.gethostname()

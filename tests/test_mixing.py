@@ -31,9 +31,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from shapadapter import Augmented, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.backbone import Tiling
 from shapadapter.core.shapley import sample_pairs
-from shapadapter.data.labels import as_model_counts
-from shapadapter.training.mixup import Mix, draw_mix, mix_labels, mix_pictures
-from shapadapter.training.task_loss import SoftTask, class_weights
+from shapadapter.data.classes import as_model_counts
+from shapadapter.training.objective import Mix, SoftTask, class_weights, draw_mix, mix_labels, mix_pictures
 
 datasets = pytest.importorskip("datasets")
 
@@ -132,7 +131,7 @@ def test_the_trainer_weighs_training_and_evaluation(tmp_path, smoothing):
         _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     shares = F.one_hot(batch["labels"], CLASSES) * (1 - smoothing) + smoothing / CLASSES
     expected = F.cross_entropy(scores, shares, weight=torch.tensor([3.0, 1.0, 0.0])).item()
-    assert trainer._gather("eval")["task_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.monitor.means("eval")["task_loss"] == pytest.approx(expected, rel=1e-5)
     assert outputs.loss is None
     plain = trainer_of(tmp_path, model=trainer.model)
     assert plain.evaluate()["eval_task_loss"] != pytest.approx(trainer.evaluate()["eval_task_loss"], rel=1e-2)
@@ -265,7 +264,7 @@ def test_the_game_is_that_of_the_mixed_picture(tmp_path, alphas):
         again = trainer.model(mixed, coalitions=batch["coalitions"])
     torch.testing.assert_close(outputs.coalition_values, again.coalition_values, atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs.logits, again.logits, atol=1e-5, rtol=0)
-    means = trainer._gather("train")
+    means = trainer.monitor.means("train")
     assert means["task_loss"] == pytest.approx(F.cross_entropy(again.logits, shares).item(), rel=1e-4)
     flat, repeated = again.coalition_values.flatten(0, 1), shares.repeat_interleave(2, dim=0)
     assert means["coalition_task_loss"] == pytest.approx(F.cross_entropy(flat, repeated).item(), rel=1e-4)

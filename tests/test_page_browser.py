@@ -110,7 +110,7 @@ def drawn(page):
         copy.getContext("2d").drawImage(canvas, 0, 0);
         return [...copy.getContext("2d").getImageData(0, 0, copy.width, copy.height).data].filter((_, i) => i % 4 === 3);
     }"""
-    return np.array(page.locator("#colours").evaluate(script)).reshape(4, 4)
+    return np.array(page.locator("#colors").evaluate(script)).reshape(4, 4)
 
 
 def test_values_are_those_of_the_arrays(opened, explanation):

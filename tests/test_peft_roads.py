@@ -425,7 +425,7 @@ def test_unload_is_bit_identical_to_the_base(base_dir, form):
     assert clean.state_dict().keys() == plain.state_dict().keys()
     assert [n for n, _ in clean.named_modules()] == [n for n, _ in plain.named_modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in clean.modules())
-    assert not any("_shapadapter_seat" in vars(m) for m in clean.modules())
+    assert not any("_shapadapter_patch" in vars(m) for m in clean.modules())
     again = wrap(clean)
     assert isinstance(run(again), ShapleyOutput)
 

@@ -1,8 +1,6 @@
 """`pipeline("image-attribution")`: what `explain` says, by every road to a model and for every kind of input."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -10,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import families
+import forks
 import matching
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers import ViTImageProcessorPil as Processor
 from transformers.pipelines.pt_utils import KeyDataset
 
+import shapadapter
 from shapadapter import ClassNotFoundError, ImageError, ShapleyConfig, ShapleyError, explain
 from shapadapter.data import download as fetching
 
@@ -136,16 +136,14 @@ def test_dtype(folders, name):
 def test_by_its_name_on_the_hub(folders, pipe, tmp_path):
     sys.path.append(str(Path(__file__).parent / "hub"))
     server = pytest.importorskip("server")
-    script = """
-import json, sys, shapadapter
-early = [name for name in sys.modules if name in ("shapadapter.hub.pipeline", "shapadapter.explanation.api")]
-from transformers import pipeline
-token, picture = sys.argv[1:]
-answers = [pipeline("image-attribution", model="ada/adapter", token=token, device="cpu")(picture)]
-model, processor = shapadapter.load("ada/adapter", revision="second", token=token)
-answers += [pipeline("image-attribution", model=model, image_processor=processor, device="cpu")(picture)]
-print(json.dumps({"early": early, "answers": answers}))
-"""
+
+    def ask():
+        server.point_at(hub.url, tmp_path / "home", pytest.MonkeyPatch())
+        one = pipe_of(model="ada/adapter", token=server.TOKEN)("picture.png")
+        model, processor = shapadapter.load("ada/adapter", revision="second", token=server.TOKEN)
+        other = pipe_of(model=model, image_processor=processor)("picture.png")
+        Path("answers.json").write_text(json.dumps([one, other]))
+
     with server.LocalHub() as hub:
         hub.add("ada/base", folders / "base", private=True)
         config = json.loads((folders / "adapter" / "adapter_config.json").read_text())
@@ -155,14 +153,10 @@ print(json.dumps({"early": early, "answers": answers}))
         other = {"preprocessor_config.json": (folders / "base" / "preprocessor_config.json").read_bytes()}
         hub.add("ada/adapter", {**named, **other}, revision="second")
         pictures(1)[0].save(tmp_path / "picture.png")
-        line = [sys.executable, "-c", script, server.TOKEN, str(tmp_path / "picture.png")]
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token=""), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["early"] == []  # registering is not importing
-    assert found["answers"][0] == pipe(pictures(1)[0])
-    assert found["answers"][1] == pipe_of(model=pipe.model, image_processor=BASES)(pictures(1)[0])
+        forks.run_whole(ask, tmp_path, **hub.environment(tmp_path / "home", token=""))
+    found = json.loads((tmp_path / "answers.json").read_text())
+    assert found[0] == pipe(pictures(1)[0])
+    assert found[1] == pipe_of(model=pipe.model, image_processor=BASES)(pictures(1)[0])
 
 
 def test_no_code_is_saved(pipe, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from shapadapter.backbone import fill_absent
-from shapadapter.backbone.pixels import pixels_of
+from shapadapter.backbone.tiling import pixels_of
 
 GREY = torch.tensor([0.1, -0.2, 0.3])
 BLUR = pytest.mark.parametrize("blur", [False, True])

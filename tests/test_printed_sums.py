@@ -11,8 +11,8 @@ from test_visual import make, texts
 
 from shapadapter.hub.space.answers import View, sum_check
 from shapadapter.visual import alt_text, draw_contrast, draw_explanation
-from shapadapter.visual.marks import exponent, rounded
-from shapadapter.visual.samples import describe
+from shapadapter.visual.figures import describe_strip
+from shapadapter.visual.maps import exponent, rounded
 from shapadapter.visual.wording import MINUS, adding_up, columns
 
 
@@ -72,7 +72,7 @@ def test_figures_words_strips_and_the_space_print_the_same_sum():
     assert column.total == "Σφ=+6.17"
     assert column.sum == "+6.17"
     assert "sum to +6.17" in alt_text(explanation)
-    assert "sum +6.17" in describe(explanation)
+    assert "sum +6.17" in describe_strip(explanation)
     for null, total in np.random.default_rng(1).normal(size=(40, 2)).tolist():
         found = re.findall(NUMBER, re.sub("<[^>]*>", "", sum_check(View(one(null, total)))))
         start, added, end, _ = map(read, found)
@@ -80,7 +80,6 @@ def test_figures_words_strips_and_the_space_print_the_same_sum():
 
 
 def test_a_contrast_is_the_difference_of_what_is_printed():
-    pytest.importorskip("matplotlib")
     for seed in range(8):
         draw = torch.Generator().manual_seed(seed)
         whole = make()[:1]
@@ -114,7 +113,6 @@ def test_numbers_on_patches_give_the_total(size):
 
 
 def test_numbers_in_a_figure_give_the_sum_above_them():
-    pytest.importorskip("matplotlib")
     explanation = one(0.3, 0.0)
     values = torch.tensor([[[[0.104], [0.104]], [[0.104], [0.204]]]])
     total = float(values.double().sum())

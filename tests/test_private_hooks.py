@@ -41,6 +41,7 @@ OVERRIDDEN = {
     (Trainer, "_finish_current_push"): "",
     (Trainer, "_get_dataloader"): "dataset description batch_size sampler_fn is_training dataloader_key",
     (Trainer, "_inner_training_loop"): "batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
+    (Trainer, "_get_output_dir"): "trial",
     (Trainer, "_load_best_model"): "",
     (Trainer, "_push_from_checkpoint"): "checkpoint_folder",
     (Trainer, "_run_epoch"): (
@@ -49,13 +50,12 @@ OVERRIDDEN = {
     ),
     (Trainer, "_save"): "output_dir state_dict",
     (Trainer, "_save_checkpoint"): "model trial",
-    (Trainer, "_set_signature_columns_if_needed"): "",
 }
 
 # What else is called: by us on an object of theirs, or wrapped.
 CALLED = {
-    (Trainer, "_get_output_dir"): "trial",
     (Trainer, "_prepare_inputs"): "inputs",
+    (Trainer, "_set_signature_columns_if_needed"): "",
     (BaseTunerLayer, "_get_available_adapters"): "",
     (PreTrainedModel, "_upload_modified_files"): (
         "working_dir repo_id files_timestamps commit_message token create_pr revision commit_description"

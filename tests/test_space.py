@@ -105,10 +105,14 @@ def test_a_folder_is_copied_with_its_base_and_nothing_else(checkpoint, picture, 
 def test_what_a_space_needs_can_be_installed(tmp_path):
     """The package is on no index yet: the Space brings it, and names what it needs."""
     folder = write_space("ada/birds", tmp_path / "space")
-    code = "import shapadapter.hub.space.answers, shapadapter.visual; print(shapadapter.__file__)"
+    code = "import shapadapter; print(shapadapter.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == folder / "shapadapter" / "__init__.py", done.stderr
+    ours = Path(shapadapter.__file__).parent
+    assert {path.relative_to(ours) for path in ours.rglob("*.py")} == {
+        path.relative_to(folder / "shapadapter") for path in (folder / "shapadapter").rglob("*.py")
+    }
     assert "Apache License" in (folder / "shapadapter" / "LICENSE").read_text()
     asked = {one.name: one for one in map(Requirement, (folder / "requirements.txt").read_text().split())}
     assert {"torch", "transformers", "peft", "gradio", "pyyaml"} <= asked.keys()

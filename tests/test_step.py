@@ -133,7 +133,7 @@ def test_the_trainer_adds_no_waiting_to_a_step(tmp_path):
     with Asked() as asked:
         trainer.compute_loss(trainer.model, batch)
     assert asked.waited == []
-    assert trainer._gather("train")["task_loss"] > 0
+    assert trainer.monitor.means("train")["task_loss"] > 0
 
 
 def test_no_tensor_of_all_players_and_classes_is_kept_for_backward():
@@ -158,7 +158,7 @@ def test_no_tensor_of_all_players_and_classes_is_kept_for_backward():
 def test_coalition_passes_without_gradient_leave_the_token_out(monkeypatch):
     model = wrap("vit").train()
     lengths = []
-    block = active_layer(model).carrier.anatomy.blocks[-1]
+    block = active_layer(model).hooks.anatomy.blocks[-1]
     model.get_base_model().get_submodule(block).register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
     )

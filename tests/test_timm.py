@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from shapadapter.backbone import Pass, default_targets, linear_layers, settle
+from shapadapter.backbone import ForwardCall, default_targets, linear_layers, settle
 from shapadapter.core.errors import UnsupportedModelError
 from shapadapter.core.losses import shapley_loss
 
@@ -313,11 +313,11 @@ class _Masked(TorchFunctionMode):
 def test_removal_is_masked_attention(name):
     """Cait is left out: the bias in its talking heads lets masked keys speak, so that masking would be no removal."""
     case, model = CASES[name], wrap(base(name), "classifier", tune="frozen")
-    carrier, plain = shapley(model).carrier, base(name)
+    hooks, plain = shapley(model).hooks, base(name)
     present = torch.stack([torch.arange(16) % 3 > 0, torch.arange(16) % 3 < 2])  # 10 and 11 of 16
     present[1, 0] = False
     index = present.nonzero()[:, 1].view(2, 10)
-    with torch.no_grad(), carrier.passing(Pass(case.players, index, case.removal)) as current:
+    with torch.no_grad(), hooks.during(ForwardCall(case.players, index, case.removal)) as current:
         model.get_base_model().forward(pixel_values=pixels(name))
     caught = []
     plain.timm_model.blocks[-1].register_forward_hook(lambda *call: caught.append(call[-1]))

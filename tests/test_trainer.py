@@ -28,7 +28,7 @@ from shapadapter import (
 from shapadapter.core.losses import shapley_loss
 from shapadapter.core.shapley import sample_pairs
 from shapadapter.training import ImageCollator
-from shapadapter.training.validation import is_constant
+from shapadapter.training.callbacks import is_constant
 
 datasets = pytest.importorskip("datasets")
 

@@ -100,8 +100,8 @@ def test_trap_05_nothing_lives_on_the_tuner_and_copies_have_their_own_hooks():
         shapley(again).lora_shapley_vote["default"].weight.normal_()
     assert not torch.equal(run(again).attributions, before.attributions)
     assert torch.equal(run(model).attributions, before.attributions)
-    assert shapley(again).carrier.anatomy == shapley(model).carrier.anatomy
-    assert shapley(again).carrier is not shapley(model).carrier
+    assert shapley(again).hooks.anatomy == shapley(model).hooks.anatomy
+    assert shapley(again).hooks is not shapley(model).hooks
     bare = copy.deepcopy(model.get_base_model())
     assert torch.equal(run(bare).attributions, before.attributions)
 

@@ -222,7 +222,7 @@ class RivalTrainer(ShapleyTrainer):
         game = ShapleyOutput(
             logits=full, null_values=null, coalition_values=values, coalition_attributions=sums.detach()
         )
-        self._note(game, {"coalitions": coalitions}, terms, "train" if model.training else "eval")
+        self.monitor.add_batch("train" if model.training else "eval", game, coalitions, terms, labels=0.0)
         loss = torch.stack(list(terms.values())).sum()
         return (loss, own) if return_outputs else loss
 

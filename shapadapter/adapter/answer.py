@@ -14,7 +14,6 @@ from transformers.utils.generic import ModelOutput
 from shapadapter.adapter.call import ModelCall
 from shapadapter.adapter.coalitions import CoalitionGame
 from shapadapter.adapter.head import Evidence
-from shapadapter.adapter.matching import similarity
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.losses import expected_square, project_on_efficiency
 from shapadapter.data.labels import PROBLEMS, LabelRules, known_labels
@@ -80,54 +79,41 @@ class MatchingOutput(ShapleyOutput):
         return None if self.logits is None else self.logits.t()
 
 
-def answer(game: CoalitionGame, evidence: Evidence, output: Any, travelled: bool) -> ShapleyOutput:
-    """The output of one call.
-
-    Args:
-        game: the call's game.
-        evidence: what the head has read off the cells.
-        output: the base model's own.
-        travelled: whether a token went through the blocks with the image.
-
-    Raises:
-        ShapleyError: coalitions were given to a matching model, but no texts to compare them with.
-    """
+def answer(game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequence: bool) -> ShapleyOutput:
+    """The output of one call, from the base model's `output` and what the head has read off the cells."""
     matching = game.anatomy.kind == "matching"
-    own = getattr(output, "image_embeds" if matching else game.anatomy.family.scores, None)
-    full, null = _ends(game, evidence, own)  # (B, K) each
-    values = game.coalition_values()
+    if game.rules.prediction == "vote":
+        assert game.null is not None
+        total = evidence.total()  # (B, K)
+        null = game.null.float().expand(total.shape[0], -1)  # (B, K)
+        full = null + total  # (B, K)
+    else:
+        full = getattr(output, "image_embeds" if matching else game.anatomy.family.scores)  # (B, K)
+        null = game.empty_value().expand(full.shape[0], -1)  # (1, K) -> (B, K)
+    values = game.coalition_values()  # (B, M, K)
     if matching:
-        return _matched(game, evidence, full, null, values, output)
+        return _match(game, evidence, full, null, values, output)
     call = game.call
+    states = getattr(output, "hidden_states", None)
+    if states is not None and token_in_sequence:  # it stands at index 0 inside the blocks
+        tokens = call.tokens if call.pixel_values.ndim == 4 else call.pixel_values.shape[1]
+        states = tuple(s[:, 1:] if s.ndim == 3 and s.shape[1] == tokens + 1 else s for s in states)  # (B, T, D)
     return ShapleyOutput(
         loss=None if call.labels is None else task_loss(game.model, call.labels, full),
         logits=full,
         null_values=null,
         coalition_values=values,
-        **_shared_out(call, evidence, full, null),
-        hidden_states=call.base_states(getattr(output, "hidden_states", None), travelled),
+        **_attribute(call, evidence, full, null),
+        hidden_states=states,
         attentions=getattr(output, "attentions", None),
     )
-
-
-def _ends(game: CoalitionGame, evidence: Evidence, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """v(all) and v(empty), (B, K) each."""
-    if game.rules.prediction == "vote":
-        assert game.null is not None
-        total = evidence.total()  # (B, K)
-        null = game.null.float().expand(total.shape[0], -1)  # (B, K)
-        return null + total, null
-    assert own is not None
-    return own, game.empty_value().expand(own.shape[0], -1)  # (1, K) -> (B, K)
 
 
 def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
     """The base model's loss on logits (B, K), in fp32: by its problem type cross-entropy, binary cross-entropy or squares.
 
-    It is the mean over the labels that are known, each of several counting for itself; 0 where none is.
-
-    Raises:
-        ShapleyError: a label is no class of the model.
+    It is the mean over the labels that are known, each of several counting for itself; 0 where none is. A label that is
+    no class of the model is refused.
     """
     config, logits = model.config, logits.to(torch.promote_types(logits.dtype, torch.float32))
     if "_loss_function" in vars(model):  # the user's own
@@ -152,21 +138,15 @@ def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
     return losses.where(known, 0).sum() / known.sum().clamp(min=1)
 
 
-def _shared_out(
+def _attribute(
     call: ModelCall, evidence: Evidence, full: Tensor, null: Tensor, seen: Callable[[Tensor], Tensor] = Tensor.float
 ) -> dict[str, Any]:
-    """`full` - `null`, (B, K) each, shared out among the players, by the names of the output's fields.
+    """The attributions, which share out `full` - `null`, (B, K) each, by the names of the output's fields.
 
-    A player's share is what its cells contribute, moved to the efficiency plane (`project_on_efficiency`). The gradient
+    They are what a player's cells contribute, moved to the efficiency plane (`project_on_efficiency`). The gradient
     stays in that plane: the Shapley value is the minimiser of the Shapley loss among attributions of a given sum, and a
-    gradient that moved the sum would make the prediction easier to explain instead of explaining it.
-
-    Args:
-        call: with the players and coalitions.
-        evidence: what the head has read off the cells.
-        full: v(all).
-        null: v(empty).
-        seen: the linear map from contributions (..., P) to classes (..., K), where these are not the same.
+    gradient that moved the sum would make the prediction easier to explain instead of explaining it. `seen` is the linear
+    map from contributions (..., P) to classes (..., K), where these are not the same.
     """
     full, null = full.detach().float(), null.detach()
 
@@ -181,11 +161,11 @@ def _shared_out(
     present = call.coalitions.float().mean(dim=2, keepdim=True)  # (B, M, N) -> (B, M, 1), the share of players
     sums = seen(evidence.sums(call.tiling.cell_weights(call.coalitions)))  # (B, M, cells) -> (B, M, P) -> (B, M, K)
     with torch.no_grad():
-        yardstick = expected_square(attributions())  # (B,)
-    return {"coalition_attributions": sums + present * missing[:, None], "expected_square": yardstick}
+        square = expected_square(attributions())  # (B,)
+    return {"coalition_attributions": sums + present * missing[:, None], "expected_square": square}
 
 
-def _matched(
+def _match(
     game: CoalitionGame, evidence: Evidence, full: Tensor, null: Tensor, values: Tensor | None, output: Any
 ) -> MatchingOutput:
     """Everything in the space of embeddings, seen along the texts where there are any."""
@@ -193,7 +173,7 @@ def _matched(
     assert texts is not None
     embeds: dict[str, Any] = {"image_embeds": full, "null_embeds": null}
     if call.return_attributions:
-        embeds["embedding_attributions"] = _shared_out(call, evidence, full, null)["attributions"]  # (B, N, P)
+        embeds["embedding_attributions"] = _attribute(call, evidence, full, null)["attributions"]  # (B, N, P)
     if not texts.given:
         if values is not None:
             raise ShapleyError("Coalitions were given without texts; their values are similarities to texts.")
@@ -208,15 +188,26 @@ def _matched(
     if call.return_attributions:
         along = seen(embeds["embedding_attributions"])  # (B, N, T)
         # Once more: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
-        shared: dict[str, Any] = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
+        attributed: dict[str, Any] = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
     else:
-        shared = _shared_out(call, evidence, logits, empty, seen)
+        attributed = _attribute(call, evidence, logits, empty, seen)
     return MatchingOutput(
         loss=texts.loss_of(model, logits),
         logits=logits,
         null_values=empty,
         coalition_values=None if values is None else similarity(model, values, directions),  # (B, M, T)
         text_embeds=directions,
-        **shared,
+        **attributed,
         **embeds,
     )
+
+
+def similarity(model: Any, embeds: Tensor, text_embeds: Tensor, difference: bool = False) -> Tensor:
+    """Similarity before softmax of embeddings (..., P) and normalised texts (T, P): (..., T) fp32.
+
+    With `difference`, `embeds` are differences of embeddings, for which the model's bias cancels out.
+    """
+    with torch.autocast(embeds.device.type, enabled=False):
+        scaled = embeds.float() @ text_embeds.float().t() * model.logit_scale.float().exp()
+    bias = getattr(model, "logit_bias", None)
+    return scaled if difference or bias is None else scaled + bias.float()

@@ -1,54 +1,93 @@
-"""One call of a wrapped model: its arguments sorted out and checked, and its coalitions grouped in batches."""
+"""The arguments of a call of a wrapped model: sorted out and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shapadapter.adapter.matching import Texts
 from shapadapter.backbone import Anatomy, Tiling
-from shapadapter.core.errors import ImageError
+from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
+from shapadapter.data.collator import text_rules
 
 _OURS = ("coalitions", "coalition_sizes", "coalition_grad", "return_attributions")
 _EXTRAS = ("output_hidden_states", "output_attentions")
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a matching model was asked to compare images with."""
+
+    inputs: dict[str, Any]  # of its text tower
+    embeds: Tensor | None  # (T, P) normalised embeddings, given in place of texts
+    loss: bool  # whether the contrastive loss was asked for
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any], model: PreTrainedModel) -> Texts:
+        """Take the text side out of a call's keyword arguments, and check it."""
+        given = {name: options.pop(name, None) for name in _TEXT_INPUTS}
+        inputs = {name: value for name, value in given.items() if value is not None}
+        embeds = options.pop("text_embeds", None)
+        if embeds is not None:
+            embeds = F.normalize(embeds, dim=-1)  # (T, P)
+        if inputs and embeds is not None:
+            raise ValueError("Pass either input_ids or text_embeds, not both.")
+        limit, ids = text_rules(model).limit, inputs.get("input_ids")
+        if ids is not None and limit is not None and ids.shape[-1] > limit:
+            raise ShapleyError(
+                f"A text of {ids.shape[-1]} tokens is longer than the {limit} this model takes. Shorten it, or let the "
+                f"tokenizer cut it: truncation=True, max_length={limit}."
+            )
+        return cls(inputs, embeds, bool(options.pop("return_loss", None)))
+
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return "input_ids" in self.inputs or self.embeds is not None
+
+    def for_base(self, device: torch.device) -> dict[str, Any]:
+        """What the base model's forward gets, which refuses to run without a text."""
+        if "input_ids" in self.inputs:
+            return self.inputs
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
+
+    def loss_of(self, model: Any, similarity: Tensor) -> Tensor | None:
+        """The model's contrastive loss on `similarity` (B, B), if asked for; equal texts are matches of each other."""
+        if not self.loss:
+            return None
+        ids = self.inputs.get("input_ids")
+        if ids is None or similarity.shape[0] != similarity.shape[1]:
+            raise ShapleyError(
+                f"return_loss=True needs one text for each image, in order; got {tuple(similarity.shape)} images and texts."
+            )
+        matches = (ids[:, None] == ids[None]).all(dim=-1)  # (B, B)
+        loss = pairwise_sigmoid_loss if hasattr(model, "logit_bias") else contrastive_loss
+        return loss(similarity, matches)
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a wrapped model was called with.
+    """What a wrapped model was called with."""
 
-    Attributes:
-        pixel_values: (B, C, H, W), or patches (B, N, 3 * p * p).
-        tiling: how the players lie on the images.
-        tokens: T, the length of the base model's token sequence, if it has one.
-        labels: the task's labels or None.
-        texts: what a matching model compares the images with, else None.
-        coalitions: (B, M, N) bool, True = present, or None.
-        coalition_sizes: (M,) players in each coalition, where the caller knows them to be the same for all images.
-        coalition_grad: whether gradients flow through the coalitions' values.
-        return_attributions: whether every player's are wanted, or with coalitions their sums alone.
-        return_dict: whether the caller wants named fields.
-        options: further keyword arguments of the base model, for coalitions as well.
-        extras: those that ask for more outputs, for the full image alone.
-    """
-
-    pixel_values: Tensor
-    tiling: Tiling
-    tokens: int
+    pixel_values: Tensor  # (B, C, H, W), or patches (B, N, 3 * p * p)
+    tiling: Tiling  # how the players lie on the images
+    tokens: int  # T, the length of the base model's token sequence, if it has one
     labels: Tensor | None
-    texts: Texts | None
-    coalitions: Tensor | None
-    coalition_sizes: tuple[int, ...] | None
-    coalition_grad: bool
-    return_attributions: bool
+    texts: Texts | None  # what a matching model compares the images with
+    coalitions: Tensor | None  # (B, M, N) bool, True = present
+    coalition_sizes: tuple[int, ...] | None  # (M,) players in each, where the caller knows it is so for all images
+    coalition_grad: bool  # whether gradients flow through the coalitions' values
+    return_attributions: bool  # of every player, or with coalitions their sums alone
     return_dict: bool
-    options: dict[str, Any]
-    extras: dict[str, Any]
+    options: dict[str, Any]  # further keyword arguments of the base model, for coalitions as well
+    extras: dict[str, Any]  # those that ask for more outputs, for the full image alone
 
     @classmethod
     def of(
@@ -59,14 +98,7 @@ class ModelCall:
         anatomy: Anatomy,
         tile: Callable[..., Tiling],
     ) -> ModelCall:
-        """Sort out the arguments of `model(*args, **kwargs)`.
-
-        Raises:
-            TypeError: positional arguments beyond the images.
-            ImageError: images, or coalitions, of another shape than expected.
-            ValueError: an argument that removes players in another way.
-            ShapleyError: texts that do not fit the model.
-        """
+        """The arguments of `model(*args, **kwargs)`; `tile` says how players lie on images, given the options."""
         options = dict(kwargs)
         # Perceiver's own name for images, which people pass by habit.
         images = options.pop("inputs", None) if options.get("pixel_values") is None else None
@@ -77,15 +109,15 @@ class ModelCall:
         pixel_values = args[0] if args else pixel_values
         if not isinstance(pixel_values, Tensor):
             raise ImageError(f"Expected pixel_values as a tensor, got {type(pixel_values).__name__}.")
-        texts = Texts.taken_from(options) if anatomy.kind == "matching" else None
-        if texts is not None:
-            texts.check_length(model)
+        texts = Texts.taken_from(options, model) if anatomy.kind == "matching" else None
         for name in ("attention_mask", "bool_masked_pos"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"A wrapped model takes no {name}: remove patches with coalitions=(B, M, N) bool.")
         tiling = tile(pixel_values, **options)
         return_dict = options.pop("return_dict", None)
-        coalitions = _checked(options.pop("coalitions", None), pixel_values.shape[0], tiling.players)
+        coalitions = options.pop("coalitions", None)
+        if coalitions is not None:
+            _check_coalitions(coalitions, pixel_values.shape[0], tiling.players)
         return cls(
             pixel_values=pixel_values,
             tiling=tiling,
@@ -112,28 +144,15 @@ class ModelCall:
             for name, value in named.items()
         }
 
-    def base_states(self, states: tuple[Tensor, ...] | None, travelled: bool) -> tuple[Tensor, ...] | None:
-        """Hidden states (B, T, D) without the Shapley token, which stands at index 0 inside the blocks if it travelled."""
-        if states is None or not travelled:
-            return states
-        tokens = self.tokens if self.pixel_values.ndim == 4 else self.pixel_values.shape[1]
-        return tuple(state[:, 1:] if state.ndim == 3 and state.shape[1] == tokens + 1 else state for state in states)
 
-
-def without_token(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for the bare base model.
-
-    Raises:
-        ValueError: coalitions were given, which nothing would look at.
-    """
+def without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the base model alone; coalitions, which nothing would look at, are refused."""
     if kwargs.get("coalitions") is not None:
         raise ValueError("coalitions were given but no Shapley adapter is active. Enable it, or leave them out.")
     return {name: value for name, value in kwargs.items() if name not in _OURS}
 
 
-def _checked(coalitions: Any, images: int, players: tuple[int, int]) -> Tensor | None:
-    if coalitions is None:
-        return None
+def _check_coalitions(coalitions: Any, images: int, players: tuple[int, int]) -> None:
     if not isinstance(coalitions, Tensor) or coalitions.dtype != torch.bool or coalitions.ndim != 3:
         came = f"{coalitions.dtype} {tuple(coalitions.shape)}" if isinstance(coalitions, Tensor) else type(coalitions)
         raise ImageError(f"Expected coalitions as a bool tensor (batch, coalitions, players), got {came}.")
@@ -143,7 +162,6 @@ def _checked(coalitions: Any, images: int, players: tuple[int, int]) -> Tensor |
             f"Expected coalitions ({images}, M, {rows * cols}) for {images} images of {rows} x {cols} players, got "
             f"{tuple(coalitions.shape)}."
         )
-    return coalitions
 
 
 def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | None:
@@ -160,19 +178,3 @@ def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | N
         # Compared on the device, where the coalitions are: reading them here would halt it in every step.
         torch._assert_async((counted[:, m] == size).all(), "Coalitions have other sizes than coalition_sizes says.")
     return sizes
-
-
-def runs_by_size(coalitions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Group coalitions (B, M, N) by size, so that the tokens of a batch are a rectangle without padding.
-
-    Yields:
-        rows: (R,) positions in the flattened (B * M) coalitions.
-        images: (R,) the image each belongs to.
-        present: (R, N) bool, True = present.
-        size: players present in each.
-    """
-    flat = coalitions.flatten(0, 1)  # (B * M, N)
-    sizes = flat.sum(dim=1)  # (B * M,)
-    for size in sizes.unique().tolist():
-        rows = (sizes == size).nonzero()[:, 0]  # (R,)
-        yield rows, rows // coalitions.shape[1], flat[rows], size

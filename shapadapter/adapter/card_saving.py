@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from shapadapter.adapter.config import WRITTEN, ShapleyConfig
 from shapadapter.adapter.layer import ShapleyLayer
 from shapadapter.core.errors import ImageError
-from shapadapter.explanation.storage import break_links
+from shapadapter.core.links import break_links
 from shapadapter.hub.card.facts import read_config, weights_digest
 from shapadapter.hub.card.metadata import is_ours
 from shapadapter.hub.card.pull import card_for_push, has_adapter

@@ -1,9 +1,9 @@
-"""The game of a wrapped model: what it says of an image when only some players are there."""
+"""The game of a wrapped model: its values of coalitions, when only some players of an image are there."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from shapadapter.adapter.call import ModelCall, runs_by_size
+from shapadapter.adapter.call import ModelCall
 from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
-    Carrier,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     evaluating,
     evaluation_view,
     fill_absent,
@@ -27,66 +27,73 @@ from shapadapter.backbone import (
 )
 
 
+def evaluate_coalitions(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    coalitions: Tensor,
+    per_call: int,
+    read: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:
+    """v(S) of any number of coalitions of a batch of images, a few at a time.
+
+    Each call evaluates the full images as well. In order of size, as many coalitions of one size as possible share a
+    pass, without padding; column by column those of all images should have one size, others are only slower. Gradients
+    and modes are the caller's: `torch.inference_mode()`, and `evaluation_view(model)` where dropout may be on.
+
+    Args:
+        model: a wrapped model.
+        inputs: keyword arguments of its forward, `pixel_values` (B, C, H, W) among them.
+        coalitions: (B, M, N) bool, True = present, on any device.
+        per_call: coalitions of each image in a call of the model.
+        read: what to keep of the values (B, m, K) of a call, as (B, m, ...); all of them unless told.
+
+    Returns:
+        (B, M, ...), in the order of `coalitions`.
+    """
+    order = coalitions.sum(dim=-1).amax(dim=0).argsort(stable=True)  # (M,)
+    parts = []
+    for columns in order.split(max(1, per_call)):
+        chosen = coalitions[:, columns].to(inputs["pixel_values"].device)  # (B, m, N)
+        parts.append(read(model(**inputs, coalitions=chosen).coalition_values))
+    values = torch.cat(parts, dim=1)
+    return values[:, order.argsort().to(values.device)]
+
+
 @dataclass(frozen=True)
 class Rules:
-    """What an adapter's config says about its game.
+    """What an adapter's config says about its game."""
 
-    Attributes:
-        prediction: "vote" or "classifier".
-        classes: K of the adapter; with texts P.
-        removal: "drop", "mask" or "pixels".
-        blur: whether absent pixels show the blurred present ones.
-        fill_color: the colour they show otherwise; None for 0 in the image processor's scale.
-        grid: (rows, cols) of the players, None for the cells.
-        offset: (down, right) by which cells look beside their place, in cells.
-        empty: (1, K), v(empty) where it is known beforehand, as in a model that is exported for one size of images.
-    """
-
-    prediction: str
-    classes: int
-    removal: Any
-    blur: bool = False
-    fill_color: tuple[float, ...] | None = None
-    grid: tuple[int, int] | None = None
-    offset: tuple[float, float] = (0.0, 0.0)
-    empty: Tensor | None = None
+    prediction: str  # "vote" or "classifier"
+    classes: int  # K of the adapter; with texts P
+    removal: Any  # "drop", "mask" or "pixels"
+    blur: bool = False  # whether absent pixels show the blurred present ones
+    fill_color: tuple[float, ...] | None = None  # what they show otherwise; None for 0 in the image processor's scale
+    grid: tuple[int, int] | None = None  # (rows, cols) of the players, None for the cells
+    offset: tuple[float, float] = (0.0, 0.0)  # (down, right) by which cells look beside their place, in cells
+    empty: Tensor | None = None  # (1, K), v(empty) where it is known beforehand, as in a model exported for one size
 
 
 @dataclass(frozen=True)
 class CoalitionGame:
-    """One call's game: values v(S) in scores (K), or with texts in the space of embeddings (P).
+    """One call's game by the active adapter: values v(S) in scores (K), or with texts in the space of embeddings (P)."""
 
-    Attributes:
-        model: the base model.
-        anatomy: its parts.
-        carrier: sees its passes.
-        rules: of the active adapter.
-        head: of the active adapter.
-        null: (K,), its null value, with `vote` prediction.
-        fill: (C,), its learned colour, if it has one.
-        call: what the model was called with.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # the base model
     anatomy: Anatomy
-    carrier: Carrier
+    hooks: FeatureHooks  # sees its passes
     rules: Rules
     head: ProjectionHead
-    null: Tensor | None
-    fill: Tensor | None
+    null: Tensor | None  # (K,), with `vote` prediction
+    fill: Tensor | None  # (C,), where the color is learned
     call: ModelCall
 
     def value(self, images: Tensor | None, present: Tensor, size: int | None) -> Tensor:
         """v(S) of the images of index (R,), or of all, with the players `present` (R, N) bool: (R, K) fp32.
 
-        Args:
-            images: (R,).
-            present: (R, N), True = present.
-            size: how many are, in every row; not needed where pixels are replaced.
+        `size` is how many are in every row; it is not needed where pixels are replaced.
         """
         inputs, current, weights = self._removed(self.call.inputs(images), present, size)
-        with self.carrier.passing(current):
-            scores = score(self.model, self.anatomy.kind, self.anatomy.family, inputs)
+        with self.hooks.during(current):
+            scores = score(self.model, self.anatomy, inputs)
         if self.rules.prediction == "classifier":
             assert scores is not None
             return scores.float()
@@ -97,14 +104,23 @@ class CoalitionGame:
 
     def _removed(
         self, inputs: dict[str, Any], present: Tensor, size: int | None
-    ) -> tuple[dict[str, Any], Pass, Tensor | None]:
+    ) -> tuple[dict[str, Any], ForwardCall, Tensor | None]:
         """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
         tiling = self.call.tiling
         cells = tiling.cells[0] * tiling.cells[1]
-        bare = not torch.is_grad_enabled()
+        without_token = not torch.is_grad_enabled()
         if self.rules.removal == "pixels":
-            pixels = self._filled(inputs["pixel_values"], present)
-            return {**inputs, "pixel_values": pixels}, Pass(cells, bare=bare), tiling.cell_weights(present)
+            images, color = inputs["pixel_values"], self.fill
+            if color is None:
+                # Filled in on the device: numbers that are brought there would halt it in every step.
+                channels = self.rules.fill_color or [0.0] * images.shape[1]
+                color = torch.stack([images.new_full((), channel) for channel in channels])  # (C,)
+            pixels = fill_absent(images, present, tiling.players, color, self.rules.blur, tiling.seen)
+            return (
+                {**inputs, "pixel_values": pixels},
+                ForwardCall(cells, without_token=without_token),
+                tiling.cell_weights(present),
+            )
         assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
         # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
@@ -113,16 +129,7 @@ class CoalitionGame:
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, Pass(cells, index, self.rules.removal, native, bare), None
-
-    def _filled(self, images: Tensor, present: Tensor) -> Tensor:
-        colour = self.fill
-        if colour is None:
-            # Filled in on the device: numbers that are brought there would halt it in every step.
-            channels = self.rules.fill_color or [0.0] * images.shape[1]
-            colour = torch.stack([images.new_full((), channel) for channel in channels])  # (C,)
-        tiling = self.call.tiling
-        return fill_absent(images, present, tiling.players, colour, self.rules.blur, tiling.seen)
+        return inputs, ForwardCall(cells, index, self.rules.removal, native, without_token), None
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""
@@ -169,22 +176,24 @@ class CoalitionGame:
         images, count = coalitions.shape[:2]
         if not images * count:
             return self.call.pixel_values.new_zeros(images, count, self.rules.classes, dtype=torch.float32)
+        flat = coalitions.flatten(0, 1)  # (B * M, N)
+        owners = torch.arange(images * count, device=coalitions.device) // count  # (B * M,), the image of each
         if self.rules.removal == "pixels":
-            owners = torch.arange(images * count, device=coalitions.device) // count  # (B * M,)
-            return self.value(owners, coalitions.flatten(0, 1), None).unflatten(0, (images, count))
-        order, values = [], []
-        for rows, owners, present, size in runs_by_size(coalitions):
-            order.append(rows)
-            values.append(self.value(owners, present, size))
-        # (B * M, K), back from order of size to order of the coalitions
-        return torch.cat(values).index_select(0, torch.cat(order).argsort()).unflatten(0, (images, count))
+            return self.value(owners, flat, None).unflatten(0, (images, count))
+        # Grouped by size, so that the tokens of a pass are a rectangle without padding.
+        sizes = flat.sum(dim=1)  # (B * M,)
+        groups = [((sizes == size).nonzero()[:, 0], size) for size in sizes.unique().tolist()]  # (R,) rows each
+        values = torch.cat([self.value(owners[rows], flat[rows], size) for rows, size in groups])  # (B * M, K)
+        # Back from order of size to order of the coalitions.
+        order = torch.cat([rows for rows, _ in groups])  # (B * M,)
+        return values.index_select(0, order.argsort()).unflatten(0, (images, count))
 
 
 def freeze_statistics(model: nn.Module) -> None:
     """Let batch norms use the statistics they were pretrained with.
 
     In training mode they would take those of the batch, and the values of coalitions, in which part of each image is
-    missing, would be measured by another yardstick than the prediction.
+    missing, would be computed with other statistics than the prediction.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):

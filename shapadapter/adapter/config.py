@@ -1,4 +1,5 @@
 """The adapter's configuration: what `adapter_config.json` holds."""
+# ruff: noqa: RUF009 - `_option` makes a field
 
 from __future__ import annotations
 
@@ -17,23 +18,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
 from shapadapter.adapter.head import new_leaves
-from shapadapter.adapter.weights import check_weights
+from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
-from shapadapter.explanation.storage import break_links, refuse_links
+from shapadapter.core.links import break_links, refuse_links
 from shapadapter.hub.card.facts import code, one_line, settled
 from shapadapter.hub.card.render import read_pictures, write_card
 from shapadapter.hub.remote import PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]
-
-
-class Fingerprint(TypedDict):
-    """Numbers of a base model: of each part the norm, that of a sample of its weights, and the sample's projection."""
-
-    dtype: str
-    values: list[tuple[float, float, float]]
 
 
 class AutoMapping(TypedDict):
@@ -68,6 +62,10 @@ MEGATRON = "megatron.core"
 """What PEFT writes as megatron_core of every adapter."""
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class ShapleyConfig(LoraConfig):
     """LoRA plus a Shapley token and a projection head: everything a `LoraConfig` takes, and the fields below.
@@ -77,102 +75,74 @@ class ShapleyConfig(LoraConfig):
     loaded; leave them alone.
     """
 
-    prediction: Literal["vote", "classifier"] = field(
-        default="vote",
-        metadata={
-            "help": "Where the logits come from. 'vote': they are the sum of the attributions, through the projection "
-            "head. 'classifier': the base model's own head predicts and the attributions are projected on its logits; "
-            "a new head is trained (see train_classifier)."
-        },
+    prediction: Literal["vote", "classifier"] = _option(
+        "vote",
+        "Where the logits come from. 'vote': they are the sum of the attributions, through the projection head. "
+        "'classifier': the base model's own head predicts and the attributions are projected on its logits; a new head is "
+        "trained (see train_classifier).",
     )
-    train_classifier: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the base model's own classifier is trained and saved with the adapter, where it predicts. By "
-            "default only if it is new, because the base was loaded with other classes or without a classifier; a "
-            "pretrained one stays as it is."
-        },
+    train_classifier: bool | None = _option(
+        None,
+        "Whether the base model's own classifier is trained and saved with the adapter, where it predicts. By default only "
+        "if it is new, because the base was loaded with other classes or without a classifier; a pretrained one stays as "
+        "it is.",
     )
-    tune: Literal["lora", "frozen", "full"] = field(
-        default="lora",
-        metadata={
-            "help": "What is trained beside token and head: 'lora' (low-rank updates), 'frozen' (nothing), 'full' "
-            "(the whole backbone, saved with the adapter)."
-        },
+    tune: Literal["lora", "frozen", "full"] = _option(
+        "lora",
+        "What is trained beside token and head: 'lora' (low-rank updates), 'frozen' (nothing), 'full' (the whole backbone, "
+        "saved with the adapter).",
     )
-    removal: Literal["auto", "drop", "mask", "pixels"] = field(
-        default="auto",
-        metadata={
-            "help": "How absent players are taken out: 'drop' their tokens, 'mask' their attention keys, replace their "
-            "'pixels', or 'auto': drop where that equals masking, else mask, and pixels where there are no tokens."
-        },
+    removal: Literal["auto", "drop", "mask", "pixels"] = _option(
+        "auto",
+        "How absent players are taken out: 'drop' their tokens, 'mask' their attention keys, replace their 'pixels', or "
+        "'auto': drop where that equals masking, else mask, and pixels where there are no tokens.",
     )
-    grid: tuple[Count, Count] | None = field(
-        default=None,
-        metadata={
-            "help": "(rows, cols) of the players; by default the patches, or the cells of the final feature map."
-        },
+    grid: tuple[Count, Count] | None = _option(
+        None, "(rows, cols) of the players; by default the patches, or the cells of the final feature map."
     )
-    fill: Literal["mean", "blur", "learned"] = field(
-        default="mean",
-        metadata={
-            "help": "What removal='pixels' shows in place of absent players: the 'mean' colour of the training images, "
-            "a 'blur' of the present pixels around (that colour where there are none), or a 'learned' colour, which "
-            "learns from coalition_task_weight or coalition_gradients."
-        },
+    fill: Literal["mean", "blur", "learned"] = _option(
+        "mean",
+        "What removal='pixels' shows in place of absent players: the 'mean' color of the training images, a 'blur' of the "
+        "present pixels around (that color where there are none), or a 'learned' color, which learns from "
+        "coalition_task_weight or coalition_gradients.",
     )
-    fill_color: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "The mean colour, one number for each channel as the image processor scales them; measured on the "
-            "training images by ShapleyTrainer if not given, 0 without a trainer."
-        },
+    fill_color: list[float] | None = _option(
+        None,
+        "The mean color, one number for each channel as the image processor scales them; measured on the training images "
+        "by ShapleyTrainer if not given, 0 without a trainer.",
     )
-    shapley_token: bool = field(
-        default=True,
-        metadata={"help": "Whether a learned read-only token conditions how attributions are shared among players."},
+    shapley_token: bool = _option(
+        True, "Whether a learned read-only token conditions how attributions are shared among players."
     )
-    head_width: Count = field(default=256, metadata={"help": "Width of the head's token-conditioned branch."})
-    cell_offset: tuple[float, float] | None = field(
-        default=None,
-        metadata={
-            "help": "(down, right) by which the model's cells look beside their place, in cells; measured when a model "
-            "is wrapped with a grid of its own."
-        },
+    head_width: Count = _option(256, "Width of the head's token-conditioned branch.")
+    cell_offset: tuple[float, float] | None = _option(
+        None,
+        "(down, right) by which the model's cells look beside their place, in cells; measured when a model is wrapped with "
+        "a grid of its own.",
     )
-    mechanism: Literal["sequence", "readout", "latents"] | None = field(
-        default=None,
-        metadata={
-            "help": "How the token works in the base model, written when a model is wrapped: it travels through a "
-            "'sequence' of patch tokens, does a 'readout' of the final feature map, or of 'latents' without a place."
-        },
+    mechanism: Literal["sequence", "readout", "latents"] | None = _option(
+        None,
+        "How the token works in the base model, written when a model is wrapped: it stands in a 'sequence' of patch tokens, "
+        "does a 'readout' of the final feature map, or of 'latents' without a place.",
     )
-    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = field(
-        default=None, metadata={"help": "The base model's problem_type, written when a model is wrapped."}
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = _option(
+        None, "The base model's problem_type, written when a model is wrapped."
     )
-    num_classes: Count | None = field(default=None, metadata={"help": "K, written when a model is wrapped."})
-    id2label: dict[Annotated[int, Between(0)], str] | None = field(
-        default=None, metadata={"help": "Class names, written likewise."}
+    num_classes: Count | None = _option(None, "K, written when a model is wrapped.")
+    id2label: dict[Annotated[int, Between(0)], str] | None = _option(None, "Class names, written likewise.")
+    base_fingerprint: Fingerprint | None = _option(
+        None, "Numbers by which another base model is recognised, written likewise."
     )
-    base_fingerprint: Fingerprint | None = field(
-        default=None, metadata={"help": "Numbers by which another base model is recognised, written likewise."}
-    )
-    shapadapter_version: str | None = field(default=None, metadata={"help": "The version that wrote the adapter."})
-    record: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "What is known of data, training and results, for the model card; written by ShapleyTrainer and "
-            "update_card."
-        },
+    shapadapter_version: str | None = _option(None, "The version that wrote the adapter.")
+    record: dict[str, Any] | None = _option(
+        None,
+        "What is known of data, training and results, for the model card; written by ShapleyTrainer and update_card.",
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ShapleyConfig:
         """Refuse fields of a file that are not known here; PEFT would drop them, and load another adapter than was saved.
 
-        Every road hands the content of a file over as keywords, with `peft_type` among them, `PeftConfig` itself included.
-
-        Raises:
-            CheckpointError: there is one.
+        PEFT always hands the content of a file over as keywords, with `peft_type` among them.
         """
         if "peft_type" in kwargs and (unknown := sorted(set(kwargs) - {one.name for one in fields(cls)})):
             versions = [one_line(kwargs.get(name), 20) for name in ("shapadapter_version", "peft_version")]
@@ -188,11 +158,6 @@ class ShapleyConfig(LoraConfig):
             # json turns the keys into strings.
             self.id2label = {_as_index(index): label for index, label in self.id2label.items()}
         self.check()
-        if self.megatron_config is not None or self.megatron_core not in (None, MEGATRON):
-            raise CheckpointError(
-                f"megatron_config and megatron_core must be left as they are, null and {MEGATRON!r}, in code and in "
-                "adapter_config.json: with others, PEFT imports the module that they name."
-            )
         super().__post_init__()
         # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
         self.pictures: dict[str, bytes] = {}
@@ -203,11 +168,6 @@ class ShapleyConfig(LoraConfig):
         self.saved: dict[str, tuple[int, ...]] | None = None
         # LoraConfig sets its own type there.
         self.peft_type = PeftType.SHAPLEY  # type: ignore[attr-defined]
-        if self.train_classifier and self.prediction == "vote":
-            raise FieldError(
-                "train_classifier=True needs prediction='classifier': with 'vote' the adapter's own head predicts, which is "
-                "always trained."
-            )
         for name in ("grid", "cell_offset"):
             # json knows no tuples.
             if isinstance(getattr(self, name), list):
@@ -218,6 +178,7 @@ class ShapleyConfig(LoraConfig):
 
         Raises:
             FieldError: naming the field, what was expected, and what came.
+            CheckpointError: a field would have PEFT import code.
         """
         for name, kind in _kinds().items():
             if trouble := fault(getattr(self, name), kind, name):
@@ -230,6 +191,16 @@ class ShapleyConfig(LoraConfig):
             raise FieldError(
                 f"Leave task_type empty, got {shown(self.task_type)}: PEFT's task types are for language models, and with "
                 "one set AutoPeftModel could not load the adapter."
+            )
+        if self.train_classifier and self.prediction == "vote":
+            raise FieldError(
+                "train_classifier=True needs prediction='classifier': with 'vote' the adapter's own head predicts, which is "
+                "always trained."
+            )
+        if self.megatron_config is not None or self.megatron_core not in (None, MEGATRON):
+            raise CheckpointError(
+                f"megatron_config and megatron_core must be left as they are, null and {MEGATRON!r}, in code and in "
+                "adapter_config.json: with others, PEFT imports the module that they name."
             )
 
     @classmethod
@@ -268,22 +239,23 @@ class ShapleyConfig(LoraConfig):
         text = write_card(Path(folder), self.to_dict(), pictures=self.pictures, tags=self.model_tags)
         self.written_card = None if text is None else (Path(folder).resolve(), text)
 
-    def tensors(self) -> list[str]:
-        """Names, as saved, of the tensors of token and head that an adapter of this configuration has."""
-        return list(self.shapes(1, 1))
+    def leaves(self, width: int, classes: int, channels: int = 3) -> dict[str, nn.Module | nn.Parameter]:
+        """New parameters of an adapter, by leaf, for features of `width` numbers."""
+        return new_leaves(
+            width,
+            classes,
+            self.head_width,
+            # The base model's own head has no need of a null parameter: it is asked for v(empty).
+            null=self.prediction == "vote",
+            token=self.shapley_token,
+            mechanism=self.mechanism or "sequence",
+            fill=(self.fill_color or [0.0] * channels) if self.fill == "learned" else None,
+        )
 
     def shapes(self, width: int, classes: int) -> dict[str, tuple[int, ...]]:
-        """The same with their shapes, for features of `width` numbers and so many classes."""
+        """The shapes of an adapter's tensors of token and head, by their names as saved."""
         with torch.device("meta"):
-            leaves = new_leaves(
-                width,
-                classes,
-                self.head_width,
-                null=self.prediction == "vote",
-                token=self.shapley_token,
-                mechanism=self.mechanism or "sequence",
-                fill=(self.fill_color or [0.0] * 3) if self.fill == "learned" else None,
-            )
+            leaves = self.leaves(width, classes)
         found: dict[str, tuple[int, ...]] = {}
         for leaf, value in leaves.items():
             parts = {"": value} if isinstance(value, nn.Parameter) else value.state_dict(prefix=".")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shapadapter.adapter.weights import plain_weight
+
 _FREQUENCIES = 8
 _READER_HEADS = 4
 
@@ -19,20 +21,13 @@ class Evidence:
 
     So where sums over cells are all that is asked for, as in training, the cells are summed first, and no tensor has both
     N and K: with 200 players and 1,000 classes that would be the largest of the whole step.
-
-    Attributes:
-        normed: (B, s, D), for the vote.
-        centred: (B, s, W), for the shares; sums to zero over the cells.
-        vote: linear map D to K without bias.
-        share: linear map W to K without bias.
-        cells: number of cells of the full image.
     """
 
-    normed: Tensor
-    centred: Tensor
-    vote: nn.Module
-    share: nn.Module
-    cells: int
+    normed: Tensor  # (B, s, D), for the vote
+    centred: Tensor  # (B, s, W), for the shares; sums to zero over the cells
+    vote: nn.Module  # linear map D to K without bias
+    share: nn.Module  # linear map W to K without bias
+    cells: int  # of the full image
 
     def contributions(self) -> Tensor:
         """What each cell contributes, (B, s, K) fp32; under autocast rounded to its precision."""
@@ -41,14 +36,7 @@ class Evidence:
         return contributions.float().div_(self.cells)
 
     def sums(self, weights: Tensor) -> Tensor:
-        """Weighted sums of what the cells contribute.
-
-        Args:
-            weights: (B, M, s), for instance 1 for the cells of present players.
-
-        Returns:
-            (B, M, K) fp32.
-        """
+        """Sums of what the cells contribute, (B, M, K) fp32, by weights (B, M, s): 1 for the cells of present players."""
         with precisely(weights):
             weights = weights.to(self.normed.dtype)
             summed = self.vote(weights @ self.normed) + self.share(weights @ self.centred)  # (B, M, s) @ (B, s, D)
@@ -74,41 +62,26 @@ class ProjectionHead:
 
     Where no token travels through the blocks, it reads the cells here, by attention. Where features have no place in
     the image, each cell first gathers its feature from the latents, by attention from its position.
-
-    Attributes:
-        norm: layer norm of cells' features (D).
-        vote: linear map D to K without bias: a bias would credit every player alike.
-        patch: linear map D to W, the branch's view of a cell.
-        share: linear map W to K without bias, zero at the start.
-        token_norm: layer norm of the token, None without a token.
-        gate: linear map to W, the token's gate, None without a token.
-        key: linear map D to W, what the token looks at; None where it travels through the blocks.
-        value: linear map D to W, what it reads; None likewise.
-        place: linear map of a position to W, what a cell looks for; None where features have a place.
-        place_key: linear map D to W without bias, what it looks at in the latents; None likewise.
     """
 
-    norm: nn.Module
-    vote: nn.Linear
-    patch: nn.Module
-    share: nn.Module
-    token_norm: nn.Module | None = None
-    gate: nn.Module | None = None
-    key: nn.Module | None = None
-    value: nn.Module | None = None
-    place: nn.Module | None = None
-    place_key: nn.Module | None = None
+    norm: nn.Module  # layer norm of cells' features (D)
+    vote: nn.Linear  # D to K without bias, which would credit every player alike
+    patch: nn.Module  # linear map D to W, the branch's view of a cell
+    share: nn.Module  # linear map W to K without bias, zero at the start
+    token_norm: nn.Module | None = None  # None without a token
+    gate: nn.Module | None = None  # linear map to W, the token's gate, None without a token
+    key: nn.Module | None = None  # linear map D to W, what the token looks at; None where it stands in the sequence
+    value: nn.Module | None = None  # linear map D to W, what it reads; None likewise
+    place: nn.Module | None = (
+        None  # linear map of a position to W, what a cell looks for; None where features have one
+    )
+    place_key: nn.Module | None = None  # linear map D to W without bias, what it looks at in the latents
 
     def votes(self, features: Tensor, cells: tuple[int, int], weights: Tensor | None = None) -> Tensor:
-        """Sum of the contributions of the cells present: what the prediction is made of.
+        """Sum of the contributions of the cells present, (B, K) fp32: what the prediction is made of.
 
-        Args:
-            features: (B, s, D), or latents (B, L, D).
-            cells: (rows, cols) of the full image.
-            weights: (B, s), how much of each cell is present; all of it if None.
-
-        Returns:
-            (B, K) fp32.
+        `features` are (B, s, D), or latents (B, L, D); `cells` (rows, cols) of the full image; `weights` (B, s) say how
+        much of each cell is present, all of it unless given.
         """
         # Summed before it is projected: the map is linear, and K may be a thousand.
         with precisely(features):
@@ -119,10 +92,8 @@ class ProjectionHead:
     def read(self, features: Tensor, token: Tensor | None, cells: tuple[int, int]) -> Evidence:
         """What the head sees in each cell, from which follows what it contributes.
 
-        Args:
-            features: (B, s, D), or latents (B, L, D).
-            token: the one that came through the blocks (B, D), or the one that has yet to read (1, 1, W), or None.
-            cells: (rows, cols) of the full image.
+        `features` and `cells` are as in `votes`; `token` is the one that came through the blocks (B, D), or the one that
+        has yet to read (1, 1, W).
         """
         with precisely(features):
             normed = self._normed(features, cells)  # (B, s, D)
@@ -137,17 +108,14 @@ class ProjectionHead:
         return Evidence(normed, centred, self.vote, self.share, math.prod(cells))
 
     def _normed(self, features: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Normalised features of the cells (B, s, D), or of latents (B, L, D) as each cell gathers them (B, cells, D)."""
         features = features.to(self.vote.weight.dtype)
-        return self.norm(features if self.place is None else self._placed(features, cells))
-
-    def _placed(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """Latents (B, L, D) to features of the cells (B, cells, D)."""
-        assert self.place is not None
-        assert self.place_key is not None
-        query = self.place(positions(cells, latents))  # (cells, W)
-        key = self.place_key(F.layer_norm(latents, latents.shape[-1:]))  # (B, L, W)
-        attention = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)  # (B, cells, L)
-        return attention @ latents  # (B, cells, D)
+        if self.place is not None and self.place_key is not None:
+            query = self.place(positions(cells, features))  # (cells, W)
+            key = self.place_key(F.layer_norm(features, features.shape[-1:]))  # (B, L, W)
+            attention = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)  # (B, cells, L)
+            features = attention @ features  # (B, cells, D)
+        return self.norm(features)
 
     def _read(self, token: Tensor, normed: Tensor) -> Tensor:
         """The token (1, 1, W) after it has attended to the cells (B, s, D): (B, W)."""
@@ -179,16 +147,10 @@ def positions(cells: tuple[int, int], like: Tensor) -> Tensor:
 def new_leaves(
     width: int, classes: int, branch: int, *, null: bool, token: bool, mechanism: str, fill: list[float] | None
 ) -> dict[str, nn.Module | nn.Parameter]:
-    """Freshly initialised parameters of one adapter, by leaf.
+    """Freshly initialised parameters of one adapter, by leaf: `width` is D, `classes` K, `branch` W.
 
-    Args:
-        width: D.
-        classes: K.
-        branch: W.
-        null: whether there is a null value.
-        token: whether there is a Shapley token.
-        mechanism: where the token works: "sequence", "readout" or "latents".
-        fill: the colour to start from, (C,), where it is learned.
+    `mechanism` says where the token works ("sequence", "readout" or "latents"); `fill` is the color (C,) that a learned
+    one starts from.
     """
     vote = nn.Linear(width, classes, bias=False)
     nn.init.normal_(vote.weight, std=0.02)
@@ -205,7 +167,13 @@ def new_leaves(
     if fill is not None:
         leaves["fill"] = nn.Parameter(torch.tensor(fill))
     if token:
-        leaves |= _token_leaves(width, branch, travels=mechanism == "sequence")
+        own = width if mechanism == "sequence" else branch
+        gate = nn.Linear(own, branch)
+        nn.init.ones_(gate.bias)
+        leaves["token"] = nn.Parameter(torch.randn(1, 1, own) * 0.02)
+        leaves |= {"token_norm": nn.LayerNorm(own), "gate": gate}
+        if mechanism != "sequence":
+            leaves |= {"key": nn.Linear(width, branch), "value": nn.Linear(width, branch)}
     if mechanism == "latents":
         leaves |= {
             "place": nn.Linear(4 * _FREQUENCIES, branch),
@@ -214,13 +182,23 @@ def new_leaves(
     return leaves
 
 
-def _token_leaves(width: int, branch: int, travels: bool) -> dict[str, nn.Module | nn.Parameter]:
-    own = width if travels else branch
-    gate = nn.Linear(own, branch)
-    nn.init.ones_(gate.bias)
-    leaves: dict[str, nn.Module | nn.Parameter] = {
-        "token": nn.Parameter(torch.randn(1, 1, own) * 0.02),
-        "token_norm": nn.LayerNorm(own),
-        "gate": gate,
-    }
-    return leaves if travels else {**leaves, "key": nn.Linear(width, branch), "value": nn.Linear(width, branch)}
+@torch.no_grad()
+def start_from_classifiers(vote: Tensor, null: Tensor | None, classifiers: list[nn.Linear], unit_norm: bool) -> None:
+    """Copy the base model's classifier, the mean of several, into the vote (K, D) and the null value (K,) if it fits.
+
+    A model that classifies the mean of its normalised features then predicts by vote what it predicted before; others
+    start nearer to that than from random numbers. A classifier that is itself new is as good a start as any.
+    With texts, the projection to the space of embeddings is copied, scaled to embeddings of about unit length.
+    """
+    heads = [
+        (head, weight)
+        for head in classifiers
+        if not head.weight.is_meta and (weight := plain_weight(head)).shape == vote.shape
+    ]
+    if not heads or vote.is_meta:
+        return
+    weight = torch.stack([weight.to(vote) for _, weight in heads]).mean(dim=0)  # (K, D)
+    vote.copy_(weight / weight.norm() if unit_norm else weight)
+    biases = [head.bias for head, _ in heads if head.bias is not None]
+    if null is not None and len(biases) == len(heads):
+        null.copy_(torch.stack([bias.to(null) for bias in biases]).mean(dim=0))  # (K,)

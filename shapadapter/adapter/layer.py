@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 from typing import Any
 
 import torch
+from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,24 +15,30 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shapadapter.adapter.answer import answer
-from shapadapter.adapter.call import ModelCall, without_token
+from shapadapter.adapter.call import ModelCall, without_ours
+from shapadapter.adapter.checks import MIXED, check_agreement, check_one
 from shapadapter.adapter.coalitions import CoalitionGame, Rules, freeze_statistics
 from shapadapter.adapter.config import ShapleyConfig
-from shapadapter.adapter.head import ProjectionHead, new_leaves
-from shapadapter.adapter.multiple import MIXED, Unpaired, check_agreement, check_one
+from shapadapter.adapter.head import ProjectionHead
 from shapadapter.backbone import (
     Anatomy,
-    Pass,
+    FeatureHooks,
+    ForwardCall,
     Tiling,
     base_forward,
     base_is_asked,
-    carrier_for,
-    named_fields,
     replace_forward,
     restore_forward,
     tile,
 )
 from shapadapter.core.errors import ShapleyError
+
+CHILD = "shapley"
+"""The name of the adapter's layer among the children of the base model."""
+
+# A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
+_PARAMETERS = ("null", "token", "fill")
+_MODULES = ("norm", "vote", "patch", "share", "token_norm", "gate", "key", "value", "place", "place_key")
 
 
 class BareParameters(nn.ParameterDict):
@@ -50,35 +56,23 @@ class BareParameters(nn.ParameterDict):
         return self[name].clone()
 
 
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """The weights of a model, whole in every process while the context lasts; changes to them are not kept.
+class _NoLoraPairs:
+    """Stands where LoRA layers tell their scaling, and refuses `create_lorafa_optimizer`, which asks for it.
 
-    transformers splits them while it loads a model after `TrainingArguments` of ZeRO-3 were made.
+    It takes all parameters whose names have "lora" in them two by two, as A and B.
     """
-    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not split:
-        yield
-        return
-    import deepspeed  # which is there, as it split them
 
-    with deepspeed.zero.GatheredParameters(split):
-        yield
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
 
-
-# A separate dict for each leaf: transformers inserts the adapter's name only at the end of such a key.
-_PARAMETERS = ("null", "token", "fill")
-_MODULES = ("norm", "vote", "patch", "share", "token_norm", "gate", "key", "value", "place", "place_key")
-
-CHILD = "shapley"
-"""The name of the adapter's layer among the children of the base model."""
-
-
-def _placed(leaf: nn.Module | nn.Parameter, device: torch.device) -> nn.Module | nn.Parameter:
-    if isinstance(leaf, nn.Parameter):
-        return nn.Parameter(leaf.detach().to(device))
-    # With low_cpu_mem_usage the weights come later, straight from the file.
-    return leaf if any(parameter.is_meta for parameter in leaf.parameters()) else leaf.to(device)
+    def __contains__(self, name: str) -> bool:
+        for part in self.parts:  # it has frozen A before it asks
+            for adapter, a in getattr(part, "lora_A", {}).items():
+                a.requires_grad_(next(part.lora_B[adapter].parameters()).requires_grad)
+        raise ShapleyError(
+            "create_lorafa_optimizer cannot train a Shapley adapter: it would take token and head for pairs of LoRA "
+            "matrices. Use torch.optim.AdamW, or create_loraplus_optimizer of peft.optimizers."
+        )
 
 
 class ShapleyLayer(nn.Module, BaseTunerLayer):
@@ -100,7 +94,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         self.anatomy = anatomy
         self.rules: dict[str, Rules] = {}
         self.configs: dict[str, ShapleyConfig] = {}
-        self.carrier = carrier_for(anatomy, self.active_token)
+        self.hooks = FeatureHooks(anatomy, self.active_token)
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._forward: Any = None
@@ -112,18 +106,16 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def add(self, name: str, config: ShapleyConfig, device: torch.device) -> None:
         """Give adapter `name` its parameters, in fp32 on `device`."""
         with torch.device("cpu"):  # the same numbers whatever device is the default
-            leaves = new_leaves(
-                self.anatomy.width,
-                config.num_classes or self.anatomy.classes,
-                config.head_width,
-                # The base model's own head has no need of a null parameter: it is asked for v(empty).
-                null=config.prediction == "vote",
-                token=config.shapley_token,
-                mechanism=config.mechanism or self.anatomy.mechanism,
-                fill=(config.fill_color or [0.0] * self.anatomy.channels) if config.fill == "learned" else None,
+            leaves = config.leaves(
+                self.anatomy.width, config.num_classes or self.anatomy.classes, self.anatomy.channels
             )
         for leaf, value in leaves.items():
-            getattr(self, f"lora_shapley_{leaf}")[name] = _placed(value, device)
+            if isinstance(value, nn.Parameter):
+                value = nn.Parameter(value.detach().to(device))
+            elif not any(parameter.is_meta for parameter in value.parameters()):
+                value.to(device)
+            # else, with low_cpu_mem_usage, the weights come later, straight from the file
+            getattr(self, f"lora_shapley_{leaf}")[name] = value
         self.configs[name] = config
         self.read_rules(name, config)
 
@@ -157,25 +149,23 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     def head(self, name: str) -> ProjectionHead:
         """The head of adapter `name`."""
         leaves: dict[str, Any] = {leaf: getattr(self, f"lora_shapley_{leaf}") for leaf in _MODULES}
-        # A ModuleDict has no `get`.
-        own: dict[str, Any] = {leaf: modules[name] if name in modules else None for leaf, modules in leaves.items()}  # noqa: SIM401
-        return ProjectionHead(**own)
+        return ProjectionHead(**{leaf: modules[name] for leaf, modules in leaves.items() if name in modules})
 
     def _parameter(self, leaf: str, name: str) -> Tensor | None:
         parameters: Any = getattr(self, f"lora_shapley_{leaf}")
         return parameters.read(name) if name in parameters else None
 
     @property
-    def travels(self) -> bool:
+    def token_in_sequence(self) -> bool:
         """Whether the active adapter's token stands at index 0 inside the blocks."""
         return self.anatomy.mechanism == "sequence" and self.active_token() is not None
 
-    def fill_colour(self) -> Tensor:
+    def fill_color(self) -> Tensor:
         """What the active adapter shows in place of absent pixels where they are not blurred, (C,), as processed."""
         assert self.active is not None
         learned = self._parameter("fill", self.active)
-        colour = self.rules[self.active].fill_color or [0.0] * self.anatomy.channels
-        return torch.tensor(colour, device="cpu") if learned is None else learned.detach()
+        color = self.rules[self.active].fill_color or [0.0] * self.anatomy.channels
+        return torch.tensor(color, device="cpu") if learned is None else learned.detach()
 
     def tiling(self, pixel_values: Tensor, **options: Any) -> Tiling:
         """How the active adapter's players lie on images (B, C, H, W).
@@ -190,17 +180,15 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         return tile(self.anatomy, rules.grid, rules.removal, rules.offset, pixel_values, **options)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter; the logits can be the sum of one head's attributions only."""
+        """Activate one adapter, and give the base model's config its task and classes."""
         names, before = check_one(adapter_names), self.active_adapters
         super().set_adapter(names, inference_mode)
-        if names != before and self.anatomy.kind != "matching":
-            self._change_task(*(self.configs.get("".join(adapters)) for adapters in (before, names)))
-
-    def _change_task(self, left: ShapleyConfig | None, own: ShapleyConfig | None) -> None:
-        """Give the base model's config the task and the classes of the adapter now in force."""
+        if names == before or self.anatomy.kind == "matching":
+            return
         base = self._base_config
+        left, own = (self.configs.get("".join(adapters)) for adapters in (before, names))
         if left is not None and left.problem_type is None:
-            left.problem_type = base.problem_type  # settled by its first labels
+            left.problem_type = base.problem_type  # transformers decided it by the first labels
         if own is not None:
             base.problem_type = own.problem_type
         if own is not None and own.id2label:
@@ -220,9 +208,9 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         return next((part.merged_adapters for part in self._parts if part.merged_adapters), [])
 
     @property
-    def scaling(self) -> Unpaired:
+    def scaling(self) -> _NoLoraPairs:
         """Refuses to be asked for the scaling of an adapter, which only LoRA has."""
-        return Unpaired(self._parts)
+        return _NoLoraPairs(self._parts)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge: token and head stay what they are."""
@@ -238,16 +226,18 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
     # -- one call --------------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Take the place of the model's own forward and, through the carrier, hook its blocks."""
-        self.carrier.attach(model)
+        """Take the place of the model's own forward and `set_adapter` and, through its hooks, see its blocks."""
+        self.hooks.attach(model)
         self._base_config = model.config
         self._parts = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         if self._forward is None:
             self._forward = replace_forward(model, adapted_forward)
+        model.set_adapter = functools.partial(_set_adapter, model)  # type: ignore[method-assign]
 
     def detach(self, model: PreTrainedModel) -> None:
         """Leave the model as it was before `attach`."""
-        self.carrier.detach()
+        self.hooks.detach()
+        vars(model).pop("set_adapter", None)
         if restore_forward(model, self._forward):
             self._forward = None
 
@@ -259,7 +249,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         """
         name = self.active
         if name is None:
-            return base_forward(model)(*args, **without_token(kwargs))
+            return base_forward(model)(*args, **without_ours(kwargs))
         if kwargs.get("adapter_names") is not None:
             raise ShapleyError(MIXED)
         if not torch.compiler.is_compiling():
@@ -267,15 +257,15 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)
-        with self.carrier.passing(Pass(call.tiling.cells[0] * call.tiling.cells[1])) as current:
-            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **named_fields(model))
+        with self.hooks.during(ForwardCall(call.tiling.cells[0] * call.tiling.cells[1])) as current:
+            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **self.anatomy.named_fields)
         if current.features is None:
             raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
         head = self.head(name)
         game = CoalitionGame(
             model=model,
             anatomy=self.anatomy,
-            carrier=self.carrier,
+            hooks=self.hooks,
             rules=self.rules[name],
             head=head,
             null=self._parameter("null", name),
@@ -284,7 +274,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         )
         token = current.token if head.key is None else self.active_token()
         evidence = head.read(current.features, token, call.tiling.cells)
-        result = answer(game, evidence, output, travelled=current.token is not None)
+        result = answer(game, evidence, output, token_in_sequence=current.token is not None)
         return result if call.return_dict else result.to_tuple()
 
 
@@ -294,3 +284,12 @@ def adapted_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if layer is None or asked:
         return base_forward(model)(*args, **kwargs)
     return layer.run(model, args, kwargs)
+
+
+def _set_adapter(model: PreTrainedModel, adapter_name: str | list[str]) -> None:
+    """`model.set_adapter` of transformers, which would switch LoRA before this layer, or a copy of a module, refuses."""
+    known: Any = model.peft_config if getattr(model, "_hf_peft_config_loaded", False) else {}
+    if set(check_one(adapter_name)) <= set(known):
+        set_adapter(model, adapter_name)
+    else:
+        type(model).set_adapter(model, adapter_name)  # which says that there is none

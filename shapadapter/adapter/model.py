@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -20,22 +19,23 @@ from typing_extensions import override
 
 from shapadapter import __version__
 from shapadapter.adapter.card_saving import note
-from shapadapter.adapter.config import ShapleyConfig
-from shapadapter.adapter.guard import (
+from shapadapter.adapter.checks import (
+    MIXED,
     check_base,
     check_fits,
+    check_loaded,
     check_mergeable,
     check_modules,
+    check_one,
     check_restorable,
-    refuse_mixture,
-    refuse_stacking,
-    refuse_unloaded,
+    check_wrappable,
+    rehearse_merge,
 )
-from shapadapter.adapter.layer import CHILD, ShapleyLayer, whole
-from shapadapter.adapter.multiple import MIXED, check_merged, check_one, rehearse_merge
-from shapadapter.adapter.tuning import check_apart, check_trainable, resolve_training
-from shapadapter.adapter.vote_start import start_from_classifier
-from shapadapter.backbone import Anatomy, choose_removal, measure_offset, settle
+from shapadapter.adapter.config import ShapleyConfig
+from shapadapter.adapter.head import start_from_classifiers
+from shapadapter.adapter.layer import CHILD, ShapleyLayer
+from shapadapter.adapter.tuning import check_batch_independent, check_trainable, resolve_training
+from shapadapter.backbone import Anatomy, choose_removal, measure_offset, original_name, settle
 from shapadapter.core.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
 
 # What PEFT makes of names and options that are of the right kind and mean nothing to it.
@@ -72,50 +72,44 @@ class ShapleyModel(LoraModel):
                 are there.
             CheckpointError: the config was saved for another base or class count.
         """
-        refuse_unloaded(model)
-        with whole(model):
-            self._inject(model, adapter_name, *args, **kwargs)
-
-    def _inject(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT hands the user's own object in; what is written here belongs to this model alone.
-        config: Any = copy.deepcopy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
-        layer = getattr(model, CHILD, None)
-        refuse_stacking(model, set(layer.rules) if layer is not None else set())
-        refuse_mixture(config.tune, {c.tune for c in layer.configs.values()} if layer is not None else set())
-        with _without_layer(model, layer):
-            # Before anything is changed, so that a refused model is as it was.
-            check_apart(model)
-            anatomy = _fit(model, config, layer)
-            resolve_training(model, anatomy, config, CHILD)
-            check_trainable(model, config)
-            check_base(model, anatomy, config)
-            check_modules(model, config)
-            config.check()  # what was written into it, too, must be such as can be loaded again
-            config.shapadapter_version = __version__
-            if config.auto_mapping is None:
-                # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
-                config.auto_mapping = {
-                    "base_model_class": type(model).__name__,
-                    "parent_library": type(model).__module__,
-                }
-            try:
-                with _wholly_or_not(model, adapter_name, layer):
-                    super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except _NO_SENSE as error:
-                raise UnsupportedModelError(
-                    f"PEFT cannot put this adapter on {type(model).__name__}: {' '.join(str(error).split())[:300]}"
-                ) from error
-            _show_geometry(model)
-        if layer is None:
-            # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
-            layer = ShapleyLayer(anatomy)
-            setattr(model, CHILD, layer)
-        self._add_to_layer(model, layer, adapter_name, config)
+        check_loaded(model)
+        with _gathered(model):
+            # PEFT hands the user's own object in; what is written here belongs to this model alone.
+            config: Any = copy.deepcopy(self.peft_config[adapter_name])
+            self.peft_config[adapter_name] = config
+            layer = getattr(model, CHILD, None)
+            check_wrappable(model, config.tune, {} if layer is None else layer.configs)
+            with _without_layer(model, layer):
+                anatomy = _prepare(model, config, layer)
+                try:
+                    with _restored_on_failure(model, adapter_name, layer):
+                        super().inject_adapter(model, adapter_name, *args, **kwargs)
+                except _NO_SENSE as error:
+                    raise UnsupportedModelError(
+                        f"PEFT cannot put this adapter on {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+                    ) from error
+                _show_geometry(model)
+            if layer is None:
+                # Only now: were a tuner layer there before the first injection, PEFT would not freeze the base.
+                layer = ShapleyLayer(anatomy)
+                setattr(model, CHILD, layer)
+            self._add_to_layer(model, layer, adapter_name, config)
 
     def _add_to_layer(self, model: PreTrainedModel, layer: ShapleyLayer, name: str, config: ShapleyConfig) -> None:
-        layer.add(name, config, _last_device(model, layer.anatomy))
-        start_from_classifier(model, layer, name)
+        anatomy = layer.anatomy
+        # On the device where the features come out.
+        parameters = (*model.get_submodule(anatomy.source).parameters(), *model.parameters())
+        layer.add(name, config, parameters[0].device)
+        classifiers = [  # the linear layers that run after the final features
+            module
+            for path, module in model.named_modules()
+            if original_name(path) in anatomy.behind
+            and isinstance(module, nn.Linear)
+            and ".modules_to_save." not in path
+        ]
+        nulls: Any = layer.lora_shapley_null
+        vote = layer.head(name).vote.weight
+        start_from_classifiers(vote, nulls.get(name), classifiers, unit_norm=anatomy.kind == "matching")
         layer.detach(model)
         layer.attach(model)
         layer.set_adapter([a for a in self.active_adapters if a in layer.rules], inference_mode=config.inference_mode)
@@ -138,17 +132,22 @@ class ShapleyModel(LoraModel):
                 "adapter, or train with prediction='classifier'.",
                 stacklevel=3,
             )
-        bare: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        plain: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         layer.detach(self.model)
         delattr(self.model, CHILD)
-        return bare
+        return plain
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
-        """Refuse what cannot be merged before anything is; else the names of the adapters to merge."""
+        """Refuse what cannot be merged before anything is; else the name of the adapter to merge, the active one."""
         check_mergeable(self.model)
-        names = check_merged(_layer_of(self.model).active_adapters, adapter_names)
-        rehearse_merge(self.model, names, safe_merge)
-        return names
+        active = _layer_of(self.model).active_adapters
+        if adapter_names is not None and list(adapter_names) != active:
+            raise ShapleyError(
+                f"Only the active adapter {active} can be merged, because its head explains the merged weights; got "
+                f"{adapter_names}. Switch first: model.set_adapter(name)."
+            )
+        rehearse_merge(self.model, active, safe_merge)
+        return active
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold LoRA into the base weights, with token and head as they are; `unmerge_adapter` takes it back.
@@ -223,10 +222,10 @@ class ShapleyModel(LoraModel):
         dora = f"lora_magnitude_vector.{adapter_name}"
         saved = {f"{key}.weight" if key.endswith(dora) else key: value for key, value in saved.items()}
         layer = _layer_of(model)
-        check_restorable(model, layer, config, saved)
+        check_restorable(model, layer.anatomy, layer.rules, config, saved)
         active = adapter_name in layer.active_adapters
         if active and config.problem_type is None and layer.anatomy.kind != "matching":
-            # Where it was left open, transformers has settled it by the first labels.
+            # Where it was left open, transformers has decided it by the first labels.
             config.problem_type = model.config.problem_type
         note(model, layer, config, saved)
         return saved
@@ -257,11 +256,20 @@ def _layer_of(model: nn.Module) -> ShapleyLayer:
     return layer
 
 
-def has_layer(model: nn.Module) -> bool:
-    """Whether a base model holds Shapley adapters that transformers knows of."""
-    return isinstance(getattr(model, CHILD, None), ShapleyLayer) and bool(
-        getattr(model, "_hf_peft_config_loaded", False)
-    )
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """The weights of a model, whole in every process while the context lasts; changes to them are not kept.
+
+    transformers splits them while it loads a model after `TrainingArguments` of ZeRO-3 were made.
+    """
+    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed  # which is there, as it split them
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
 
 
 @contextmanager
@@ -280,7 +288,7 @@ def _without_layer(model: PreTrainedModel, layer: ShapleyLayer | None) -> Iterat
 
 
 @contextmanager
-def _wholly_or_not(model: nn.Module, name: str, layer: ShapleyLayer | None) -> Iterator[None]:
+def _restored_on_failure(model: nn.Module, name: str, layer: ShapleyLayer | None) -> Iterator[None]:
     """Take LoRA and copies of modules out again if PEFT comes to a layer that it cannot adapt, or is interrupted."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -302,15 +310,15 @@ def _take_out(model: nn.Module, name: str) -> None:
     for path, module in reversed(list(model.named_modules())):  # the inner before the outer
         if isinstance(module, LoraLayer):
             module.delete_adapter(name)
-            bare = module.base_layer
+            original = module.base_layer
         elif isinstance(module, AuxiliaryTrainingWrapper):
             module.delete_adapter(name, new_active_adapters=None)
-            bare = module.original_module
+            original = module.original_module
         else:
             continue
         if not module._get_available_adapters():
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, bare)
+            setattr(model.get_submodule(parent), leaf, original)
 
 
 def _show_geometry(model: nn.Module) -> None:
@@ -321,8 +329,9 @@ def _show_geometry(model: nn.Module) -> None:
                 setattr(module, name, getattr(base, name))
 
 
-def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) -> Anatomy:
-    """Find the parts of the model and settle how this adapter's game is played on it."""
+def _prepare(model: PreTrainedModel, config: ShapleyConfig, layer: ShapleyLayer | None) -> Anatomy:
+    """Write into an adapter's config all that it says of this model; nothing is changed yet in a model that is refused."""
+    check_batch_independent(model)
     if layer is None:
         anatomy, config.removal = settle(model, config.removal, config.grid, config.shapley_token)
     else:
@@ -340,10 +349,13 @@ def _fit(model: nn.Module, config: ShapleyConfig, layer: ShapleyLayer | None) ->
     config.mechanism = anatomy.mechanism
     if config.grid is not None and config.cell_offset is None:
         config.cell_offset = measure_offset(model, anatomy)
+    resolve_training(model, anatomy, config, CHILD)
+    check_trainable(model, config)
+    check_base(model, anatomy, config)
+    check_modules(model, config)
+    config.check()  # what was written into it, too, must be such as can be loaded again
+    config.shapadapter_version = __version__
+    if config.auto_mapping is None:
+        # PEFT writes it for a PeftModel alone; AutoPeftModel needs it for what `model.add_adapter` made, too.
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return anatomy
-
-
-def _last_device(model: nn.Module, anatomy: Anatomy) -> torch.device:
-    """Where the features come out."""
-    parameters = (*model.get_submodule(anatomy.source).parameters(), *model.parameters())
-    return parameters[0].device

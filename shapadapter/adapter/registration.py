@@ -9,11 +9,9 @@ from typing import Any
 
 import peft.peft_model
 import transformers.modeling_utils
-from peft.functional import set_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from shapadapter.core.files import whole_file
 from shapadapter.core.installation import check_overrides
@@ -64,22 +62,10 @@ def register() -> None:
     cards.install()
     saving.install()
     check_files_when_read()
-    cards.wrap_method(PreTrainedModel, "set_adapter", _set_adapter)
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         check_overrides(ShapleyModel, ShapleyLayer)
         # The prefix is LoRA's: transformers inserts the adapter's name only after this one prefix when it loads keys.
         register_peft_method(name=NAME.lower(), config_cls=ShapleyConfig, model_cls=ShapleyModel, prefix="lora_")
-
-
-def _set_adapter(model: Any, theirs: Callable[..., None], adapter_name: str | list[str]) -> None:
-    """Transformers' own `set_adapter`, which would switch LoRA before a Shapley layer, or a copy of a module, refuses."""
-    from shapadapter.adapter.model import has_layer
-    from shapadapter.adapter.multiple import check_one
-
-    if has_layer(model) and set(check_one(adapter_name)) <= set(model.peft_config):
-        set_adapter(model, adapter_name)
-    else:
-        theirs(model, adapter_name)
 
 
 def _extend_enum() -> None:

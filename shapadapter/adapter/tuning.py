@@ -1,4 +1,4 @@
-"""What an adapter trains: layers that LoRA adapts, modules trained in full, and bases stored in 8 or 4 bits."""
+"""What an adapter trains: layers that LoRA adapts, modules trained in full, and what bases in 8 or 4 bits allow."""
 
 from __future__ import annotations
 
@@ -9,92 +9,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import Tensor, nn
+from torch import nn
 
 from shapadapter.adapter.config import ShapleyConfig
+from shapadapter.adapter.weights import float_dtype, is_quantised
 from shapadapter.backbone import Anatomy, default_targets, head_parts, linear_layers, original_name, trainable_parts
 from shapadapter.core.errors import FieldError, UnsupportedModelError
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is stored in 8 or 4 bits: as integers or, by torchao, as what only looks like numbers."""
-    return not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
-
-
-@torch.no_grad()
-def plain_weight(linear: nn.Linear) -> Tensor:
-    """The weight (out, in) with which a linear layer computes, whatever it stores."""
-    if not is_quantised(linear.weight):
-        return linear.weight
-    # Each library has its own way to tell; what a layer does with the unit vectors they all have in common.
-    units = torch.eye(linear.in_features, device=linear.weight.device, dtype=_float_of(linear))  # (in, in)
-    rows: Tensor = linear(units)  # (in, out)
-    return (rows if linear.bias is None else rows - linear.bias.to(rows)).T
-
-
-def _float_of(linear: nn.Linear) -> torch.dtype:
-    """In what numbers a quantised layer reckons: its bias is left as it was."""
-    return torch.float32 if linear.bias is None else linear.bias.dtype
-
-
-def check_apart(model: nn.Module) -> None:
-    """Refuse layers in which the images and patches of a batch influence each other.
-
-    Raises:
-        UnsupportedModelError: bitsandbytes looks for outliers in the whole batch.
-    """
-    for path, module in model.named_modules():
-        if getattr(getattr(module, "state", None), "threshold", 0) > 0:
-            raise UnsupportedModelError(
-                f"{path} looks for outliers in the whole batch, so that removed patches and the Shapley token would "
-                "influence the others. Load the base without that: BitsAndBytesConfig(load_in_8bit=True, "
-                "llm_int8_threshold=0.0)."
-            )
-
-
-def check_trainable(model: nn.Module, config: ShapleyConfig) -> None:
-    """Refuse to train what has no gradient, or what lies before it.
-
-    Raises:
-        UnsupportedModelError: quantised weights are to be trained, or pass on no gradient.
-    """
-    if config.inference_mode:
-        return
-    parts = set(config.modules_to_save or ())
-    for path, module in model.named_modules():
-        if parts & {path, f"model.{path}", path.split(".")[-1]} and any(map(is_quantised, module.parameters())):
-            way = (
-                "tune='full' trains them all. Use tune='lora', or load the base in full precision"
-                if config.tune == "full"
-                else f"modules_to_save names them. Load the base with them in full precision: BitsAndBytesConfig("
-                f"llm_int8_skip_modules=[{path!r}]) or TorchAoConfig(modules_to_not_convert=[{path!r}])"
-            )
-            raise UnsupportedModelError(f"The weights of {path} are quantised, which cannot be trained, but {way}.")
-    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised(m.weight))
-    path, first = next(layers, ("", None))
-    if first is not None and not _passes_gradient(first):
-        raise UnsupportedModelError(
-            f"The weights of {path} are quantised in a way that passes on no gradient here, so that nothing before them "
-            "would be trained. Use BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) or TorchAoConfig("
-            "Int8WeightOnlyConfig()); bitsandbytes' 4 bits can be trained on a GPU."
-        )
-
-
-def _passes_gradient(linear: nn.Linear) -> bool:
-    trained = linear.training
-    linear.train()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = torch.ones(
-                2, linear.in_features, device=linear.weight.device, dtype=_float_of(linear)
-            ).requires_grad_()
-            (gradient,) = torch.autograd.grad(linear(1 * leaf).sum(), leaf)
-        return bool(gradient.any())
-    except RuntimeError:  # there is no graph, or bitsandbytes writes into what has none
-        return False
-    finally:
-        linear.train(trained)
-
 
 _log = logging.getLogger(__name__)
 
@@ -105,20 +25,13 @@ _FOR_TEXTS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "m
 
 
 def resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig, own: str) -> None:
-    """Say in PEFT's words what `tune` and `train_classifier` mean for this model.
+    """Say in `target_modules` and `modules_to_save` what `tune` and `train_classifier` mean for this model.
 
-    Args:
-        model: the base model.
-        anatomy: its parts.
-        config: which gets `target_modules` and `modules_to_save`.
-        own: name of the adapter's own child of the model.
-
-    Raises:
-        FieldError: options that exclude each other, or with which the adapter could not be restored.
+    `own` is the name of the adapter's own child of the model.
     """
     _check_lora(config)
     if config.tune != "lora":
-        if config.target_modules not in (None, set(), []) and not _is_dummy(config.target_modules):
+        if config.target_modules not in (None, set(), [], DUMMY_TARGET_MODULES, {DUMMY_TARGET_MODULES}):
             raise FieldError(f"tune={config.tune!r} trains no LoRA; leave target_modules empty or use tune='lora'.")
         config.target_modules = DUMMY_TARGET_MODULES
     elif config.target_modules is None:
@@ -126,46 +39,40 @@ def resolve_training(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig, 
     elif config.target_modules == "all-linear":
         # PEFT's own meaning would include the classifier.
         config.target_modules = linear_layers(model, anatomy)
+    parts: list[str] = []
     if config.tune == "full":
         predicts = "vote" if config.train_classifier is False else config.prediction
         parts = trainable_parts(model, anatomy, predicts, own)
-    elif config.prediction == "classifier" and anatomy.kind == "classifier" and config.train_classifier is not False:
-        if config.num_classes is not None:
-            return  # the adapter was made before: `modules_to_save` says it
+    elif (
+        config.prediction == "classifier"
+        and anatomy.kind == "classifier"
+        and config.train_classifier is not False
+        and config.num_classes is None  # else the adapter was made before, and `modules_to_save` says it
+    ):
         parts = _classifier(model, anatomy, config)
-    else:
-        return
     if parts:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
 
 
-def _classifier(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> list[str]:
-    """The parts of the base model's classifier to train, without those of which the user has said how they are trained."""
-    heads = head_parts(model, anatomy, new=config.train_classifier is None)
-    paths = [original_name(path) for path, _ in model.named_modules()]
-    parts = []
-    for head in heads:
-        inside = [path for path in paths if f"{path}.".startswith(f"{head}.")]
-        around = [path for path in paths if head.startswith(f"{path}.")]
-        saved = any(path.endswith(name) for path in (*inside, *around) for name in config.modules_to_save or [])
-        if not saved and not any(check_target_module_exists(config, path) for path in inside):
-            parts.append(head)
-    if parts and config.train_classifier is None:
-        _log.warning(
-            "%s predicts with a new classifier, which is not in the checkpoint it was loaded from: it is trained, and saved "
-            "in the adapter (modules_to_save=%s). ShapleyConfig(train_classifier=False) leaves it as it is.",
-            type(model).__name__,
-            parts,
+def _check_lora(config: ShapleyConfig) -> None:
+    """Refuse options of LoRA with which an adapter could not be restored, or that do nothing for images."""
+    start: Any = config.init_lora_weights
+    if start == "lora_ga" and config.num_classes is not None:
+        # Saved before it was refused, and then without gradients; the weights come from the file.
+        config.init_lora_weights = start = True
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS or config.kasa_config is not None:
+        option = f"init_lora_weights={start!r}" if config.kasa_config is None else "kasa_config"
+        raise FieldError(
+            f"{option} is not possible: it rewrites the base model's weights, which the checkpoint would not contain, or is "
+            "unknown. Use init_lora_weights=True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
         )
-    return parts
+    for option in _FOR_TEXTS:
+        if getattr(config, option) is not None:
+            raise FieldError(f"{option} is for language models; leave it out.")
 
 
 def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
-    """The default targets in the layers of `layers_to_transform`, which PEFT does not apply to whole names.
-
-    Raises:
-        FieldError: there are none.
-    """
+    """The default targets in the layers of `layers_to_transform`, which PEFT does not apply to whole names."""
     if config.layers_to_transform is None or not any("." in name for name in names):
         return names
     chosen = []
@@ -182,26 +89,72 @@ def _in_chosen_layers(names: list[str], config: ShapleyConfig) -> list[str]:
     return chosen
 
 
-def _is_dummy(targets: Any) -> bool:
-    return targets == DUMMY_TARGET_MODULES or targets == {DUMMY_TARGET_MODULES}
-
-
-def _check_lora(config: ShapleyConfig) -> None:
-    """Refuse options of LoRA with which an adapter could not be restored, or that do nothing for images.
-
-    Raises:
-        FieldError: with the option.
-    """
-    start: Any = config.init_lora_weights
-    if start == "lora_ga" and config.num_classes is not None:
-        # Saved before it was refused, and then without gradients; the weights come from the file.
-        config.init_lora_weights = start = True
-    if (start.lower() if isinstance(start, str) else start) not in _STARTS or config.kasa_config is not None:
-        option = f"init_lora_weights={start!r}" if config.kasa_config is None else "kasa_config"
-        raise FieldError(
-            f"{option} is not possible: it rewrites the base model's weights, which the checkpoint would not contain, or is "
-            "unknown. Use init_lora_weights=True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
+def _classifier(model: nn.Module, anatomy: Anatomy, config: ShapleyConfig) -> list[str]:
+    """The parts of the base model's classifier to train, without those of which the user has said how they are trained."""
+    paths = [original_name(path) for path, _ in model.named_modules()]
+    parts = []
+    for head in head_parts(model, anatomy, new=config.train_classifier is None):
+        inside = [path for path in paths if f"{path}.".startswith(f"{head}.")]
+        around = [path for path in paths if head.startswith(f"{path}.")]
+        saved = any(path.endswith(name) for path in (*inside, *around) for name in config.modules_to_save or [])
+        if not saved and not any(check_target_module_exists(config, path) for path in inside):
+            parts.append(head)
+    if parts and config.train_classifier is None:
+        _log.warning(
+            "%s predicts with a new classifier, which is not in the checkpoint it was loaded from: it is trained, and saved "
+            "in the adapter (modules_to_save=%s). ShapleyConfig(train_classifier=False) leaves it as it is.",
+            type(model).__name__,
+            parts,
         )
-    for option in _FOR_TEXTS:
-        if getattr(config, option) is not None:
-            raise FieldError(f"{option} is for language models; leave it out.")
+    return parts
+
+
+def check_batch_independent(model: nn.Module) -> None:
+    """Refuse layers in which the images and patches of a batch influence each other."""
+    for path, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0) > 0:  # bitsandbytes
+            raise UnsupportedModelError(
+                f"{path} looks for outliers in the whole batch, so that removed patches and the Shapley token would "
+                "influence the others. Load the base without that: BitsAndBytesConfig(load_in_8bit=True, "
+                "llm_int8_threshold=0.0)."
+            )
+
+
+def check_trainable(model: nn.Module, config: ShapleyConfig) -> None:
+    """Refuse to train quantised weights, or what lies before those that pass on no gradient."""
+    if config.inference_mode:
+        return
+    parts = set(config.modules_to_save or ())
+    for path, module in model.named_modules():
+        if parts & {path, f"model.{path}", path.split(".")[-1]} and any(map(is_quantised, module.parameters())):
+            way = (
+                "tune='full' trains them all. Use tune='lora', or load the base in full precision"
+                if config.tune == "full"
+                else f"modules_to_save names them. Load the base with them in full precision: BitsAndBytesConfig("
+                f"llm_int8_skip_modules=[{path!r}]) or TorchAoConfig(modules_to_not_convert=[{path!r}])"
+            )
+            raise UnsupportedModelError(f"The weights of {path} are quantised, which cannot be trained, but {way}.")
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not is_quantised(module.weight):
+            continue
+        if _passes_gradient(module):
+            return  # the first of them stands for all
+        raise UnsupportedModelError(
+            f"The weights of {path} are quantised in a way that passes on no gradient here, so that nothing before them "
+            "would be trained. Use BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) or TorchAoConfig("
+            "Int8WeightOnlyConfig()); bitsandbytes' 4 bits can be trained on a GPU."
+        )
+
+
+def _passes_gradient(linear: nn.Linear) -> bool:
+    trained, kind = linear.training, float_dtype(linear)
+    linear.train()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = torch.ones(2, linear.in_features, device=linear.weight.device, dtype=kind).requires_grad_()
+            (gradient,) = torch.autograd.grad(linear(1 * leaf).sum(), leaf)
+        return bool(gradient.any())
+    except RuntimeError:  # there is no graph, or bitsandbytes writes into what has none
+        return False
+    finally:
+        linear.train(trained)

@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from shapadapter.backbone.families import Family, Layout
+from shapadapter.backbone.families import Layout, Profile
 from shapadapter.core.errors import ImageError
-
-Kind = Literal["classifier", "headless", "matching"]
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Profile):
     """The parts of a vision model, as a dry run found them.
 
     A *cell* is a place of the final features: a patch of a token-sequence model, a cell of the final feature map of
-    another.
-
-    Attributes:
-        kind: "classifier" (has scores of its own), "headless" (has none), or "matching" (images with texts).
-        family: what was known about its class beforehand.
-        source: name of the module whose output holds the final features.
-        layout: how they lie in it.
-        backbone: names of the model's children that lead from the image to the features.
-        behind: names of the modules with parameters that run only after them, such as the classifier.
-        entrance: name of the first module with parameters: tells device and dtype.
-        cell: (height, width) of a cell in pixels.
-        rounds_up: whether an incomplete cell at the border of the image is a cell, too.
-        channels: colour channels of the image.
-        prefix: tokens in front of the cells (class token, distillation token, registers).
-        width: D, the features of a cell.
-        classes: K, the model's scores; with texts P, the size of an embedding.
-        sample: (height, width) of an image on which a forward pass was seen to work.
-        options: keyword arguments that pass was given.
-        blocks: names of the transformer blocks, first to last, each (B, T, D) to (B, T, D); empty without such.
-        attentions: names of their self-attention modules, one for each block; empty if they do not call
-            transformers' attention interface, so that no token can be hidden in them.
+    another. All names are of modules.
     """
 
-    kind: Kind
-    family: Family
-    source: str
-    layout: Layout
-    backbone: tuple[str, ...]
-    behind: tuple[str, ...]
-    entrance: str
-    cell: tuple[int, int]
-    rounds_up: bool
-    channels: int
-    prefix: int
-    width: int
-    classes: int
-    sample: tuple[int, int]
-    options: dict[str, Any] = field(default_factory=dict)
-    blocks: tuple[str, ...] = ()
-    attentions: tuple[str, ...] = ()
+    source: str  # its output holds the final features
+    layout: Layout  # how they lie in it
+    backbone: tuple[str, ...]  # the model's children that lead from the image to the features
+    behind: tuple[str, ...]  # what has parameters and runs only after them, such as the classifier
+    entrance: str  # the first with parameters: tells device and dtype
+    cell: tuple[int, int]  # (height, width) in pixels
+    rounds_up: bool  # whether an incomplete cell at the border of the image is a cell, too
+    channels: int  # of the image
+    prefix: int  # tokens in front of the cells (class token, distillation token, registers)
+    width: int  # D, the features of a cell
+    classes: int  # K, the model's scores; with texts P, the size of an embedding
+    sample: tuple[int, int]  # (height, width) of an image on which a forward pass was seen to work
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments that pass was given
+    blocks: tuple[str, ...] = ()  # transformer blocks, first to last, each (B, T, D) to (B, T, D)
+    attentions: tuple[str, ...] = ()  # one for each block, or none where they do not call transformers' interface
 
     @property
     def mechanism(self) -> Literal["sequence", "readout", "latents"]:
@@ -115,38 +89,18 @@ def _patch_grid(pixel_values: Tensor, spatial_shapes: Tensor | None) -> tuple[in
     return grids.pop()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without dropout and drop path, and leave every module's mode as it was found."""
-    modes = [(module, module.training) for module in model.modules()]
-    training = [module for module, mode in modes if mode]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            if type(module).train is not nn.Module.train:
-                module.train()  # LeViT forgets only there what it computed once for evaluation
-        for module, mode in modes:
-            module.training = mode
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor itself, `last_hidden_state`, or the first of a tuple."""
+    found = getattr(output, "last_hidden_state", output)
+    if isinstance(found, tuple | list):
+        found = found[0] if found else None
+    return found if isinstance(found, Tensor) else None
 
 
-def reached(model: str, name: str) -> str:
-    """What to type for the submodule `name` of what is called `model`."""
-    parts = name.split(".")
-    return f"{model}.{name}" if all(map(str.isidentifier, parts)) else f"{model}.get_submodule({name!r})"
-
-
-def original_name(name: str) -> str:
-    """A module's name without the wrappers PEFT puts in between (base_layer, modules_to_save)."""
-    kept: list[str] = []
-    skip = False
-    for part in name.split("."):
-        if skip:
-            skip = False  # the adapter's name, behind modules_to_save
-        elif part == "modules_to_save":
-            skip = True
-        elif part not in ("original_module", "base_layer"):
-            kept.append(part)
-    return ".".join(kept)
+def cells_first(features: Tensor, anatomy: Anatomy) -> Tensor:
+    """Features as (B, cells, D) in raster order, without prefix; latents as they are."""
+    if anatomy.layout == "channels_first":
+        return features.flatten(2).transpose(1, 2)  # (B, D, rows, cols) -> (B, cells, D)
+    if anatomy.layout == "channels_last":
+        return features.flatten(1, 2)  # (B, rows, cols, D) -> (B, cells, D)
+    return features[:, anatomy.prefix :] if anatomy.layout == "tokens" else features

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,94 +22,19 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from shapadapter.core.errors import UnsupportedModelError
 
-
-class _Interface:
-    """`forward` of both classes, by way of the interface."""
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        output_attentions: bool = False,
-        relative_position_bias: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        resolution: tuple[int, int] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same attention; `relative_position_bias` may differ from image to image and hide keys."""
-        carrier = self._shapadapter_seat.carrier
-        token = carrier is not None and carrier.has_token()
-        if carrier is not None and not token and (relative_position_bias is None or len(relative_position_bias) == 1):
-            # Bit by bit as without an adapter.
-            return super().forward(  # type: ignore[misc]
-                hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
-            )
-        mask = relative_position_bias  # (B or 1, heads or 1, T or 1, T)
-        if self.has_relative_position_bias:
-            assert resolution is not None
-            window = (resolution[0] // self.config.patch_size, resolution[1] // self.config.patch_size)
-            base_tokens = hidden_states.shape[1] - int(token)
-            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=base_tokens)
-            mask = bias if mask is None else mask + bias
-        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)  # (B, T, heads, d)
-        query, key, value = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
-        )  # (B, heads, T, d)
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.dropout.p if self.training else 0.0,
-            scaling=self.attention_head_size**-0.5,
-            is_causal=False,
-        )
-        return output.reshape(*hidden_states.shape[:-1], -1), weights  # (B, T, D)
-
-
-class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):  # type: ignore[misc]
-    """The class loaded with attn_implementation="eager"."""
-
-
-class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):  # type: ignore[misc]
-    """The class loaded with attn_implementation="sdpa"."""
-
-
-ADAPTED = {
-    Data2VecVisionSelfAttention: InterfaceAttention,
-    Data2VecVisionSdpaSelfAttention: InterfaceSdpaAttention,
-}
-ORIGINAL = {adapted: original for original, adapted in ADAPTED.items()}
-
-
 # Less than this, added to an attention score, hides the key.
 _HIDDEN = -1e4
 
-NAME = "shapadapter_token"
-_PROBE = "shapadapter_probe"
-
-# Attention modules that do not ask transformers' interface, and what they are turned into while they are adapted.
-_OWN_ATTENTION = ("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention")
-_INTERFACE_NAMES = ("InterfaceAttention", "InterfaceSdpaAttention")
+_NAME = "shapadapter_token"
 
 
-class Carrier(Protocol):
-    """What the attention function needs to know of the object that moves the token."""
+@dataclass
+class AttentionPatch:
+    """What hangs on an attention module while it goes through `attend_with_token`."""
 
-    def has_token(self) -> bool:
-        """Whether index 0 of every block's sequence is the Shapley token."""
-
-    def count_split(self) -> None:
-        """Note that one attention call has hidden the token, for the check of effects."""
-
-
-class _Seat:
-    """What hangs on an attention module while it is adapted: its carrier and its own config."""
-
-    def __init__(self, carrier: Carrier | None, config: PretrainedConfig, seen: list[nn.Module] | None = None) -> None:
-        self.carrier = carrier
-        self.config = config
-        self.seen = seen
+    config: PretrainedConfig  # the module's own, which names the kernel that it asks for
+    hooks: Any = None  # the FeatureHooks of its model; None while attention is only recorded
+    calls: list[nn.Module] | None = None  # where to note that the module was called, if anybody asks
 
 
 class _Collecting(threading.local):
@@ -120,11 +46,6 @@ class _Collecting(threading.local):
 _collecting = _Collecting()
 
 
-def _base_attention(module: nn.Module, config: PretrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function the model itself asks for, e.g. sdpa, or the eager one of its own source file."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager_attention(module))
-
-
 def attend_with_token(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -132,54 +53,38 @@ def attend_with_token(
 
     All attend to the T base tokens that are not masked, through the model's own kernel. `attention_mask` is None, or the
     base tokens' own: additive or bool, (B or 1, heads or 1, T or 1, T), with position biases, padding and absent players
-    in it.
+    in it. Returns (B, 1 + T, heads, d) and, where the kernel tells them, the base tokens' probabilities (B, heads, T, T).
     """
-    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(query.dtype)
-    if seat.carrier is None or not seat.carrier.has_token():
-        return _attend(module, seat, query, key, value, attention_mask, **kwargs)
-    seat.carrier.count_split()
-    if attention_mask is not None and attention_mask.shape[-1] != key.shape[2] - 1:
-        raise UnsupportedModelError(
-            f"Expected a mask or position bias for {key.shape[2] - 1} tokens, got {tuple(attention_mask.shape)}. Where "
-            "positions are relative, patches are masked, not dropped (removal='mask'), and interpolate_pos_encoding is left "
-            "out."
-        )
-    # The token is one more query, and nobody's key: one call of the model's own kernel, with one row more.
-    output, weights = _attend(
-        module, seat, query, key[:, :, 1:], value[:, :, 1:], _with_token_row(attention_mask), **kwargs
-    )
-    return output, weights  # (B, 1 + T, h, d), (B, h, T, T)
-
-
-def _attend(
-    module: nn.Module, seat: _Seat, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention; its probabilities, without those of the token, are noted where they are collected."""
+    patch: AttentionPatch = module._shapadapter_patch  # type: ignore[assignment]
+    mask = attention_mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    if patch.calls is not None:
+        patch.calls.append(module)
+    if patch.hooks is not None and patch.hooks.token_in_sequence():
+        patch.hooks.count_hidden()
+        if mask is not None and mask.shape[-1] != key.shape[2] - 1:
+            raise UnsupportedModelError(
+                f"Expected a mask or position bias for {key.shape[2] - 1} tokens, got {tuple(mask.shape)}. Where "
+                "positions are relative, patches are masked, not dropped (removal='mask'), and interpolate_pos_encoding "
+                "is left out."
+            )
+        # The token is one more query, and nobody's key: one call of the model's own kernel, with one row more.
+        key, value, mask = key[:, :, 1:], value[:, :, 1:], _with_token_row(mask)
+    # The eager function of the module's own source file, or one like it.
+    attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
     collected = _collecting.weights
     if collected is None:
-        output, weights = _base_attention(module, seat.config)(module, query, key, value, mask, **kwargs)
-    else:
-        # Of all kernels, the eager one alone tells its probabilities.
-        output, weights = _eager_attention(module)(module, query, key, value, _added(mask, query), **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(patch.config._attn_implementation, attend)
+    elif mask is not None and mask.dtype == torch.bool:
+        # Of all kernels, the eager one alone tells its probabilities. It adds masks; True is what may be seen.
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    output, weights = attend(module, query, key, value, mask, **kwargs)
     if weights is not None:
         weights = weights[:, :, -key.shape[2] :]  # (B, h, T, T): keys are the base tokens
     if collected is not None:
         collected.append(weights)
     return output, weights
-
-
-def _eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The eager attention function of the module's own source file, or one like it."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
-
-
-def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask as the eager kernel takes it, added to the scores: True, in a bool mask, is what may be seen."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def _with_token_row(mask: Tensor | None) -> Tensor | None:
@@ -195,43 +100,75 @@ def _with_token_row(mask: Tensor | None) -> Tensor | None:
     return torch.cat([row, mask], dim=2)  # (B or 1, h or 1, 1 + T, T)
 
 
-def _probe(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Note which module called, then do what it asked for."""
-    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
-    assert seat.seen is not None
-    seat.seen.append(module)
-    return _base_attention(module, seat.config)(module, *args, **kwargs)
-
-
-def seat_token(module: nn.Module, carrier: Carrier) -> None:
-    """Let `module` attend through `attend_with_token`, with the state of `carrier`."""
-    _seat(module, NAME, carrier=carrier)
-
-
-def kernel_of(module: nn.Module) -> str | None:
-    """Name of the attention function the base tokens of a seated module go through."""
-    seat: _Seat = module._shapadapter_seat  # type: ignore[assignment]
-    return seat.config._attn_implementation
-
-
-def unseat_token(module: nn.Module) -> None:
-    """Give `module` its own config back."""
-    module.config = module.__dict__.pop("_shapadapter_seat").config
-    if type(module).__name__ in _INTERFACE_NAMES:
-        module.__class__ = ORIGINAL[type(module)]  # type: ignore[index]
-
-
-def _seat(module: nn.Module, name: str, carrier: Carrier | None = None, seen: list[nn.Module] | None = None) -> None:
+def patch_attention(module: nn.Module, hooks: Any = None, calls: list[nn.Module] | None = None) -> None:
+    """Let `module` attend through `attend_with_token`, as `hooks` say."""
     own: PretrainedConfig = module.config  # type: ignore[assignment]
     private = copy.copy(own)
     # The public setter would hand the name on to sub-configs, which the shallow copy shares with the original.
-    private._attn_implementation_internal = name
-    module._shapadapter_seat = _Seat(carrier, own, seen)  # type: ignore[assignment]
+    private._attn_implementation_internal = _NAME
+    module._shapadapter_patch = AttentionPatch(own, hooks, calls)  # type: ignore[assignment]
     module.config = private  # type: ignore[assignment]
-    if type(module).__name__ in _OWN_ATTENTION:
-        # Imported only for a model that has it already; a class that can be imported can be pickled.
+    if type(module) in _WITH_INTERFACE:
+        module.__class__ = _WITH_INTERFACE[type(module)]  # type: ignore[assignment]
 
-        module.__class__ = ADAPTED[type(module)]  # type: ignore[index]
+
+def restore_attention(module: nn.Module) -> None:
+    """Give `module` its own config and class back."""
+    module.config = module.__dict__.pop("_shapadapter_patch").config
+    if isinstance(module, _Interface):
+        module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
+
+
+class _Interface:
+    """`forward` of Data2Vec's two classes, which do not ask transformers' attention interface, by way of it."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same attention; `relative_position_bias` may differ from image to image and hide keys."""
+        hooks = self._shapadapter_patch.hooks
+        token = hooks is not None and hooks.token_in_sequence()
+        if hooks is not None and not token and (relative_position_bias is None or len(relative_position_bias) == 1):
+            # Bit by bit as without an adapter.
+            return super().forward(  # type: ignore[misc]
+                hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
+            )
+        mask = relative_position_bias  # (B or 1, heads or 1, T or 1, T)
+        if self.has_relative_position_bias:
+            assert resolution is not None
+            window = (resolution[0] // self.config.patch_size, resolution[1] // self.config.patch_size)
+            base_tokens = hidden_states.shape[1] - int(token)
+            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=base_tokens)
+            mask = bias if mask is None else mask + bias
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)  # (B, T, heads, d)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )  # (B, heads, T, d)
+        dropout, scaling = self.dropout.p if self.training else 0.0, self.attention_head_size**-0.5
+        output, weights = attend_with_token(
+            self, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
+        )
+        return output.reshape(*hidden_states.shape[:-1], -1), weights  # (B, T, D)
+
+
+class InterfaceAttention(_Interface, Data2VecVisionSelfAttention):  # type: ignore[misc]
+    """The class loaded with attn_implementation="eager"."""
+
+
+class InterfaceSdpaAttention(_Interface, Data2VecVisionSdpaSelfAttention):  # type: ignore[misc]
+    """The class loaded with attn_implementation="sdpa"."""
+
+
+# Classes of this module, not made on the way: what can be imported can be pickled.
+_WITH_INTERFACE: dict[type[nn.Module], type[nn.Module]] = {
+    Data2VecVisionSelfAttention: InterfaceAttention,
+    Data2VecVisionSdpaSelfAttention: InterfaceSdpaAttention,
+}
 
 
 @contextmanager
@@ -255,20 +192,16 @@ def recorded_attention(model: nn.Module) -> Iterator[list[nn.Module]]:
 
     Asking the classes would not do: several families accept a custom attention function and never call it.
     """
-    seen: list[nn.Module] = []
-    seated = [
-        m
-        for m in model.modules()
-        if not isinstance(m, PreTrainedModel) and isinstance(getattr(m, "config", None), PretrainedConfig)
-    ]
-    for module in seated:
-        _seat(module, _PROBE, seen=seen)
+    calls: list[nn.Module] = []
+    modules = [m for m in model.modules() if not isinstance(m, PreTrainedModel)]
+    patched = [m for m in modules if isinstance(getattr(m, "config", None), PretrainedConfig)]
+    for module in patched:
+        patch_attention(module, calls=calls)
     try:
-        yield seen
+        yield calls
     finally:
-        for module in seated:
-            unseat_token(module)
+        for module in patched:
+            restore_attention(module)
 
 
-AttentionInterface.register(NAME, attend_with_token)
-AttentionInterface.register(_PROBE, _probe)
+AttentionInterface.register(_NAME, attend_with_token)

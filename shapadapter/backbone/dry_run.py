@@ -1,112 +1,100 @@
-"""One forward pass on noise, in which everything is written down: who was called, in which order, what came out."""
+"""Forward passes on noise, in which everything is written down, and what their numbers show beside rounding.
+
+A signal that a model's own precision loses, as that of a new network without trained norms, is looked for in float64.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from shapadapter.backbone.anatomy import Anatomy, Kind, evaluating, original_name
+from shapadapter.backbone.anatomy import first_tensor
 from shapadapter.backbone.attention import recorded_attention
-from shapadapter.backbone.families import Family
-from shapadapter.backbone.forward import ask
-from shapadapter.backbone.precision import FaintSignalError, exceeds_rounding
+from shapadapter.backbone.families import Family, Profile
+from shapadapter.backbone.forward import evaluating, scores_and_reply
+from shapadapter.core.errors import UnsupportedModelError
+
+# Rounding that a different split of the same sums may cause, relative to the numbers' size.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+# Less than this share of the largest number may be rounding.
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-13}
 
 _Shape = tuple[int, ...] | None
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was seen in one pass.
+    """What was seen in one pass."""
 
-    Attributes:
-        image: (height, width), or (rows, cols) of patches.
-        options: further keyword arguments the pass was given.
-        calls: for each module, the shapes of first argument and output, call by call.
-        order: each finished call, by module and shape of its output.
-        attentions: the modules that called transformers' attention interface, in call order.
-        scores: the scores (2, K), embeddings (2, P), or None.
-        reply: these, or of a model without scores the first tensor in its output.
-    """
+    model: nn.Module
+    profile: Profile
+    image: tuple[int, int]  # (height, width), or (rows, cols) of patches
+    options: dict[str, Any]  # further keyword arguments the pass was given
+    calls: dict[
+        nn.Module, list[tuple[_Shape, _Shape]]
+    ]  # shapes of each module's first argument and output, call by call
+    order: list[tuple[nn.Module, _Shape]]  # each finished call, by module and shape of its output
+    attentions: list[nn.Module]  # which called transformers' attention interface, in call order
+    scores: Tensor | None  # the scores (2, K), or embeddings (2, P)
+    reply: Tensor | None  # these, or of a model without scores the first tensor in its output
 
-    image: tuple[int, int]
-    options: dict[str, Any]
-    calls: dict[nn.Module, list[tuple[_Shape, _Shape]]]
-    order: list[tuple[nn.Module, _Shape]]
-    attentions: list[nn.Module]
-    scores: Tensor | None
-    reply: Tensor | None
+    @functools.cached_property
+    def names(self) -> dict[nn.Module, str]:
+        """The names of the model's modules."""
+        return {module: name for name, module in self.model.named_modules()}
+
+    def finished(self, source: str) -> tuple[list[nn.Module], list[nn.Module]]:
+        """What had finished when the module `source` had, and what finished later."""
+        end = max(index for index, (module, _) in enumerate(self.order) if self.names.get(module) == source)
+        modules = [module for module, _ in self.order]
+        return modules[: end + 1], modules[end + 1 :]
+
+    def gives_scores(self, module: nn.Module, shape: _Shape) -> bool:
+        """Whether an output of this shape, of this module, is like the scores of a classifier."""
+        scores = None if self.scores is None else tuple(self.scores.shape)
+        return isinstance(module, nn.Linear) and shape is not None and shape == scores
 
 
 def dry_run(
-    model: nn.Module, kind: Kind, family: Family, image: tuple[int, int], options: dict[str, Any] | None = None
+    model: nn.Module, profile: Profile, image: tuple[int, int], options: dict[str, Any] | None = None
 ) -> DryRun:
     """Run the model on two noise images without changing anything in it."""
     calls: dict[nn.Module, list[tuple[_Shape, _Shape]]] = {}
     order: list[tuple[nn.Module, _Shape]] = []
 
+    def shape_of(tensor: Any) -> _Shape:
+        return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        came, went = _shape(args[0] if args else kwargs.get("hidden_states")), _shape(first_tensor(output))
+        came, went = shape_of(args[0] if args else kwargs.get("hidden_states")), shape_of(first_tensor(output))
         calls.setdefault(module, []).append((came, went))
         order.append((module, went))
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
-    inputs = {**noise(model, family, image), **(options or {})}
+    inputs = {**noise(model, profile.family, image), **(options or {})}
     try:
-        with torch.no_grad(), evaluating(model), unchanged(model), recorded_attention(model) as attentions:
-            scores, replied = ask(model, kind, family, inputs)
+        with undisturbed(model), recorded_attention(model) as attentions:
+            scores, reply = scores_and_reply(model, profile, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return DryRun(image, options or {}, calls, order, attentions, scores, replied)
+    return DryRun(model, profile, image, options or {}, calls, order, attentions, scores, reply)
 
 
-@dataclass
-class Stream:
-    """What enters the first block, and what the module with the features returns to those behind it."""
-
-    entering: Tensor | None = None
-    leaving: Tensor | None = None
-
-    def moved(self) -> Tensor:
-        """What the blocks add, (2, T, D)."""
-        assert self.entering is not None
-        assert self.leaving is not None
-        return self.leaving - self.entering
-
-
-@contextmanager
-def watched(model: nn.Module, anatomy: Anatomy) -> Iterator[Stream]:
-    """Watch the passes in the context from outside of a carrier that is attached already."""
-    stream = Stream()
-
-    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream.entering = args[0] if args else kwargs["hidden_states"]
-
-    def leave(source: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stream.leaving = first_tensor(output)
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if original_name(name) in anatomy.blocks[:1]:
-                hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            if original_name(name) == anatomy.source:
-                hooks.enter_context(module.register_forward_hook(leave))
-        yield stream
-
-
-def all_flows_through(model: nn.Module, kind: Kind, family: Family, run: DryRun, source: str) -> bool:
+def all_flows_through(run: DryRun, source: str) -> bool:
     """Whether the model's reply knows nothing of the image but what the module `source` returned.
 
     Shown the images of the dry run, it must reply as to others if that module returns what it returned for those.
-
-    Raises:
-        FaintSignalError: the reply to both images of the dry run is the same up to rounding, which proves nothing.
+    The same reply, up to rounding, to both images of the dry run proves nothing.
     """
     first = run.reply
     if first is None:
@@ -121,28 +109,17 @@ def all_flows_through(model: nn.Module, kind: Kind, family: Family, run: DryRun,
     def exchange(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return copy.deepcopy(kept[0])
 
-    def replied(seed: int, hook: Any) -> Tensor:
-        with model.get_submodule(source).register_forward_hook(hook):
-            _, found = ask(model, kind, family, {**noise(model, family, run.image, seed), **run.options})
+    def reply_to(seed: int, hook: Any) -> Tensor:
+        inputs = {**noise(run.model, run.profile.family, run.image, seed), **run.options}
+        with run.model.get_submodule(source).register_forward_hook(hook):
+            _, found = scores_and_reply(run.model, run.profile, inputs)
         assert found is not None
         return found
 
-    with torch.no_grad(), evaluating(model), unchanged(model):
-        second, exchanged = replied(1, keep), replied(0, exchange)
+    with undisturbed(run.model):
+        second, exchanged = reply_to(1, keep), reply_to(0, exchange)
     # Beside the difference that the images make: in an untrained model it may be tiny.
     return bool((exchanged - second).abs().max() <= 1e-2 * (second - first).abs().max())
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The tensor itself, `last_hidden_state`, or the first of a tuple."""
-    found = getattr(output, "last_hidden_state", output)
-    if isinstance(found, tuple | list):
-        found = found[0] if found else None
-    return found if isinstance(found, Tensor) else None
-
-
-def _shape(tensor: Any) -> _Shape:
-    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
 def noise(model: nn.Module, family: Family, image: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
@@ -163,51 +140,90 @@ def noise(model: nn.Module, family: Family, image: tuple[int, int], seed: int = 
     }
 
 
-def _vision_configs(model: nn.Module) -> list[Any]:
+def _configured(model: nn.Module, name: str, timm_name: str | None = None) -> list[Any]:
+    """What the configs say of `name`; of a timm model, as it was told, or else as it was pretrained."""
     config: Any = getattr(model, "config", None)
-    return [c for c in (getattr(config, "vision_config", None), config) if c is not None]
+    own: Any = getattr(model, "timm_model", None)
+    pretrained = getattr(config, "pretrained_cfg", None) or getattr(own, "pretrained_cfg", None) or {}
+    channels, *size = pretrained.get("input_size") or (None,)
+    timm = {"in_chans": channels, "img_size": size or None, **(getattr(config, "model_args", None) or {})}
+    configs = (getattr(config, "vision_config", None), config)
+    return [getattr(each, name, None) for each in configs] + [timm.get(timm_name)]
 
 
 def channels_of(model: nn.Module) -> int:
-    """Colour channels, by the config; 3 if that does not say."""
-    counts = [getattr(config, "num_channels", None) for config in _vision_configs(model)]
-    counts += [_timm_input(model).get("in_chans")]
-    return next((count for count in counts if isinstance(count, int)), 3)
+    """Color channels, by the config; 3 if that does not say."""
+    return next((count for count in _configured(model, "num_channels", "in_chans") if isinstance(count, int)), 3)
 
 
 def patch_side(model: nn.Module) -> int:
     """Side of a patch in pixels, by the config; 1 if that does not say."""
-    sides = (getattr(config, "patch_size", None) for config in _vision_configs(model))
-    return next((side for side in sides if isinstance(side, int)), 1)
+    return next((side for side in _configured(model, "patch_size") if isinstance(side, int)), 1)
 
 
 def configured_size(model: nn.Module) -> tuple[int, int] | None:
     """The (height, width) the config names."""
-    sizes = [getattr(config, "image_size", None) for config in _vision_configs(model)]
-    sizes += [_timm_input(model).get("img_size")]
-    size = next((size for size in sizes if size is not None), None)
+    size = next((size for size in _configured(model, "image_size", "img_size") if size is not None), None)
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _timm_input(model: nn.Module) -> dict[str, Any]:
-    """`in_chans` and `img_size` of a timm model: as it was told, or else as it was pretrained; of others, nothing."""
-    config: Any = getattr(model, "config", None)
-    own: Any = getattr(model, "timm_model", None)
-    pretrained = getattr(config, "pretrained_cfg", None) or getattr(own, "pretrained_cfg", None) or {}
-    channels, *size = pretrained.get("input_size") or (None,)
-    told = getattr(config, "model_args", None) or {}
-    return {"in_chans": channels, "img_size": size or None, **told}
-
-
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass changes: some models adjust themselves to the image they see, as Swin its windows."""
+def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Run in evaluation mode, without gradients unless asked for, and undo what a forward pass changes.
+
+    Some models adjust themselves to the image they see, as Swin its windows.
+    """
     plain = (bool, int, float, str, tuple)
-    before = [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in model.modules()]
+    with torch.set_grad_enabled(gradients), evaluating(model):
+        before = [(m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in model.modules()]
+        try:
+            yield
+        finally:
+            for module, attributes in before:
+                vars(module).update(attributes)
+
+
+class FaintSignalError(UnsupportedModelError):
+    """What was looked for may be there, but less than the model's own precision can show."""
+
+
+def exceeds_rounding(part: Tensor, total: Tensor) -> bool:
+    """Whether `part`, a difference of numbers as large as `total`, is more than their rounding; in half precision, any is."""
+    limit = _ROUNDING.get(total.dtype, 0.0) * total.abs().max().item()
+    return part.abs().max().item() > limit
+
+
+def equal_up_to_rounding(one: Tensor, other: Tensor, moved: Tensor, tolerance: float | None = None) -> bool:
+    """Whether features are equal but for rounding, measured by how far blocks `moved` them.
+
+    By themselves they would hide a difference where the blocks are all but silent, as those of a new model with a
+    LayerScale of 1e-5.
+    """
+    share = 10 * (tolerance or TOLERANCE.get(one.dtype, 5e-3))
+    eps = torch.finfo(one.dtype).eps
+    one, other, moved = (part.detach().cpu().double() for part in (one, other, moved))  # squares of tiny numbers
+    return bool((one - other).norm() <= share * moved.norm() + eps * one.norm())
+
+
+def in_sufficient_precision(ask: Callable[[], _Found], model: nn.Module) -> _Found:
+    """What `ask` finds in the model or, where that is too faint, in the model in float64."""
     try:
-        yield
+        return ask()
+    except FaintSignalError as error:
+        faint = error
+    own = [(tensor, tensor.data) for tensor in {*model.parameters(), *model.buffers()} if tensor.is_floating_point()]
+    try:
+        # The model itself, not a copy, whose methods may still be bound to the original.
+        for tensor, data in own:
+            tensor.data = data.double()
+        return ask()
+    except UnsupportedModelError as error:
+        why = "" if str(faint) in str(error) else f" Tried in float64, because in the model's own precision {faint}."
+        raise UnsupportedModelError(f"{error}{why}") from error
+    except (RuntimeError, TypeError) as error:  # quantised weights, or a device that knows no float64
+        raise UnsupportedModelError(f"{type(model).__name__}: {faint}, as far as its precision shows.") from error
     finally:
-        for module, attributes in before:
-            vars(module).update(attributes)
+        for tensor, data in own:
+            tensor.data = data

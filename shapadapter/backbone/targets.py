@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from shapadapter.backbone.anatomy import Anatomy, original_name
+from shapadapter.backbone.anatomy import Anatomy
 from shapadapter.backbone.dry_run import dry_run
+from shapadapter.backbone.families import original_name
 from shapadapter.core.errors import UnsupportedModelError
 
 # Attention projections that LoRA adapts by default, under the names they have in transformers and timm.
@@ -21,20 +22,17 @@ def default_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """The layers LoRA adapts when the user names no modules.
 
     In a transformer the query and value projections of all attention modules; in a convolutional model every linear
-    layer and every convolution that mixes all channels, the first one left out.
-
-    Returns:
-        Suffixes if they fit no other part of the model, else whole names.
-
-    Raises:
-        UnsupportedModelError: there is no such layer.
+    layer and every convolution that mixes all channels, the first one left out. Suffixes if they fit no other part of
+    the model, else whole names.
     """
     inside = _inside(model, anatomy)
     linear = [name for name, module in inside if isinstance(module, nn.Linear)]
     for suffixes in _QUERY_VALUE:
         found = [name for name in linear if name.split(".")[-1] in suffixes]
         if {name.split(".")[-1] for name in found} == set(suffixes):
-            return list(suffixes) if _only_there(model, suffixes, found) else found
+            names = {original_name(name) for name, _ in model.named_modules() if "lora_" not in name}
+            only_there = {name for name in names if name.split(".")[-1] in suffixes} == set(found)
+            return list(suffixes) if only_there else found
     if anatomy.attentions:
         raise UnsupportedModelError(
             f"no default LoRA targets: looked for linear layers {[list(pair) for pair in _QUERY_VALUE]}, found "
@@ -54,26 +52,14 @@ def _inside(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
     would train nothing.
     """
     inside = tuple(f"{part}." for part in anatomy.blocks or anatomy.backbone)
-    called = dry_run(model, anatomy.kind, anatomy.family, anatomy.sample, anatomy.options).calls
+    called = dry_run(model, anatomy, anatomy.sample, anatomy.options).calls
     named = {original_name(name): m for name, m in model.named_modules() if m in called and "lora_" not in name}
     behind = tuple(f"{part}." for part in anatomy.behind)
     return [(n, m) for n, m in named.items() if f"{n}.".startswith(inside) and not f"{n}.".startswith(behind)]
 
 
-def _only_there(model: nn.Module, suffixes: tuple[str, ...], found: list[str]) -> bool:
-    names = {original_name(name) for name, _ in model.named_modules() if "lora_" not in name}
-    return {name for name in names if name.split(".")[-1] in suffixes} == set(found)
-
-
 def trainable_parts(model: nn.Module, anatomy: Anatomy, prediction: str, own: str) -> list[str]:
-    """The model's children that full training trains: the backbone, and the classifier if it predicts.
-
-    Args:
-        model: the base model.
-        anatomy: its parts.
-        prediction: "vote" or "classifier".
-        own: name of the adapter's own child.
-    """
+    """The model's children that full training trains: the backbone, and the classifier if it predicts; not `own`."""
     heads = [
         name
         for name, child in model.named_children()
@@ -89,33 +75,21 @@ def head_parts(model: nn.Module, anatomy: Anatomy, *, new: bool) -> list[str]:
     A classifier is new if the model was loaded without it, from a checkpoint of another number of classes or of a
     backbone, and it was not trained since. transformers marks each weight that it has read; where no weight is marked,
     the model was made from a configuration, or copied, and what its linear layers hold decides.
-
-    Args:
-        model: the base model.
-        anatomy: its parts.
-        new: whether to return the new modules only.
-
-    Returns:
-        Names by which PEFT finds them and no others.
+    With `new`, the new modules only. Returns names by which PEFT finds them and no others.
     """
     weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n and ".modules_to_save." not in n]
     named = {original_name(name): weight for name, weight in weights}
-    read = {name for name, weight in named.items() if _is_read(weight)}
+    read = {n for n, w in named.items() if getattr(w, "_is_hf_initialized", False) or not w.is_floating_point()}
     behind = {name for name in named if name.startswith(tuple(f"{part}." for part in anatomy.behind))}
     outside = {name for name in behind if name.split(".")[0] not in anatomy.backbone}
     wanted = (outside or behind) if not new else behind - read if read else outside
-    linear = [
-        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{original_name(n)}.weight" in wanted
-    ]
-    unknown = not read and any(module.bias is None for module in linear)
+    layers = [(original_name(name), m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear = [layer for name, layer in layers if f"{name}.weight" in wanted]
+    unknown = not read and any(layer.bias is None for layer in linear)
     if new and (unknown or any(map(_is_trained, linear))):
         return []
     tops = sorted({_top(name, wanted, set(named)) for name in wanted})
     return [_unmistakable(model, top, but=tuple(tops)) for top in tops]
-
-
-def _is_read(weight: nn.Parameter) -> bool:
-    return bool(getattr(weight, "_is_hf_initialized", False)) or not weight.is_floating_point()
 
 
 def _is_trained(linear: nn.Linear) -> bool:

@@ -1,4 +1,8 @@
-"""How the players lie on an image and on the model's cells, and where the cells look."""
+"""How the players lie on an image and on the model's cells, what shows where they are absent, and where the cells look.
+
+Removal in pixel space is the only way for models without tokens. What stood in an absent tile has no influence at all,
+not even through the blur, which takes the pixels of present players alone.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shapadapter.backbone.anatomy import Anatomy, evaluating
-from shapadapter.backbone.dry_run import noise, unchanged
+from shapadapter.backbone.anatomy import Anatomy
+from shapadapter.backbone.dry_run import noise, undisturbed
 from shapadapter.backbone.forward import score
-from shapadapter.backbone.hooks import Carrier, Pass, Removal
+from shapadapter.backbone.hooks import FeatureHooks, ForwardCall, Removal
 from shapadapter.core.errors import ImageError
 from shapadapter.core.grid import Grid, shares
 
-# Cells from border to border, so many that the border cuts off little of a receptive field. Odd: the middle cell is in
-# the middle of the image.
+# measure_offset: cells from border to border, so many that the border cuts off little of a receptive field. Odd: the
+# middle cell is in the middle of the image.
 _CELLS = 11
 
 # Batches of images, by the seeds of their noise, two images each; more change the second decimal.
@@ -29,89 +34,14 @@ _WIDE, _WIDE_BATCHES = 1024, ((0,),)
 _FAINT, _LOUDER = 1e-30, 1e30
 
 
-def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
-    """By how many cells the centre of a cell's receptive field lies below and right of the cell's own centre.
-
-    Where convolutions are padded on one side it is about half a cell, up or down. Measured by the gradient of the
-    features with respect to the pixels, on noise, for the cells in the middle: around them lie even both what attention
-    to the whole image adds and what the border cuts off. A model of one token for each patch has no offset.
-
-    Returns:
-        (down, right), to a hundredth of a cell.
-    """
-    if anatomy.blocks or anatomy.layout == "latents":
-        return 0.0, 0.0
-    size = (_CELLS * anatomy.cell[0], _CELLS * anatomy.cell[1])
-    try:
-        reach = _reach(model, replace(anatomy, sample=size))
-    except Exception:  # many things may break in a model that takes one size only
-        reach = _reach(model, anatomy)
-    down, right = (_centre(reach.sum(dim=1 - axis)) / anatomy.cell[axis] for axis in (0, 1))
-    return round(down, 2), round(right, 2)
-
-
-def _centre(reach: Tensor) -> float:
-    """Centre of mass of (L,), from the middle, without the ground on which the peak stands; 0 if there is none."""
-    peak = (reach - reach.median()).clamp(min=0)
-    if not peak.sum() > 0:
-        return 0.0
-    places = torch.arange(len(peak), dtype=peak.dtype, device=peak.device) + 0.5 - len(peak) / 2
-    return float((peak * places).sum() / peak.sum())
-
-
-def _reach(model: nn.Module, anatomy: Anatomy) -> Tensor:
-    """How much each pixel moves the features of the cells in the middle, on average: (H, W) fp64."""
-    batches = _WIDE_BATCHES if anatomy.width >= _WIDE else _BATCHES
-    reach = torch.cat([_sensitivity(model, anatomy, seeds) for seeds in batches])  # (R, H, W)
-    return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)
-
-
-def _sensitivity(model: nn.Module, anatomy: Anatomy, seeds: tuple[int, ...]) -> Tensor:
-    """How much each pixel of some images moves the features of a cell in the middle, (b, H, W) fp64."""
-    carrier = Carrier(anatomy)
-    images = torch.cat([noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in seeds])
-    rows, cols = anatomy.cells(images)
-    # With an even number of cells there are four in the middle, and the images take turns; else it is one.
-    corners = [row * cols + col for row in ((rows - 1) // 2, rows // 2) for col in ((cols - 1) // 2, cols // 2)]
-    middle = [corners[image % 4] for image in range(len(images))]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    images.requires_grad_()
-    carrier.attach(model)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.enable_grad(), evaluating(model), unchanged(model):
-            with carrier.passing(Pass(rows * cols)) as current:
-                score(model, anatomy.kind, anatomy.family, {"pixel_values": images, **anatomy.options})
-            assert current.features is not None
-            chosen = current.features[range(len(images)), middle]  # (b, D)
-            generator = torch.Generator().manual_seed(seeds[0] // 2)
-            direction = torch.randn(chosen.shape, generator=generator, device="cpu").to(chosen)
-            (gradient,) = torch.autograd.grad(chosen, images, direction, retain_graph=True)
-            if gradient.abs().max() < _FAINT:
-                (gradient,) = torch.autograd.grad(chosen, images, _LOUDER * direction)
-    finally:
-        carrier.detach()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    return gradient.cpu().double().norm(dim=1)  # (b, C, H, W) -> (b, H, W)
-
-
 @dataclass(frozen=True)
 class Tiling:
-    """The players of one batch of images.
+    """The players of one batch of images."""
 
-    Attributes:
-        players: (rows, cols) of the players.
-        cells: (rows, cols) of the model's cells.
-        seen: (height, width) of the part of the image that the players tile.
-        offset: (down, right) by which the cells look beside their own place, in cells.
-    """
-
-    players: tuple[int, int]
-    cells: tuple[int, int]
-    seen: tuple[int, int]
-    offset: tuple[float, float] = (0.0, 0.0)
+    players: tuple[int, int]  # (rows, cols)
+    cells: tuple[int, int]  # (rows, cols) of the model's cells
+    seen: tuple[int, int]  # (height, width) of the part of the image that the players tile
+    offset: tuple[float, float] = (0.0, 0.0)  # (down, right) by which the cells look beside their own place, in cells
 
     @property
     def count(self) -> int:
@@ -153,8 +83,7 @@ def tile(
 ) -> Tiling:
     """The tiling of images (B, C, H, W) by `grid`, or by the cells if that is None.
 
-    Raises:
-        ImageError: the grid does not divide the image, or not the patches where these are removed whole.
+    Refuses a grid that does not divide the image, or not the patches where these are removed whole.
     """
     cells = anatomy.cells(pixel_values, **options)
     seen = anatomy.seen(pixel_values, cells)
@@ -174,3 +103,138 @@ def tile(
             "resize the images."
         )
     return Tiling(grid, cells, seen if removal != "pixels" else (size[0], size[1]), offset)
+
+
+def fill_absent(
+    images: Tensor,
+    present: Tensor,
+    players: tuple[int, int],
+    color: Tensor,
+    blur: bool,
+    seen: tuple[int, int] | None = None,
+) -> Tensor:
+    """Replace the tiles of absent players in images (R, C, H, W) by a color (C,).
+
+    With `blur`, by the present pixels around, blurred into the gap; the color where there are none near. Players
+    `present` (R, N) tile the part `seen` (height, width) of the image, in (rows, cols). What lies beyond belongs to the
+    last row and column: a convolution may reach into it.
+    """
+    seen = seen or (images.shape[2], images.shape[3])
+    beyond = (0, images.shape[3] - seen[1], 0, images.shape[2] - seen[0])
+    tiles = pixels_of(present, players, seen)[:, None].to(images.dtype)  # (R, 1, h, w)
+    kept = F.pad(tiles, beyond, mode="replicate").bool()  # (R, 1, H, W)
+    shown = color.to(images.dtype).view(1, -1, 1, 1).expand_as(images)  # (R, C, H, W)
+    if blur:
+        shown = _blurred(images, kept, shown, players)
+    return torch.where(kept, images, shown)
+
+
+def pixels_of(present: Tensor, players: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Which pixels belong to present players: (R, N) to (R, H, W) bool. Tiles are equal, up to rounding."""
+    rows, cols = (_tile_of(pixels, tiles).to(present.device) for pixels, tiles in zip(size, players, strict=True))
+    return present.unflatten(1, players)[:, rows][:, :, cols]  # (R, H, W)
+
+
+def sum_over_tiles(pixels: Tensor, players: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+    """Sum what belongs to pixels (B, H, W, C) over the tile of each player, as `fill_absent` has them: (B, N, C) fp32."""
+    sums = pixels.float()
+    for axis, (side, tiles) in enumerate(zip(seen, players, strict=True), start=1):
+        beyond = torch.full((pixels.shape[axis] - side,), tiles - 1, device="cpu")
+        index = torch.cat([_tile_of(side, tiles), beyond]).to(pixels.device)  # (H,), then (W,)
+        shape = (*sums.shape[:axis], tiles, *sums.shape[axis + 1 :])
+        sums = sums.new_zeros(shape).index_add(axis, index, sums)  # (B, rows, W, C), then (B, rows, cols, C)
+    return sums.flatten(1, 2)
+
+
+def _tile_of(pixels: int, tiles: int) -> Tensor:
+    """The tile in which each pixel's centre lies, (pixels,), in whole numbers: rounding must not shift an edge."""
+    return torch.arange(1, 2 * pixels, 2, device="cpu") * tiles // (2 * pixels)
+
+
+def _blurred(images: Tensor, kept: Tensor, color: Tensor, players: tuple[int, int]) -> Tensor:
+    """The kept pixels (R, 1, H, W) of the images, averaged with Gaussian weights as wide as a tile."""
+    weights = kept.to(images.dtype)
+    # Not a product: nothing times not-a-number is not nothing.
+    masked = torch.where(kept, images, torch.zeros_like(images))  # (R, C, H, W)
+    for axis, (pixels, tiles) in enumerate(zip(images.shape[2:], players, strict=True)):
+        sigma = pixels / tiles
+        reach = max(1, round(2 * sigma))
+        places = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (places / sigma).square())
+        kernel = (kernel / kernel.sum()).to(images.dtype)  # (2 * reach + 1,)
+        masked, weights = _convolve(masked, kernel, axis), _convolve(weights, kernel, axis)
+    return torch.where(weights > 1e-3, masked / weights.clamp(min=1e-3), color)
+
+
+def _convolve(images: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Convolve (R, C, H, W) along H (axis 0) or W (axis 1); outside of the image there is nothing."""
+    channels, reach = images.shape[1], len(kernel) // 2
+    shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
+    padding = (reach, 0) if axis == 0 else (0, reach)
+    return F.conv2d(images, kernel.view(shape).expand(channels, -1, -1, -1), padding=padding, groups=channels)
+
+
+def measure_offset(model: nn.Module, anatomy: Anatomy) -> tuple[float, float]:
+    """By how many cells the centre of a cell's receptive field lies below and right of the cell's own centre.
+
+    Where convolutions are padded on one side it is about half a cell, up or down. Measured by the gradient of the
+    features with respect to the pixels, on noise, for the cells in the middle: around them lie even both what attention
+    to the whole image adds and what the border cuts off. A model of one token for each patch has no offset.
+    Returns (down, right), to a hundredth of a cell.
+    """
+    if anatomy.blocks or anatomy.layout == "latents":
+        return 0.0, 0.0
+    size = (_CELLS * anatomy.cell[0], _CELLS * anatomy.cell[1])
+    try:
+        reach = _reach(model, replace(anatomy, sample=size))
+    except Exception:  # many things may break in a model that takes one size only
+        reach = _reach(model, anatomy)
+    down, right = (_centre(reach.sum(dim=1 - axis)) / anatomy.cell[axis] for axis in (0, 1))
+    return round(down, 2), round(right, 2)
+
+
+def _centre(reach: Tensor) -> float:
+    """Centre of mass of (L,), from the middle, without the ground on which the peak stands; 0 if there is none."""
+    peak = (reach - reach.median()).clamp(min=0)
+    if not peak.sum() > 0:
+        return 0.0
+    places = torch.arange(len(peak), dtype=peak.dtype, device=peak.device) + 0.5 - len(peak) / 2
+    return float((peak * places).sum() / peak.sum())
+
+
+def _reach(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """How much each pixel moves the features of the cells in the middle, on average: (H, W) fp64."""
+    batches = _WIDE_BATCHES if anatomy.width >= _WIDE else _BATCHES
+    reach = torch.cat([_sensitivity(model, anatomy, seeds) for seeds in batches])  # (R, H, W)
+    return (reach / reach.sum(dim=(1, 2), keepdim=True).clamp(min=1e-300)).mean(dim=0)
+
+
+def _sensitivity(model: nn.Module, anatomy: Anatomy, seeds: tuple[int, ...]) -> Tensor:
+    """How much each pixel of some images moves the features of a cell in the middle, (b, H, W) fp64."""
+    hooks = FeatureHooks(anatomy)
+    images = torch.cat([noise(model, anatomy.family, anatomy.sample, seed)["pixel_values"] for seed in seeds])
+    rows, cols = anatomy.cells(images)
+    # With an even number of cells there are four in the middle, and the images take turns; else it is one.
+    corners = [row * cols + col for row in ((rows - 1) // 2, rows // 2) for col in ((cols - 1) // 2, cols // 2)]
+    middle = [corners[image % 4] for image in range(len(images))]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    images.requires_grad_()
+    hooks.attach(model)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with undisturbed(model, gradients=True):
+            with hooks.during(ForwardCall(rows * cols)) as call:
+                score(model, anatomy, {"pixel_values": images, **anatomy.options})
+            assert call.features is not None
+            chosen = call.features[range(len(images)), middle]  # (b, D)
+            generator = torch.Generator().manual_seed(seeds[0] // 2)
+            direction = torch.randn(chosen.shape, generator=generator, device="cpu").to(chosen)
+            (gradient,) = torch.autograd.grad(chosen, images, direction, retain_graph=True)
+            if gradient.abs().max() < _FAINT:
+                (gradient,) = torch.autograd.grad(chosen, images, _LOUDER * direction)
+    finally:
+        hooks.detach()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return gradient.cpu().double().norm(dim=1)  # (b, C, H, W) -> (b, H, W)

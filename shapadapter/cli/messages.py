@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 import typer
 
+from shapadapter.core.phrases import one_line
+
 _VALUE = r"(True|\.{3}|\[\.{3}\]|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
 _ARGUMENT = re.compile(rf"load\(\.\.\., (\w+)={_VALUE}\)|(?<!\S)(?<!, )(\w+)={_VALUE}")
 """What an error tells people to pass, by itself or to `load`; in the call of another function it is left as it is."""
@@ -107,13 +109,6 @@ def _quoted(value: str) -> str:
 def warn(text: str) -> None:
     """Say something beside the result."""
     typer.echo(one_line(text), err=True)
-
-
-def one_line(text: str) -> str:
-    """A text without line breaks, without anything that a terminal would act upon, and without credentials."""
-    from shapadapter.core.errors import redacted
-
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(redacted(text).split()))
 
 
 def quiet() -> None:

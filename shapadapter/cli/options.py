@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import date
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from shapadapter.core.phrases import did_you_mean
+
 MORE = "shapadapter.more"
-"""Where a command finds, in `context.meta`, the keys that are none of its own options."""
+"""Where a command finds, in `context.meta`, the keys of the yaml file that are none of its own options."""
 
 _SCALARS = (bool, int, float, str, date)
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a yaml file as the defaults of the command's options.
-
-    Raises:
-        typer.BadParameter: the file is unreadable, no mapping, more than plain yaml, or has keys that are no options.
-    """
+    """Take the values of a yaml file as the defaults of the command's options."""
     if path is None or context.resilient_parsing:
         return path
     names = {
@@ -32,7 +29,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     given = _load(path)
     more = {key: value for key, value in given.items() if key not in names or key in ("config", "help")}
     if more and not context.ignore_unknown_options:
-        raise typer.BadParameter(unknown(next(iter(more)), names, f"{path} has"))
+        raise typer.BadParameter(f"{unknown(next(iter(more)), names)} (in {path})")
     context.meta[MORE] = more
     context.default_map = {
         names[key].name: _as_words(key, value, names[key]) for key, value in given.items() if key not in more
@@ -40,12 +37,10 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def unknown(name: str, known: Iterable[str], where: str) -> str:
-    """Say that an option is none, and which one may be meant."""
+def unknown(name: str, known: Iterable[str]) -> str:
+    """Say that an option is unknown, and which one may be meant."""
     options = [option.replace("_", "-") for option in known if option not in ("config", "help")]
-    close = get_close_matches(name.replace("_", "-"), options, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else "See --help."
-    return f"{where} the option {name!r}, which this command does not know. {hint}"
+    return f"unknown option {name!r}. {did_you_mean(name.replace('_', '-'), options) or 'See --help.'}"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -64,89 +59,69 @@ def _load(path: Path) -> dict[str, Any]:
         raise typer.BadParameter(str(error)) from error
     found = {} if found is None else found
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise typer.BadParameter(f"Expected options in {path}, a line each, such as 'top-k: 3'.")
+        raise typer.BadParameter(f"Expected options in {path}, one on a line, such as 'top-k: 3'.")
     return {key.replace("-", "_"): value for key, value in found.items()}
 
 
 def _as_words(key: str, value: Any, parameter: Any) -> Any:
     """A value as it would be typed on the command line, which then checks it."""
     several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
-    if value is None or (isinstance(value, bool) and getattr(parameter, "is_flag", False)):
+    flag = getattr(parameter, "is_flag", False)
+    if value is None or (isinstance(value, bool) and flag):
         return value
     if isinstance(value, list) and all(isinstance(part, _SCALARS) for part in value):
         return [str(part) for part in value] if several else ",".join(map(str, value))
-    if not isinstance(value, _SCALARS) or getattr(parameter, "is_flag", False):
-        wanted = "true or false" if getattr(parameter, "is_flag", False) else "a value or a list of values"
+    if not isinstance(value, _SCALARS) or flag:
+        wanted = "true or false" if flag else "a value or a list of values"
         raise typer.BadParameter(f"Expected {wanted} for {key!r}, got {type(value).__name__}.")
     return [str(value)] if several else str(value)
 
 
-LOADING, OUTPUT, GENERAL = "Loading", "Output", "General"
-"""The groups of options in `--help`, beside a command's own."""
+# The groups of options in `--help`, beside a command's own.
+LOADING = {"rich_help_panel": "Loading"}
+OUTPUT = {"rich_help_panel": "Output"}
+GENERAL = {"rich_help_panel": "General"}
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
 Subfolder = Annotated[
     str | None,
-    typer.Option(
-        "--subfolder",
-        help="Where in that folder or repository the adapter is; by default at the top.",
-        rich_help_panel=LOADING,
-    ),
+    typer.Option(help="Where in that folder or repository the adapter is; by default at the top.", **LOADING),
 ]
 Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base", help="Base model, if it is not where the adapter says: a folder or name.", rich_help_panel=LOADING
-    ),
+    str | None, typer.Option(help="Base model, if it is not where the adapter says: a folder or name.", **LOADING)
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of the adapter on the Hub.", rich_help_panel=LOADING),
-]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.", **LOADING)]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.", rich_help_panel=LOADING
-    ),
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.", **LOADING)
 ]
 Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", help="float32, bfloat16 or float16; by default as the base was saved.", rich_help_panel=LOADING
-    ),
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default as the base was saved.", **LOADING)
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with the base model. Read it before.",
-        rich_help_panel=LOADING,
-    ),
+    typer.Option("--trust-remote-code", help="Run code that comes with the base model. Read it first.", **LOADING),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print json and nothing else on the standard output.", rich_help_panel=GENERAL)
-]
+Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on the standard output.", **GENERAL)]
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config",
         help="Options from a yaml file; those of the command line win.",
         callback=read_config,
         is_eager=True,
-        rich_help_panel=GENERAL,
+        **GENERAL,
     ),
+]
+Texts = Annotated[
+    list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
 ]
 
 # What `evaluate` and `report` measure.
-Data = Annotated[
-    Path, typer.Option("--data", help="Folder with a subfolder of images for each class.", show_default=False)
-]
+Data = Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)]
 Masks = Annotated[
-    Path | None,
-    typer.Option("--masks", help="Folder with a png mask of the object at the same path for each image."),
+    Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
 ]
-Measured = Annotated[int, typer.Option("--images", help="How many images are measured.", min=1)]
-Methods = Annotated[str, typer.Option("--methods", help="Methods to compare with, separated by commas.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is drawn.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.", min=1)]
+Measured = Annotated[int, typer.Option(help="How many images are measured.", min=1)]
+Methods = Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
+BatchSize = Annotated[int, typer.Option(help="Images in a forward pass.", min=1)]

@@ -6,17 +6,17 @@ import io
 import json
 import os
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
 
 from shapadapter import __version__
-from shapadapter.core.files import naming, passing, remove_leftovers, write_together
+from shapadapter.core.files import naming, remove_leftovers, whole_file, write_together
 from shapadapter.explanation.explanation import Explanation
-from shapadapter.visual import draw_strip, write_page
+from shapadapter.visual import write_page
 
 MARK = ".attribution"
 """Stands in front of the suffix of what is written for an image, so that it replaces nobody's picture."""
@@ -84,60 +84,58 @@ PAGE_IMAGES = 100
 """Images on a page; more make a second one."""
 
 
+@contextmanager
+def writing(output: Path | None, formats: frozenset[str], checkpoint: str, stream: TextIO | None) -> Iterator[Written]:
+    """A folder of explanations, and json on a stream; after an error no half page or json, and no new empty folder."""
+    made = [] if output is None else [folder for folder in (output, *output.parents) if not folder.exists()]
+    target = Path("the standard output") if output is None else output / "explanations.json"
+    try:
+        with ExitStack() as stack:
+            documents = [] if stream is None else [JsonDocument(stream, checkpoint, target)]
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(output)
+                if "json" in formats:
+                    file = stack.enter_context(whole_file(target))
+                    handle = stack.enter_context(file.open("x", encoding="ascii"))
+                    documents.append(JsonDocument(handle, checkpoint, target))
+            written = Written(output, formats, checkpoint, documents)
+            yield written
+            written.finish()
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
 class Written:
-    """A folder of explanations, and json on the standard output.
+    """What has been written about images, and what could not be explained."""
 
-    Args:
-        output: the folder, created if missing; None writes no files.
-        formats: some of "png", "html", "json", "npz".
-        checkpoint: what the page and the json say explained the images.
-        stream: where to write json, too.
-    """
-
-    def __init__(self, output: Path | None, formats: frozenset[str], checkpoint: str, stream: TextIO | None) -> None:
-        self.output, self.formats, self.checkpoint = output, formats, checkpoint
+    def __init__(
+        self, output: Path | None, formats: frozenset[str], checkpoint: str, documents: list[JsonDocument]
+    ) -> None:
+        self.output, self.formats, self.checkpoint, self.documents = output, formats, checkpoint, documents
         self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
         self.page, self.pages = list[tuple[str, Explanation]](), 0
-        self.documents = [JsonDocument(stream, checkpoint)] if stream is not None else []
-        self.unfinished: Path | None = None
-        self.target = Path("the standard output") if output is None else output / "explanations.json"
-        self.made = (
-            [folder for folder in (output, *output.parents) if not folder.exists()] if output is not None else []
-        )
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(output)
-            if "json" in formats:
-                self.unfinished = passing(output / "explanations.json")
-                self.documents.append(JsonDocument(self.unfinished.open("x", encoding="ascii"), checkpoint))
-
-    def __enter__(self) -> Written:
-        return self
 
     def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
-        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown.
-
-        Args:
-            path: of the image.
-            place: its place in the folder that was given.
-            one: its explanation.
-            image: itself, opened.
-        """
+        """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
         name, shown = self.names.of(place), printable(path)
+        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
+        wanted = [kind for kind in makers if kind in self.formats and self.output is not None]
         try:
-            contents = self._contents(one, name, image)
+            contents = {f"{name}.{kind}": makers[kind](one) for kind in wanted}
         except ValueError as error:  # not finite
             return self.refuse(path, error)
         if self.output is not None:
             write_together({self.output / file: content for file, content in contents.items()}, tidy=False)
-        with naming(self.target):
-            for document in self.documents:
-                document.add({"path": shown, "files": sorted(contents), **entry(one)})
+        for document in self.documents:
+            document.add({"path": shown, "files": sorted(contents), **entry(one)})
         self.count += 1
         if self.output is not None and "html" in self.formats:
             self.page.append((shown, one))
             if len(self.page) == PAGE_IMAGES:
-                self._write_page()
+                self._write_page(self.output)
         return None
 
     def refuse(self, path: Path, error: Exception) -> str:
@@ -146,61 +144,41 @@ class Written:
         self.errors.append({"path": printable(path), "error": told})
         return told
 
-    def _contents(self, one: Explanation, name: str, image: Any) -> dict[str, bytes]:
-        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
-        wanted = makers if self.output is not None else {}
-        return {f"{name}.{kind}": make(one) for kind, make in wanted.items() if kind in self.formats}
+    def finish(self) -> None:
+        """Write the last page and the end of the json."""
+        if self.page and self.output is not None:
+            self._write_page(self.output)
+        for document in self.documents:
+            document.finish(self.errors)
 
-    def _write_page(self) -> None:
-        assert self.output is not None
+    def _write_page(self, output: Path) -> None:
         self.pages += 1
-        file = self.output / ("explanations.html" if self.pages == 1 else f"explanations-{self.pages}.html")
+        file = output / ("explanations.html" if self.pages == 1 else f"explanations-{self.pages}.html")
         names, explanations = zip(*self.page, strict=True)
         write_page(explanations, file, title=f"Explained by {self.checkpoint}", names=names)
         self.page.clear()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Finish page and json; after an error, leave no half of them, and never an empty folder of our own."""
-        try:
-            if kind is None:
-                if self.page:
-                    self._write_page()
-                with naming(self.target):
-                    for document in self.documents:
-                        document.finish(self.errors)
-            if self.unfinished is not None:
-                with naming(self.target):
-                    self.documents[-1].handle.close()
-            if kind is None and self.unfinished is not None and self.output is not None:
-                self.unfinished.replace(self.output / "explanations.json")
-        finally:
-            if self.unfinished is not None:
-                self.unfinished.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                for folder in self.made:
-                    folder.rmdir()
 
 
 class JsonDocument:
     """One json object whose list of images grows on the way."""
 
-    def __init__(self, handle: TextIO, checkpoint: str) -> None:
-        self.handle = handle
+    def __init__(self, handle: TextIO, checkpoint: str, target: Path) -> None:
+        self.handle, self.target = handle, target
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "shapadapter_version": __version__}
         self.before = json.dumps({**head, "checkpoint": checkpoint})[:-1] + ', "images": [\n'
 
     def add(self, image: dict[str, Any]) -> None:
         """Write an image."""
-        self.handle.write(self.before + json.dumps(image, allow_nan=False))
+        with naming(self.target):
+            self.handle.write(self.before + json.dumps(image, allow_nan=False))
         self.before = ",\n"
 
     def finish(self, errors: list[dict[str, str]]) -> None:
         """Write what could not be explained, and the end."""
         start = "" if self.before == ",\n" else self.before
-        self.handle.write(start + '\n], "errors": ' + json.dumps(errors) + "}\n")
-        self.handle.flush()
+        with naming(self.target):
+            self.handle.write(start + '\n], "errors": ' + json.dumps(errors) + "}\n")
+            self.handle.flush()
 
 
 def entry(one: Explanation) -> dict[str, Any]:
@@ -221,11 +199,8 @@ def archive(one: Explanation) -> bytes:
 
 
 def picture(one: Explanation, image: Any) -> bytes:
-    """A figure of one image as png, on the whole image where that can be; without matplotlib, a simpler picture."""
+    """A figure of one image as png, on the whole image where that can be."""
     buffer = io.BytesIO()
     original = None if one.frames is None or one.frames.isnan().any() else image
-    try:
-        one.figure(original=original).savefig(buffer, format="png")
-    except ImportError:
-        draw_strip(one, original=original).save(buffer, format="png")
+    one.figure(original=original).savefig(buffer, format="png")
     return buffer.getvalue()

@@ -24,7 +24,7 @@ from shapadapter.core.errors import CheckpointError, ShapleyError
 LARGEST = 2**64
 """Whole numbers beyond it are no counts, sizes or seeds."""
 
-_LONE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _WORDS = {
     bool: "True or False",
     int: "a whole number",
@@ -37,12 +37,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Between:
-    """A range, ends included, of a number or of the length of a text, list or dict.
-
-    Attributes:
-        low: the smallest.
-        high: the largest.
-    """
+    """A range, ends included, of a number or of the length of a text, list or dict."""
 
     low: float
     high: float = math.inf
@@ -63,13 +58,7 @@ class FileName:
 
 
 def fault(value: Any, kind: Any, name: str) -> str | None:
-    """What is wrong with a value, as the end of a sentence without its point; None if nothing is.
-
-    Args:
-        value: what came.
-        kind: what is expected, a type hint.
-        name: of the value, for the sentence; empty for a whole document.
-    """
+    """What is wrong with a value, as the end of a sentence without its point; None if nothing is."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _marked(value, parts[0], parts[1:], name)
@@ -132,7 +121,7 @@ def _is(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
             return False
         return abs(int(value)) <= LARGEST if isinstance(value, Integral) else math.isfinite(value)
     if kind is str:
-        return isinstance(value, str) and not _LONE.search(value)
+        return isinstance(value, str) and not _SURROGATE.search(value)
     # What is a dataclass in Python is a mapping in a file.
     return isinstance(value, kind) or ((is_dataclass(kind) or kind is dict) and isinstance(value, Mapping))
 
@@ -212,18 +201,14 @@ _DEPTH = 64
 """Nested deeper is nothing that we write; what copies or compares it would run out of stack."""
 
 # Surrogates without their pair, but those that stand for bytes in the names of files.
-_LONE_OF_READING = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
+_HALF_CHARACTER = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
 
 _KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
 
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Say of whatever a reader of a file may raise which file it was.
-
-    Raises:
-        CheckpointError: in place of what was raised.
-    """
+    """Say of whatever a reader of a file may raise which file it was."""
     try:
         yield
     except ShapleyError:
@@ -252,11 +237,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no plain file: a pipe or a device may never end, or never begin.
-
-    Raises:
-        CheckpointError: it is none, or not there.
-    """
+    """Refuse what is no plain file: a pipe or a device may never end, or never begin."""
     with reading(path):
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -265,11 +246,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
-    """The content of a plain file.
-
-    Raises:
-        CheckpointError: it is no plain file, cannot be read, or is longer than `limit` bytes.
-    """
+    """The content of a plain file."""
     check_regular(path)
     with reading(path), path.open("rb") as file:
         content = file.read(limit + 1)
@@ -279,27 +256,14 @@ def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """The content of a json file, checked.
-
-    Args:
-        path: of the file.
-        kind: its schema, a type hint; see `shapadapter.core.documents`.
-
-    Raises:
-        CheckpointError: it cannot be read, or is not of that kind.
-    """
+    """The content of a json file, checked."""
     content = read_bytes(path)
     with reading(path):
         return checked(json.loads(content.decode("utf-8-sig")), kind, path)
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a yaml file, of plain values; None if it is empty.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        yaml.constructor.ConstructorError: it asks for more than plain values.
-    """
+    """The content of a yaml file, of plain values; None if it is empty."""
     import yaml
 
     content = read_bytes(path, _YAML_BYTES)
@@ -317,11 +281,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def checked(value: Any, kind: Any, path: Path) -> Any:
-    """What was read from a file, if it is plain and of the kind.
-
-    Raises:
-        CheckpointError: it is not.
-    """
+    """What was read from a file, if it is plain and of the kind."""
     trouble = _unplain(value) or fault(value, kind, "")
     if trouble is not None:
         raise CheckpointError(f"{path} is damaged: {trouble}.")
@@ -330,22 +290,14 @@ def checked(value: Any, kind: Any, path: Path) -> Any:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file as `safetensors.safe_open` gives it, whose header fits its length.
-
-    Raises:
-        CheckpointError: it is no plain file, or damaged.
-    """
+    """A safetensors file as `safetensors.safe_open` gives it, whose header fits its length."""
     check_regular(path)
     with reading(path), safe_open(path, framework="pt") as file:
         yield file
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """All tensors of a safetensors file, by name, on the CPU.
-
-    Raises:
-        CheckpointError: it is no plain file, or damaged.
-    """
+    """All tensors of a safetensors file, by name, on the CPU."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dictionary
 
@@ -356,7 +308,7 @@ def _unplain(value: Any) -> str | None:
     for _ in range(_DEPTH):
         below: list[Any] = []
         for one in level:
-            if isinstance(one, str) and _LONE_OF_READING.search(one):
+            if isinstance(one, str) and _HALF_CHARACTER.search(one):
                 return "a text in it holds half of a character (a lone surrogate)"
             if isinstance(one, int) and not -LARGEST <= one <= LARGEST:
                 return "a number in it has more than 64 bits"

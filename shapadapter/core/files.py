@@ -18,16 +18,7 @@ from shapadapter.core.errors import DiskFullError, ShapleyError
 
 
 def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None:
-    """Write several files so that none is ever seen half-written: each takes its name when all are complete.
-
-    Args:
-        contents: What to write, by path. The parent directories must exist.
-        tidy: Whether to delete what a killed run has left in these directories; not worth a look for each of many files.
-
-    Raises:
-        DiskFullError: If there is no room for a file; those that were there before are then unchanged.
-        OSError: If a file could not be written for another reason; likewise.
-    """
+    """Write several files so that none is ever seen half-written: each takes its name when all are complete."""
     for directory in {path.parent for path in contents} if tidy else ():
         remove_leftovers(directory)
     staged = {path: passing(path) for path in contents}
@@ -45,11 +36,7 @@ def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write, which takes the name `path` at the end; after an error nothing of it is left.
-
-    Raises:
-        DiskFullError: There is no room for it.
-    """
+    """Yield the path of a file to write, which takes the name `path` at the end; after an error nothing of it is left."""
     remove_leftovers(path.parent)
     temporary = passing(path)
     try:
@@ -68,13 +55,6 @@ def whole_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[Pa
     It is called as `path` is, because a model card says by which name its folder is loaded. Where the system can exchange
     two folders in one step, as Linux does, a process that is killed leaves the whole old one or the whole new one. Elsewhere
     it takes two, and what was killed between them is taken back by the next that writes there.
-
-    Args:
-        path: The folder; its parents are created.
-        ours: The names in it that are replaced or removed; all other ones, which are the user's, stay. None for all.
-
-    Raises:
-        DiskFullError: There is no room for it; what was there is unchanged.
     """
     final = path.resolve()
     remove_leftovers(final.parent)
@@ -205,11 +185,7 @@ _OF_LIBRARIES = re.compile(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say in one sentence that there is no room for a file or folder, whatever library found out, and in what words.
-
-    Raises:
-        DiskFullError: There is none.
-    """
+    """Say in one sentence that there is no room for a file or folder, whatever library found out, and in what words."""
     try:
         yield
     except ShapleyError:
@@ -243,10 +219,6 @@ def free_megabytes(path: Path) -> float:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so.
-
-    Raises:
-        OSError: If it cannot be brought there.
-    """
+    """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""How the package, and what it plugs into, is installed: for those who have nothing yet, and a check of what is there.
+"""How the package, and what it plugs into, is installed and imported.
 
 Where it is installed, from wherever, `pip install "shapadapter[plot]"` finds its extras. For others it is not on the index of
 packages yet; on the day of its release, `ON_INDEX = True` is all there is to change.
@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ON_INDEX = False
@@ -73,11 +78,7 @@ def copy_package(folder: Path) -> None:
 
 
 def check_versions() -> None:
-    """Refuse versions that the adapter cannot work with, and warn of those with which parts of it do not, or may not.
-
-    Raises:
-        ImportError: PEFT or transformers is too old.
-    """
+    """Refuse versions that the adapter cannot work with, and warn of those with which parts of it do not, or may not."""
     here = {name: metadata.version(name) for name in LOWEST}
     for name, lowest in LOWEST.items():
         if _numbers(here[name]) < _numbers(lowest):
@@ -101,14 +102,7 @@ def check_versions() -> None:
 
 
 def check_overrides(*classes: type) -> None:
-    """See that all private methods that classes of ours override are still there: one that was renamed is never called.
-
-    Args:
-        classes: with `typing_extensions.override` on such methods, their own and those of our classes above them.
-
-    Raises:
-        ImportError: no class of a library has the method.
-    """
+    """See that all private methods that classes of ours override are still there: one that was renamed is never called."""
     for line in (one.__mro__ for one in classes):
         theirs = [above for above in line if not above.__module__.startswith("shapadapter")]
         for name in {name for ours in set(line) - set(theirs) for name in vars(ours)}:
@@ -125,3 +119,74 @@ def check_overrides(*classes: type) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """0.21.2 or 0.22.0.dev0 as numbers that can be compared."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+
+class _Followers(MetaPathFinder):
+    """Finds nothing by itself: it lets others find a module, and has another one imported after it."""
+
+    def __init__(self, followers: Mapping[str, str]) -> None:
+        self.followers = followers
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """How to load `name`, with what follows it; None if nothing does."""
+        if name not in self.followers:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            """Load the module, then what follows it."""
+            execute(module)
+            # One that another thread is importing waits for this module: to wait for it here would be a deadlock.
+            if self.followers[name] not in sys.modules:
+                import_module(self.followers[name])
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # each spec has a loader of its own
+        return spec
+
+
+def follow(followers: Mapping[str, str]) -> None:
+    """Import modules after others: now where those are there already, else when they are imported."""
+    sys.meta_path.insert(0, _Followers(followers))
+    for name, follower in followers.items():
+        if name in sys.modules:
+            import_module(follower)
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds modules by the names that they had before."""
+
+    def __init__(self, new_names: Mapping[str, str]) -> None:
+        self.new_names = new_names
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A specification for an old name, None for any other."""
+        return spec_from_loader(name, self) if name in self.new_names else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module itself: by both names it is the same object."""
+        new = self.new_names[spec.name]
+        warnings.warn(f"{spec.name} is {new} now.", DeprecationWarning, stacklevel=2)
+        module = import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own specification back: it was executed when it was imported by its new name."""
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
+
+
+def find_moved(new_names: Mapping[str, str]) -> None:
+    """Let modules be imported by names they had in an earlier version."""
+    sys.meta_path.append(_Moved(new_names))

@@ -33,12 +33,6 @@ def alone_in(folder: Path | None) -> Iterator[None]:
 
     The system holds the lock, so it ends with its process, however that ends; the file in the folder says who has it. On a
     disk that cannot be written or knows no locks, and on Windows, nothing is locked.
-
-    Args:
-        folder: Made if it is not there, and taken away if it is then empty; None locks nothing.
-
-    Raises:
-        ShapleyError: Another process is in it.
     """
     if folder is None:
         yield
@@ -66,11 +60,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
 
 
 def _locked(file: Path, folder: Path) -> TextIO | None:
-    """The lock file, open and locked; None where there can be none.
-
-    Raises:
-        ShapleyError: Another process has it.
-    """
+    """The lock file, open and locked; None where there can be none."""
     while fcntl is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SCALE_FLOOR = 1e-8
-"""The least yardstick to divide by, so that a model that says nothing yet does not explode."""
+"""The least scale to divide the loss by, so that a model that says nothing yet does not explode."""
 
 
 def _precise(values: Tensor) -> Tensor:
@@ -17,14 +17,11 @@ def _precise(values: Tensor) -> Tensor:
 
 
 def coalition_sums(attributions: Tensor, coalitions: Tensor) -> Tensor:
-    """Sum the attributions of the present players: what the attributions predict for `v(S) - v(empty)`.
+    """What attributions (B, N, K) predict for `v(S) - v(empty)`: their sum over the players present, (B, M, K).
 
     Args:
         attributions: (B, N, K) attribution of each player to each class.
         coalitions: (B, M, N) bool, True = present.
-
-    Returns:
-        (B, M, K) in the unit of the attributions, float32 or float64.
     """
     attributions = _precise(attributions)
     with torch.autocast(attributions.device.type, enabled=False):  # it would multiply in bfloat16
@@ -57,18 +54,15 @@ def gains(coalition_values: Tensor, null_values: Tensor) -> Tensor:
 
 
 def expected_square(attributions: Tensor) -> Tensor:
-    """What the squares of `coalition_sums` are on average over the kernel law: the yardstick of the Shapley loss.
+    """What the squares of `coalition_sums` are on average over the kernel law: the scale of the Shapley loss.
 
     For one class it is `((1 - 1/H) (sum phi)^2 + sum phi^2 / H) / 2` with `H = 1 + 1/2 + ... + 1/(N - 1)`, since under
     the kernel law a player is present with probability 1/2 and two with `(1 - 1/H) / 2`. It does not depend on the
-    coalitions that were drawn: a yardstick that did, like the mean square of their values, would weigh small and
-    large coalitions otherwise than the kernel law, and the minimiser would no longer be the Shapley value.
-
-    Args:
-        attributions: (B, N, K) attribution of each player to each class.
+    coalitions that were drawn: a scale that did, like the mean square of their values, would weigh small and large
+    coalitions otherwise than the kernel law, and the minimiser would no longer be the Shapley value.
 
     Returns:
-        (B,) the mean over classes, without a gradient, in the squared unit of the attributions, at least `SCALE_FLOOR`.
+        (B,) the mean over the classes of (B, N, K), without a gradient, at least `SCALE_FLOOR`.
     """
     attributions = _precise(attributions.detach())  # (B, N, K)
     harmonic = sum(1 / size for size in range(1, attributions.shape[1]))
@@ -98,20 +92,17 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Ten
     return shapley_loss_of_sums(sums, expected_square(attributions), coalition_values, null_values)
 
 
-def shapley_loss_of_sums(sums: Tensor, yardstick: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
+def shapley_loss_of_sums(sums: Tensor, loss_scale: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
     """`shapley_loss` of attributions of which only the `coalition_sums` and their `expected_square` are known.
 
     Args:
         sums: (B, M, K) sum of the attributions of the players present.
-        yardstick: (B,) `expected_square` of the attributions.
+        loss_scale: (B,) `expected_square` of the attributions.
         coalition_values: (B, M, K) values `v(S)`.
         null_values: (B, K) values `v(empty)`; no gradient flows through them.
-
-    Returns:
-        Scalar without a unit: 0 for a perfect fit.
     """
     residuals = gains(coalition_values, null_values) - _precise(sums)  # (B, M, K)
-    return (residuals.square().mean(dim=(1, 2)) / yardstick).mean()
+    return (residuals.square().mean(dim=(1, 2)) / loss_scale).mean()
 
 
 @torch.no_grad()
@@ -143,15 +134,9 @@ def coalition_fit(
 
 
 def project_on_efficiency(raw: Tensor, full_values: Tensor, null_values: Tensor) -> Tensor:
-    """Move attributions to the nearest point at which they sum to `v(all) - v(empty)`: every player gets the same.
+    """Move attributions (B, N, K) to the nearest point at which they sum to `v(all) - v(empty)`, of (B, K) each.
 
-    Args:
-        raw: (B, N, K) attributions of any sum.
-        full_values: (B, K) values `v(all)`.
-        null_values: (B, K) values `v(empty)`.
-
-    Returns:
-        (B, N, K) attributions in the unit of the values, float32 or float64.
+    Every player gets the same.
     """
     raw = _precise(raw)
     missing = _precise(full_values) - _precise(null_values) - raw.sum(dim=1)  # (B, K)
@@ -159,16 +144,7 @@ def project_on_efficiency(raw: Tensor, full_values: Tensor, null_values: Tensor)
 
 
 def warmup_weight(weight: float, progress: float, warmup: float) -> float:
-    """The weight of the Shapley loss at a point of the training: a linear ramp from 0, then constant.
-
-    Args:
-        weight: The weight after the ramp.
-        progress: Share of the training that is done, 0 to 1.
-        warmup: Share of the training that the ramp takes; 0 for none.
-
-    Returns:
-        The weight at this point, 0 to `weight`.
-    """
+    """The weight of the Shapley loss after a share `progress` of the training: a linear ramp over `warmup`, then constant."""
     return weight * min(1.0, progress / warmup) if warmup > 0 else weight
 
 
@@ -179,11 +155,9 @@ def contrastive_loss(similarity: Tensor, matches: Tensor) -> Tensor:
         similarity: (B, T) similarity of images and texts before softmax.
         matches: (B, T) bool, which belong together, at least one in each row and column. Several matches share the
             target evenly; with one for each, this is the loss of CLIP.
-
-    Returns:
-        A scalar.
     """
-    logits, target = _precise(similarity), matches.to(torch.promote_types(similarity.dtype, torch.float32))
+    logits = _precise(similarity)
+    target = matches.to(logits.dtype)
     rows, cols = (
         -(target / target.sum(dim=d, keepdim=True) * logits.log_softmax(dim=d)).sum(dim=d).mean() for d in (1, 0)
     )
@@ -196,9 +170,6 @@ def pairwise_sigmoid_loss(similarity: Tensor, matches: Tensor) -> Tensor:
     Args:
         similarity: (B, T) similarity of images and texts before the sigmoid.
         matches: (B, T) bool, which belong together.
-
-    Returns:
-        A scalar.
     """
-    signs = 2 * matches.to(torch.promote_types(similarity.dtype, torch.float32)) - 1
-    return -torch.nn.functional.logsigmoid(signs * _precise(similarity)).sum(dim=0).mean()
+    logits = _precise(similarity)
+    return -torch.nn.functional.logsigmoid((2 * matches.to(logits.dtype) - 1) * logits).sum(dim=0).mean()

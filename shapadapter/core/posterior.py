@@ -37,14 +37,7 @@ class Posterior:
     standard_error: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Mean plus and minus standard error times the quantile of the normal law.
-
-        Args:
-            level: The share of players whose Shapley value lies inside, in 0..1.
-
-        Returns:
-            low (..., N, K) and high (..., N, K).
-        """
+        """Low and high (..., N, K), between which the Shapley values of a share `level` of the players lie."""
         reach = NormalDist().inv_cdf((1 + level) / 2) * self.standard_error  # (..., N, K)
         return self.mean - reach, self.mean + reach
 
@@ -55,14 +48,9 @@ class Posterior:
 
 
 def relative_error(mean: Tensor, standard_error: Tensor) -> Tensor:
-    """The expected L2 error over the players, as a share of the length of the estimate.
+    """The expected L2 error over the players, as a share of the length of the estimate (..., N, K): (..., K).
 
-    Args:
-        mean: (..., N, K) estimates.
-        standard_error: (..., N, K) their standard errors.
-
-    Returns:
-        (..., K) without a unit; 0 where nothing is left open, whatever the length.
+    0 where nothing is left open, whatever the length.
     """
     error, length = (torch.linalg.vector_norm(part, dim=-2) for part in (standard_error, mean))  # (..., K) each
     return torch.where(error == 0, error, error / length)
@@ -97,7 +85,7 @@ def shapley_posterior(
         The posterior. Its mean sums to `full_values - null_values`; with M = 0 it is `attributions` as they are.
 
     Raises:
-        ValueError: If the coalitions do not come in pairs.
+        ValueError: The coalitions do not come in pairs.
     """
     players, count = attributions.shape[-2], coalitions.shape[-2]
     prior, null, full = attributions.double(), null_values.double(), full_values.double()
@@ -106,54 +94,38 @@ def shapley_posterior(
     if count % 2 or not bool((coalitions[..., 0::2, :] ^ coalitions[..., 1::2, :]).all()):
         raise ValueError("Expected coalitions in pairs: rows 2 p and 2 p + 1 must be complements.")
     prior = prior + ((full - null - prior.sum(-2)) / players)[..., None, :]  # (..., N, K), efficient in float64
-    design, gaps = _pairs(prior, coalitions, values.double() - null[..., None, :])
-    fit = _Fit.of(design, gaps)
+    present = coalitions.double()  # (..., M, N)
+    residuals = values.double() - null[..., None, :] - present @ prior  # (..., M, K)
+    first = present[..., 0::2, :]  # (..., P, N)
+    gaps = (residuals[..., 0::2, :] - residuals[..., 1::2, :]) / 2  # (..., P, K)
+    fit = _Fit.of(first - first.mean(-1, keepdim=True), gaps)
     # The noise of one or two rows has no expectation under Jeffreys' prior.
     error = fit.variance().clamp(min=0).sqrt() if count > 4 else torch.full_like(prior, torch.inf)
     return Posterior(prior + fit.mean, error)
 
 
 def exact_posterior(values: Tensor) -> Posterior:
-    """The posterior when every coalition has been evaluated: the Shapley values, without an error.
+    """The Shapley values, without an error, of a game whose every coalition has been evaluated, as `all_coalitions` has them.
 
     Args:
-        values: (2**N, ...) value of each coalition in the order of `shapley.all_coalitions`.
+        values: (2**N, ...) value of each coalition.
     """
     exact = exact_shapley_values(values)  # (N, ...)
     return Posterior(exact, torch.zeros_like(exact))
 
 
-def _pairs(prior: Tensor, coalitions: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Design (..., P, N) and observations (..., P, K) of the regression from gains `v(S) - v(empty)` (..., M, K)."""
-    present = coalitions.double()  # (..., M, N)
-    residuals = gains - present @ prior  # (..., M, K)
-    first = present[..., 0::2, :]  # (..., P, N)
-    return first - first.mean(-1, keepdim=True), (residuals[..., 0::2, :] - residuals[..., 1::2, :]) / 2
-
-
 @dataclass(frozen=True)
 class _Fit:
-    """The regression in the directions in which its design is diagonal; r directions, P pairs, G ratios.
+    """The regression in the directions in which its design is diagonal; r directions, P pairs, G ratios."""
 
-    Attributes:
-        left: (..., P, r), orthonormal columns.
-        scales: (..., r), singular values, 0 where they are rounding.
-        right: (..., r, N), orthonormal rows.
-        seen: (..., r, K), the observations along the directions.
-        gaps: (..., P, K), the observations.
-        ratios: (G,), sigma^2 / tau^2.
-        weights: (..., G, K), how likely each ratio is; they sum to 1.
-        noise: (..., G, K), the expected sigma^2 given the ratio.
-    """
-
-    left: Tensor
-    scales: Tensor
-    right: Tensor
-    seen: Tensor
-    gaps: Tensor
-    ratios: Tensor
-    weights: Tensor
-    noise: Tensor
+    left: Tensor  # (..., P, r), orthonormal columns
+    scales: Tensor  # (..., r), singular values, 0 where they are rounding
+    right: Tensor  # (..., r, N), orthonormal rows
+    seen: Tensor  # (..., r, K), the observations along the directions
+    gaps: Tensor  # (..., P, K), the observations
+    ratios: Tensor  # (G,), sigma^2 / tau^2
+    weights: Tensor  # (..., G, K), how likely each ratio is; they sum to 1
+    noise: Tensor  # (..., G, K), the expected sigma^2 given the ratio
 
     @classmethod
     def of(cls, design: Tensor, gaps: Tensor) -> "_Fit":

@@ -21,14 +21,11 @@ def size_distribution(players: int) -> Tensor:
     The Shapley kernel `(N - 1) / (C(N, s) s (N - s))` of Lundberg & Lee (2017), summed over the `C(N, s)` coalitions
     of size `s`. The empty and the full coalition have no place in it: the efficiency constraint already fixes them.
 
-    Args:
-        players: Number of players N, at least 2.
-
     Returns:
         (N - 1,) float64 probabilities; entry `i` belongs to size `i + 1`.
 
     Raises:
-        ValueError: If there are fewer than 2 players.
+        ValueError: There are fewer than 2 players.
     """
     if players < 2:
         raise ValueError(f"a coalition that is neither empty nor full needs at least 2 players, but got {players}")
@@ -38,19 +35,7 @@ def size_distribution(players: int) -> Tensor:
 
 
 def sample_sizes(players: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw independent coalition sizes from the kernel law (`size_distribution`).
-
-    Args:
-        players: Number of players N, at least 2.
-        count: How many sizes, at least 1.
-        generator: Source of randomness; the sizes lie on its device.
-
-    Returns:
-        (count,) int64 sizes in `1 .. N - 1`.
-
-    Raises:
-        ValueError: If there are fewer than 2 players.
-    """
+    """Draw independent coalition sizes from the kernel law (`size_distribution`): (count,) int64 in `1 .. N - 1`."""
     # float32, because not every accelerator knows float64; the law is kept to 1e-7.
     law = size_distribution(players).float().to(generator.device)
     return torch.multinomial(law, count, replacement=True, generator=generator) + 1
@@ -77,7 +62,7 @@ def sample_pairs(
         (B, 2 P, N) bool, True = present. Column `2 p` has size `sizes[p]`, column `2 p + 1` is its complement.
 
     Raises:
-        ValueError: If there are fewer than 2 players or the sizes are not P numbers in `1 .. N - 1`.
+        ValueError: There are fewer than 2 players, or the sizes are not P numbers in `1 .. N - 1`.
     """
     if sizes is None:
         sizes = sample_sizes(players, pairs, generator)  # (P,)
@@ -111,10 +96,8 @@ def sample_in_turns(players: int, sizes: Tensor, generator: torch.Generator) -> 
     for size in smaller.unique().tolist():
         places = (smaller == size).nonzero()[:, 0]  # (p,)
         parts = players // size if 3 * size <= players else 1
-        orders = -(-len(places) // parts)
-        rank = torch.rand(orders, 1, players, generator=generator, device="cpu").argsort(
-            -1
-        )  # (orders, 1, N): a uniform order each
+        drawn = torch.rand(-(-len(places) // parts), 1, players, generator=generator, device="cpu")
+        rank = drawn.argsort(-1)  # (orders, 1, N): a uniform order each
         part = torch.arange(parts, device="cpu")[:, None]  # (parts, 1)
         turns = (rank >= part * size) & (rank < (part + 1) * size)  # (orders, parts, N)
         present[places] = turns.flatten(0, 1)[: len(places)]  # (orders * parts, N) -> (p, N)
@@ -122,18 +105,10 @@ def sample_in_turns(players: int, sizes: Tensor, generator: torch.Generator) -> 
 
 
 def sample_paired_coalitions(players: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw coalitions of one image for `kernel_shap`: independent pairs of the kernel law, each with its own size.
-
-    Args:
-        players: Number of players N, at least 2.
-        count: Number of coalitions M: positive and even.
-        generator: Source of randomness; the coalitions lie on its device.
-
-    Returns:
-        (M, N) bool, True = present; rows `2 p` and `2 p + 1` are complements.
+    """Draw M = `count` coalitions of one image for `kernel_shap`, as `sample_pairs`: (M, N) bool, True = present.
 
     Raises:
-        ValueError: If the count is not a positive even number or there are fewer than 2 players.
+        ValueError: The count is not a positive even number, or there are fewer than 2 players.
     """
     if count < 2 or count % 2:
         raise ValueError(f"coalitions come in pairs: count must be a positive even number, but got {count}")
@@ -149,17 +124,10 @@ def pays_for_all(evaluations: int, players: int) -> bool:
 
 
 def all_coalitions(players: int) -> Tensor:
-    """Enumerate every coalition; the row index is the bitmask of the present players.
-
-    Args:
-        players: Number of players N, at most 16.
-
-    Returns:
-        (2**N, N) bool, True = present: player `n` is present in row `i` if bit `n` of `i` is set. The first row is
-        the empty coalition, the last the full one.
+    """Enumerate every coalition, (2**N, N) bool: player `n` is present in row `i` if bit `n` of `i` is set.
 
     Raises:
-        ValueError: If there are more than 16 players.
+        ValueError: There are more than 16 players.
     """
     if players > MAX_ENUMERATED_PLAYERS:
         raise ValueError(
@@ -183,7 +151,7 @@ def exact_shapley_values(values: Tensor) -> Tensor:
         (N, ...) float64 Shapley values, in the unit of the values.
 
     Raises:
-        ValueError: If the number of values is not a power of two from `2**1` to `2**16`.
+        ValueError: The number of values is not a power of two from `2**1` to `2**16`.
     """
     players = len(values).bit_length() - 1
     if players < 1 or len(values) != 2**players:
@@ -227,20 +195,14 @@ def kernel_shap_error(coalitions: Tensor, values: Tensor, null_values: Tensor, f
 
     Half of the pairs gives one estimate, the other half an independent one with the same law. The squared distance
     of the two is on average four times the squared error of the estimate from all pairs, as long as the error
-    falls with the square root of M. With few coalitions it falls faster, and this is on the safe side.
-
-    Args:
-        coalitions: (..., M, N) bool, True = present; rows `2 p` and `2 p + 1` are complements
-            (`sample_paired_coalitions`), M a multiple of 4.
-        values: (..., M, K) value of each coalition.
-        null_values: (..., K) value of the empty coalition.
-        full_values: (..., K) value of the full coalition.
+    falls with the square root of M. With few coalitions it falls faster, and this is on the safe side. The coalitions
+    must come in pairs (`sample_paired_coalitions`).
 
     Returns:
         (..., K) float64 estimate of `|estimate - truth| / |truth|` over the players, without a unit.
 
     Raises:
-        ValueError: If M is not a multiple of 4.
+        ValueError: M is not a multiple of 4.
     """
     count = coalitions.shape[-2]
     if count % 4:

@@ -1,22 +1,34 @@
-"""Agreement of estimates with true values, and means with their uncertainty."""
+"""Agreement of estimates with true values, means with their uncertainty, and the seeds of what is drawn."""
 
 import itertools
 import math
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:
-    """The relative error `|estimate - truth| / |truth|` of vectors along the last dimension.
+def seed_of(seed: int, *key: int | str) -> int:
+    """The seed of what `key` names, as an image's index and a purpose.
 
-    Args:
-        estimate: (..., N) vectors.
-        truth: (..., N) vectors.
+    The same in batches of any size, in any order and after an interruption, and independent of that of any other key.
+    """
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence([seed % 2**32, *words]).generate_state(1)[0])
+
+
+def generator_of(seed: int, *key: int | str) -> torch.Generator:
+    """A generator with the seed `seed_of(seed, *key)`, on the CPU."""
+    return torch.Generator().manual_seed(seed_of(seed, *key))
+
+
+def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:
+    """The relative error `|estimate - truth| / |truth|` of vectors (..., N) along the last dimension.
 
     Returns:
         (...) without a unit: 0 is perfect, 1 as bad as all zeros; not finite where the truth is all zero.
@@ -25,13 +37,9 @@ def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:
 
 
 def pearson(estimate: Tensor, truth: Tensor) -> Tensor:
-    """The linear correlation of vectors along the last dimension (Pearson).
+    """The linear correlation of vectors (..., N) along the last dimension (Pearson); leading dimensions broadcast.
 
     Blind to the offset and the scale of either: for methods whose attributions have no unit.
-
-    Args:
-        estimate: (..., N) vectors, leading dimensions broadcast.
-        truth: (..., N) vectors.
 
     Returns:
         (...) float64 in -1 .. 1; nan where one of the two is constant or holds a nan.
@@ -45,15 +53,7 @@ def pearson(estimate: Tensor, truth: Tensor) -> Tensor:
 
 
 def spearman(estimate: Tensor, truth: Tensor) -> Tensor:
-    """The rank correlation of vectors along the last dimension (Spearman): Pearson's of the ranks, ties averaged.
-
-    Args:
-        estimate: (..., N) vectors, leading dimensions broadcast.
-        truth: (..., N) vectors.
-
-    Returns:
-        (...) float64 in -1 .. 1; nan where one of the two is constant or holds a nan.
-    """
+    """The rank correlation of vectors along the last dimension (Spearman): `pearson` of the ranks, ties averaged."""
     return pearson(_average_ranks(estimate), _average_ranks(truth))
 
 
@@ -61,18 +61,13 @@ def top_k_overlap(estimate: Tensor, truth: Tensor, k: int) -> Tensor:
     """The share of the `k` largest entries of the truth that are among the `k` largest of the estimate.
 
     Where entries tie for the last places, the mean over every way to break the ties is taken. So a constant estimate
-    gets `k / N`, what chance gets.
-
-    Args:
-        estimate: (..., N) vectors, leading dimensions broadcast.
-        truth: (..., N) vectors.
-        k: How many entries count as the top, 1 to N.
+    gets `k / N`, what chance gets. Vectors are (..., N); leading dimensions broadcast.
 
     Returns:
         (...) float64 share in 0 .. 1; nan where one of the two holds a nan.
 
     Raises:
-        ValueError: If `k` is not in 1 .. N.
+        ValueError: `k` is not in 1 .. N.
     """
     players = truth.shape[-1]
     if not 1 <= k <= players:
@@ -81,14 +76,7 @@ def top_k_overlap(estimate: Tensor, truth: Tensor, k: int) -> Tensor:
 
 
 def is_constant(vectors: Tensor) -> Tensor:
-    """Which vectors along the last dimension have equal entries only, exactly.
-
-    Args:
-        vectors: (..., N) vectors.
-
-    Returns:
-        (...) bool.
-    """
+    """Which vectors along the last dimension have equal entries only, exactly: (..., N) to (...) bool."""
     return vectors.amin(dim=-1) == vectors.amax(dim=-1)  # (..., N) -> (...)
 
 
@@ -121,12 +109,9 @@ def equivalent_evaluations(error: float, budgets: Sequence[int], errors: Sequenc
         budgets: Measured budgets in evaluations per image, rising.
         errors: The error of KernelSHAP with each budget, in the unit of `error`.
 
-    Returns:
-        The number of evaluations per image, or the bound that the measured range gives.
-
     Raises:
-        ValueError: If the budgets do not rise from 1 or more, there is not one error for each, or an error is
-            negative or not finite.
+        ValueError: The budgets do not rise from 1 or more, there is not one error for each, or an error is negative or
+            not finite.
     """
     if not budgets or len(budgets) != len(errors):
         raise ValueError(f"expected one error for each of one or more budgets, got {len(budgets)} and {len(errors)}.")
@@ -134,7 +119,7 @@ def equivalent_evaluations(error: float, budgets: Sequence[int], errors: Sequenc
         raise ValueError(f"budgets must rise from 1 or more, but got {list(budgets)}.")
     if not all(math.isfinite(value) and value >= 0 for value in (error, *errors)):
         raise ValueError(f"errors must be finite and not negative, but got {error} to match with {list(errors)}.")
-    falling = [min(errors[: end + 1]) for end in range(len(errors))]
+    falling = list(itertools.accumulate(errors, min))
     reached = next((place for place, value in enumerate(falling) if value <= error), None)
     if reached is None:
         return EquivalentEvaluations(budgets[-1], ">")
@@ -207,12 +192,9 @@ def bootstrap_interval(
         draws: How many times to draw.
         seed: Seed of the draws: the same values give the same interval.
 
-    Returns:
-        The mean of what was not nan, the interval, and how many values these are.
-
     Raises:
-        ValueError: If `values` is no vector, `groups` does not fit it, the level is not between 0 and 1, or there are
-            no draws.
+        ValueError: `values` is no vector, `groups` does not fit it, the level is not between 0 and 1, or there are no
+            draws.
     """
     if values.ndim != 1:
         raise ValueError(
@@ -224,21 +206,10 @@ def bootstrap_interval(
 def bootstrap_intervals(
     values: Tensor, groups: Tensor | None = None, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> list[Interval]:
-    """`bootstrap_interval` of each column, all with the same draws; for the points of a mean curve.
-
-    Args:
-        values: (R, P) P numbers per image. Each nan is left out.
-        groups: (R,) int, which group each image belongs to; by default each is its own.
-        level: The confidence of each interval by itself, between 0 and 1.
-        draws: How many times to draw.
-        seed: Seed of the draws.
-
-    Returns:
-        P intervals.
+    """`bootstrap_interval` of each column of (R, P), all with the same draws; for the points of a mean curve.
 
     Raises:
-        ValueError: If `values` is no matrix, `groups` does not fit it, the level is not between 0 and 1, or there are
-            no draws.
+        ValueError: `values` is no matrix, or as for `bootstrap_interval`.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (R, P), a row for each image, got shape {tuple(values.shape)}.")
@@ -250,10 +221,13 @@ def bootstrap_intervals(
     means = sums.sum(dim=0) / counts.sum(dim=0)  # (G, P) -> (P,)
     low = high = torch.full_like(means, torch.nan)  # (P,)
     if len(sums) > 1:
-        chosen = _draw_with_replacement(len(sums), draws, seed)  # (draws, G)
-        drawn = (chosen @ sums) / (chosen @ counts)  # (draws, G) @ (G, P) -> (draws, P)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(sums), (draws, len(sums)), generator=generator, device="cpu")  # (draws, G)
+        often = torch.ones_like(drawn, dtype=torch.float64)
+        chosen = torch.zeros_like(often).scatter_add_(1, drawn, often)  # (draws, G), how often each group was drawn
+        means_drawn = (chosen @ sums) / (chosen @ counts)  # (draws, G) @ (G, P) -> (draws, P)
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")  # (2,)
-        low, high = drawn.nanquantile(ends, dim=0)  # (draws, P) -> (2, P) -> (P,) each
+        low, high = means_drawn.nanquantile(ends, dim=0)  # (draws, P) -> (2, P) -> (P,) each
     alone = (counts > 0).sum(dim=0) < 2  # (P,): nothing left to draw from
     low, high = low.masked_fill(alone, torch.nan), high.masked_fill(alone, torch.nan)
     columns = zip(means.tolist(), low.tolist(), high.tolist(), counts.sum(dim=0).tolist(), strict=True)
@@ -269,12 +243,3 @@ def _sums_of_groups(values: Tensor, groups: Tensor | None) -> tuple[Tensor, Tens
     names, index = groups.cpu().unique(return_inverse=True)  # (G,), (R,)
     empty = torch.zeros(len(names), values.shape[1], dtype=torch.float64, device="cpu")  # (G, P)
     return empty.index_add(0, index, values), empty.index_add(0, index, known)
-
-
-def _draw_with_replacement(count: int, draws: int, seed: int) -> Tensor:
-    """How often each of `count` things comes up in `count` draws with replacement: (draws, count) float64."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (draws, count), generator=generator, device="cpu")  # (draws, count)
-    return torch.zeros(draws, count, dtype=torch.float64, device="cpu").scatter_add_(
-        1, drawn, torch.ones_like(drawn).double()
-    )

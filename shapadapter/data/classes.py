@@ -1,35 +1,26 @@
-"""Classes by their names."""
+"""Classes by their names: those of a model, and those of a data set counted as the model counts them."""
 
-import difflib
 import operator
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 from shapadapter.core.documents import fault
 from shapadapter.core.errors import ClassNotFoundError, FieldError, ShapleyError
+from shapadapter.core.phrases import did_you_mean, some
+from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, ROW, LabelRules, as_row
 
 
 def check_names(names: Any, field: str) -> None:
-    """Refuse names that are no texts, or none that can be written as UTF-8.
-
-    Raises:
-        FieldError: naming the field and the first of them.
-    """
+    """Refuse names that are no texts, or none that can be written as UTF-8."""
     if trouble := fault(names, list[str], field):
         raise FieldError(f"{trouble}.")
 
 
 def class_names(id2label: Mapping[Any, Any] | None, classes: int) -> tuple[str, ...]:
-    """The names of a model's K classes, in their order.
-
-    Args:
-        id2label: as a model's config has it, by index or, as json has it, by the index in letters; None without names.
-        classes: K.
-
-    Raises:
-        ShapleyError: it names other indices than 0..K-1.
-    """
+    """The names of a model's K classes, in their order."""
     if not id2label:
         return tuple(f"LABEL_{index}" for index in range(classes))
     try:
@@ -46,29 +37,14 @@ def class_names(id2label: Mapping[Any, Any] | None, classes: int) -> tuple[str, 
 
 
 def find_classes(labels: Sequence[str], wanted: Any) -> list[int]:
-    """The indices of a class or several, by names or indices; arrays and numbers of NumPy and torch do as well.
-
-    Raises:
-        ClassNotFoundError: as `find_class`.
-    """
+    """The indices of a class or several, by names or indices; arrays and numbers of NumPy and torch do as well."""
     wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
     several = wanted if hasattr(wanted, "__iter__") and not isinstance(wanted, str) else [wanted]
     return [find_class(labels, one) for one in several]
 
 
 def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
-    """Find a class by its name, or check its index.
-
-    Args:
-        labels: The K class names.
-        name_or_id: A class name, exactly as in `labels`, or a class index.
-
-    Returns:
-        The class index, in 0..K-1.
-
-    Raises:
-        ClassNotFoundError: If there is no such class, or several classes share the name.
-    """
+    """Find a class by its name, or check its index."""
     if not isinstance(name_or_id, str):
         try:
             index = operator.index(name_or_id)
@@ -82,19 +58,82 @@ def find_class(labels: Sequence[str], name_or_id: str | int) -> int:
         return found[0]
     if found:
         raise ClassNotFoundError(f"Several classes are called {name_or_id!r}: pass one of the ids {found}.")
-    close = _close(labels, name_or_id)
-    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The classes are {some(labels)}."
+    hint = did_you_mean(name_or_id, labels, otherwise=f"The classes are {some(labels)}.")
     raise ClassNotFoundError(f"There is no class {name_or_id!r}. {hint}")
 
 
-def _close(labels: Sequence[str], name: str) -> list[str]:
-    """Up to three labels that may be meant: those with the name as a word of theirs, then those spelled much alike."""
-    word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
-    worded = [label for label in labels if name and word.search(label)]
-    return list(dict.fromkeys([*worded, *difflib.get_close_matches(name, labels, n=3)]))[:3]
+class Relabelled:
+    """A data set whose labels are counted as the model counts them."""
+
+    def __init__(self, dataset: Any, column: str, numbers: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.column = column
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _relabelled(as_row(self.dataset[index]), self.column, self.numbers, index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set, if it wants to know."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
-def some(values: Iterable[object]) -> str:
-    """The first ten in words, and how many there are in all."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:10]) + (f", ... ({len(texts)} in all)" if len(texts) > 10 else "")
+def _relabelled(row: dict[str, Any], column: str, numbers: Sequence[int], index: int | None = None) -> dict[str, Any]:
+    if column in row:  # a transform may have taken it away
+        row[column] = LabelRules(len(numbers)).collated([row[column]], column, [{ROW: index}])[0].item()
+        if row[column] != IGNORED:
+            row[column] = numbers[row[column]]
+    return row
+
+
+def as_model_counts(
+    dataset: Any, names: Mapping[int, str] | None, remedy: str, columns: Sequence[str] = LABEL_COLUMNS
+) -> Any:
+    """The data set with the labels that the model gives to classes of these names.
+
+    A folder of images, say, numbers its classes by the alphabet. Labels are left as they are where the data set does not
+    name them, where either side has numbers for names, and where the names stand in the model's order.
+    """
+    column, own = named_classes(dataset, columns)
+    model = [str(names[index]) for index in sorted(names)] if names else []
+    if column is None or len(model) < 2 or own == model[: len(own)] or are_numbers(own) or are_numbers(model):
+        return dataset
+    strangers = [name for name in own if name not in model]
+    if strangers:
+        raise ShapleyError(
+            f"The classes [{some(map(repr, strangers))}] of the data's column {column!r} are no classes of the model. Its classes are "
+            f"[{some(map(repr, model))}]. {remedy}"
+        )
+    # A name that the model has twice (ImageNet's cranes) means the class in the same place.
+    same = [model[index : index + 1] == [name] for index, name in enumerate(own)]
+    numbers = [i if same[i] else model.index(name) for i, name in enumerate(own)]
+    if not hasattr(dataset, "__len__"):  # a stream
+        # Its ClassLabel has other numbers for these names; the names are taken off, so that nobody counts twice.
+        features = dataset.features.copy()
+        features[column] = type(features[column])(num_classes=max(len(model), len(own)))
+        return dataset.map(partial(_relabelled, column=column, numbers=numbers), features=features)
+    return Relabelled(dataset, column, numbers)
+
+
+def named_classes(dataset: Any, columns: Sequence[str] = LABEL_COLUMNS) -> tuple[str | None, list[str]]:
+    """The column of labels and the names of its classes, if it has names."""
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        column = next((name for name in columns if name in features), None)
+        names = getattr(features.get(column), "names", None) or []
+        return (column, [str(name) for name in names]) if names else (None, [])
+    if isinstance(dataset, torch.utils.data.Subset):
+        return named_classes(dataset.dataset, columns)
+    classes = getattr(dataset, "classes", None)  # of torchvision, whose rows are pairs
+    if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
+        return "label", list(classes)
+    return None, []
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether nobody has given names: LABEL_0, LABEL_1, ... or 0, 1, ..."""
+    return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(names))

@@ -1,10 +1,11 @@
-"""From rows of a data set to a batch."""
+"""From rows of a data set to a batch: images prepared, labels checked, texts tokenized."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,13 +24,57 @@ from shapadapter.data.images import (
     prepare_opened,
 )
 from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_row
-from shapadapter.data.texts import TextRules, prepare_texts
 
 TEXT_COLUMNS = ("text", "caption", "txt")
 
 FAULT = "__fault__"
 """Column of a row that stands in for one whose image cannot be read: what is wrong with that."""
 HOW_TO_SKIP = "To leave such images out, pass corrupt_images='skip' (at the command line --corrupt-images skip)."
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What a matching model asks of its texts."""
+
+    limit: int | None = None
+    padded: bool = False
+
+
+def text_rules(model: Any) -> TextRules:
+    """The rules of a matching model, from its config."""
+    config: Any = getattr(model.config, "text_config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and getattr(config, "model_type", "") == "altclip_text_model":
+        limit -= int(config.pad_token_id) + 1  # its positions start behind that of the padding
+    return TextRules(limit, padded=getattr(model.config, "model_type", "") in ("siglip", "siglip2"))
+
+
+def prepare_texts(texts: Sequence[str], processor: Any, rules: TextRules, truncate: bool = False) -> dict[str, Tensor]:
+    """Tokenize."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not callable(tokenizer) or not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ShapleyError(
+            f"Texts need a tokenizer, {type(processor).__name__} has none. Pass the whole processor: "
+            "AutoProcessor.from_pretrained(...)."
+        )
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    if not listed or not all(isinstance(text, str) for text in listed):
+        raise ShapleyError(f"Expected at least one text, got {listed[:3]!r}.")
+    if not truncate:
+        _check_lengths(listed, tokenizer, rules)
+    cut = {"truncation": True, "max_length": rules.limit} if rules.limit is not None else {}
+    encoded = tokenizer(listed, padding="max_length" if rules.padded else True, return_tensors="pt", **cut)
+    names = ("input_ids",) if rules.padded else ("input_ids", "attention_mask", "token_type_ids")
+    return {name: encoded[name] for name in names if name in encoded}
+
+
+def _check_lengths(texts: list[str], tokenizer: Any, rules: TextRules) -> None:
+    if rules.limit is None:
+        return
+    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+        if len(ids) > rules.limit:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise ShapleyError(f"The text {shown!r} has {len(ids)} tokens, the model takes {rules.limit}. Shorten it.")
 
 
 class ImageCollator:
@@ -76,13 +121,7 @@ class ImageCollator:
         )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate.
-
-        Raises:
-            UnreadableImageError: an image cannot be used, and such images are not skipped.
-            ImageError: no image column, or no processor to prepare it.
-            ShapleyError: rows or labels of another kind; a model with texts, but no text column, or a text that is too long.
-        """
+        """Collate."""
         rows = [as_row(row) for row in rows]
         opened = [self._opened(row) for row in rows]
         try:
@@ -160,12 +199,7 @@ class ImageCollator:
 
 
 def open_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its image opened.
-
-    Raises:
-        UnreadableImageError: an image that cannot be used.
-        ImageError: no image column, or a disk or network that fails.
-    """
+    """The row with its image opened."""
     if "pixel_values" in row:
         return row
     column = image_column(row)
@@ -211,15 +245,7 @@ def _stacked(name: str, values: list[Tensor]) -> Tensor:
 
 
 def _check_normalised(pixels: Tensor, processor: Any) -> None:
-    """Refuse pairs whose transform has left out what the image processor does to every image.
-
-    Args:
-        pixels: (B, C, H, W), as the transform made them.
-        processor: of the model.
-
-    Raises:
-        ImageError: all are from 0 to 1, and the processor would normalise them.
-    """
+    """Refuse pairs whose transform has left out what the image processor does to every image."""
     if not getattr(image_side(processor), "do_normalize", False) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
         return
     side = image_side(processor)
@@ -231,11 +257,7 @@ def _check_normalised(pixels: Tensor, processor: Any) -> None:
 
 
 def as_labels(values: list[Any]) -> Tensor:
-    """Class indices (B,) int64, or regression targets and multi-hot rows in float32; `IGNORED` or NaN for None.
-
-    Raises:
-        ShapleyError: labels are no numbers, or rows of them differ in length.
-    """
+    """Class indices (B,) int64, or regression targets and multi-hot rows in float32; `IGNORED` or NaN for None."""
     try:
         rows = [_tensor(torch.nan if value is None else value) for value in values]
     except (TypeError, ValueError, RuntimeError) as error:

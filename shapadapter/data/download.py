@@ -29,19 +29,7 @@ _CHUNK = 2**16
 
 
 def fetch(address: str, seconds: float | None = None) -> bytes:
-    """Fetch a file, without its server learning more than the address.
-
-    Args:
-        address: http or https, of a server on the public network. A proxy that the environment names is asked, and looks
-            up the server's name itself.
-        seconds: after which it is given up, however slowly it is still coming; 60 by default.
-
-    Returns:
-        Its content, at most 50 MB.
-
-    Raises:
-        ImageError: it cannot be had, is larger, or takes longer.
-    """
+    """Fetch a file, without its server learning more than the address."""
     ends, here = time.monotonic() + (SECONDS if seconds is None else seconds), address
     for _ in range(_REDIRECTS + 1):
         with _explained(address, ends), _answer(here, ends) as answer:
@@ -53,11 +41,7 @@ def fetch(address: str, seconds: float | None = None) -> bytes:
 
 @contextmanager
 def _explained(address: str, ends: float) -> Iterator[None]:
-    """Say in one sentence why an address cannot be fetched.
-
-    Raises:
-        ImageError: there was an error.
-    """
+    """Say in one sentence why an address cannot be fetched."""
     try:
         yield
     except (OSError, HTTPException, ValueError) as error:
@@ -169,11 +153,7 @@ def _cut(connection: _Connection) -> None:
 
 
 def _connected(addresses: list[Any], seconds: float) -> socket.socket:
-    """A socket connected to the first of some addresses that answers, on which no wait is longer than the rest of the time.
-
-    Raises:
-        OSError: none does.
-    """
+    """A socket connected to the first of some addresses that answers, on which no wait is longer than the rest of the time."""
     ends, trouble = time.monotonic() + seconds, OSError()
     for family, kind, protocol, _, address in addresses:
         opened = socket.socket(family, kind, protocol)
@@ -189,12 +169,7 @@ def _connected(addresses: list[Any], seconds: float) -> socket.socket:
 
 
 def _public(host: str, port: int | None) -> list[Any]:
-    """What `getaddrinfo` finds for a host, without addresses of private networks.
-
-    Raises:
-        ImageError: it has no other ones.
-        OSError: there is no such host.
-    """
+    """What `getaddrinfo` finds for a host, without addresses of private networks."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     public = [one for one in found if is_public(str(one[4][0]))]
     if not public:

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.data.classes import some
+from shapadapter.core.phrases import some
 from shapadapter.data.images import DECODING_ERRORS
 
 SPLITS = {
@@ -33,13 +33,7 @@ Split = dict[str, list[Path]]
 
 @dataclass
 class Listing:
-    """What a folder holds.
-
-    Attributes:
-        splits: files by split and class; all in "train" where there are no folders of splits.
-        unread: files that are no images.
-        archives: beside no folders: nobody has looked into them.
-    """
+    """What a folder holds."""
 
     splits: dict[str, Split] = field(default_factory=dict)
     unread: list[Path] = field(default_factory=list)
@@ -99,11 +93,7 @@ def image_folder(folder: str | Path, corrupt_images: Literal["fail", "skip"] = "
 
 
 def list_folder(root: Path) -> Listing:
-    """Splits, classes and files of a folder, without opening what is an image by its name.
-
-    Raises:
-        ShapleyError: as `image_folder`, but for files that are no images.
-    """
+    """Splits, classes and files of a folder, without opening what is an image by its name."""
     listing = Listing()
     folders, files = _inside(root)
     if not folders:
@@ -125,11 +115,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _splits(root: Path, folders: Sequence[Path]) -> dict[str, Path]:
-    """The folder of each split; the root as "train" where there are none.
-
-    Raises:
-        ShapleyError: it is left open.
-    """
+    """The folder of each split; the root as "train" where there are none."""
     named = {folder: _split_of(folder.name) for folder in folders}
     called = [folder for folder, split in named.items() if split is not None]
     within = {folder: _inside(folder) for folder in called}
@@ -151,11 +137,7 @@ def _splits(root: Path, folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _classes(folder: Path, folders: Sequence[Path], listing: Listing) -> Split:
-    """The files of the classes in a folder.
-
-    Raises:
-        ShapleyError: a class has folders of its own, no image, or a name that nobody can write.
-    """
+    """The files of the classes in a folder."""
     found: Split = {}
     for place in folders:
         inner, files = _inside(place)
@@ -175,11 +157,7 @@ def _classes(folder: Path, folders: Sequence[Path], listing: Listing) -> Split:
 
 
 def _check_classes(root: Path, splits: Mapping[str, Split]) -> None:
-    """Refuse one class by two names, fewer than two, and classes that are not trained on.
-
-    Raises:
-        ShapleyError: there is one of these.
-    """
+    """Refuse one class by two names, fewer than two, and classes that are not trained on."""
     names = sorted({name for split in splits.values() for name in split})
     if len(names) < 2:
         raise no_classes(str(root))
@@ -210,11 +188,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders and the files in a folder, without what is hidden.
-
-    Raises:
-        ShapleyError: a link leads nowhere, or round in a circle; or there is a pipe or a device.
-    """
+    """The folders and the files in a folder, without what is hidden."""
     folders: list[Path] = []
     files: list[Path] = []
     for path in sorted(folder.iterdir()):
@@ -275,16 +249,7 @@ def in_words(splits: Mapping[str, Any]) -> str:
 
 
 def fifth(labels: Sequence[int], names: Sequence[str], seed: int) -> tuple[list[int], list[int], list[str]]:
-    """Rows to train on and to test on: a fifth of each class, at least one, where a class has more than one image.
-
-    Args:
-        labels: of all rows.
-        names: of the classes.
-        seed: of the choice.
-
-    Returns:
-        Both in the order of the rows, and the classes of which there is but one image, which is trained on.
-    """
+    """Rows to train on and to test on: a fifth of each class, at least one, where a class has more than one image."""
     draw, numbers = np.random.default_rng(seed), np.asarray(labels)
     test: list[int] = []
     for label in np.unique(numbers):

@@ -114,14 +114,7 @@ def _ramps(size: tuple[int, int]) -> Image.Image:
 
 
 def _line(levels: NDArray[Any], along: int, places: NDArray[Any], count: int) -> tuple[float, float] | None:
-    """Pixels of the original in a prepared pixel along a ramp, and where the first begins; None if that is no line.
-
-    Args:
-        levels: (h, w) of the ramp.
-        along: the axis on which it does not change.
-        places: of the lines of pixels on the other axis, ascending.
-        count: how many pixels the original has on that axis.
-    """
+    """Pixels of the original in a prepared pixel along a ramp, and where the first begins; None if that is no line."""
     if count < 4 or len(places) < 4:
         return None
     where = (levels.mean(along) - _LOW) / (_HIGH - _LOW) * count  # (n,) in pixels of the original

@@ -29,12 +29,6 @@ def from_array(image: Any) -> Any:
     """An array or tensor (H, W), (H, W, C) or (C, H, W) of 1 or 3 channels as an RGB image.
 
     Where the shape leaves two ways to read it, arrays have their channels last and tensors first.
-
-    Returns:
-        A PIL image; of floats an array (H, W, 3) float32, for only with a processor can be told what range is right.
-
-    Raises:
-        ImageError: wrong channel count or range.
     """
     pixels = _as_numpy(image)
     given = tuple(pixels.shape)
@@ -52,11 +46,7 @@ def from_array(image: Any) -> Any:
 
 
 def _as_numpy(image: Any) -> NDArray[Any]:
-    """Numbers as an array on the CPU.
-
-    Raises:
-        ImageError: they are none, or some are masked.
-    """
+    """Numbers as an array on the CPU."""
     if np.ma.is_masked(image):
         raise ImageError(
             "Expected an image without masked pixels: say which color they have, such as image.filled(255)."
@@ -74,11 +64,7 @@ def _as_numpy(image: Any) -> NDArray[Any]:
 
 
 def eight_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Pixels (H, W, C) or (H, W) in 8 bits: from 0 to 255, grey ones of uint16 from 0 to 65,535, bool as black and white.
-
-    Raises:
-        ImageError: the range leaves open what is white.
-    """
+    """Pixels (H, W, C) or (H, W) in 8 bits: from 0 to 255, grey ones of uint16 from 0 to 65,535, bool as black and white."""
     if pixels.dtype == np.uint8 and pixels.max() != 1:
         return pixels
     if pixels.dtype == np.bool_:
@@ -166,11 +152,7 @@ def open_image(image: Any) -> Any:
 
 
 def as_list(images: Any) -> list[Any]:
-    """One image or many as a list: what is iterable and no image holds several.
-
-    Raises:
-        ImageError: there is none.
-    """
+    """One image or many as a list: what is iterable and no image holds several."""
     listed = list(each(images))
     if not listed:
         raise ImageError("Expected at least one image, got none.")
@@ -241,11 +223,7 @@ def _content(image: Any) -> Any:
 
 
 def image_column(row: Mapping[str, Any]) -> str:
-    """The column of a row's image; of several, as shards of several formats have, the first that is not empty.
-
-    Raises:
-        ImageError: there is none.
-    """
+    """The column of a row's image; of several, as shards of several formats have, the first that is not empty."""
     columns = [name for name in IMAGE_COLUMNS if name in row]
     if not columns:
         raise ImageError(f"Expected an image column named one of {IMAGE_COLUMNS}, got columns {sorted(row)}.")
@@ -307,15 +285,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def prepare_images(images: list[Any], processor: Any) -> dict[str, Tensor]:
-    """Run an image processor, or the image side of a processor of images and texts.
-
-    Returns:
-        `pixel_values` (B, C, H, W), and what else the processor makes for the model; where it cuts images in patches
-        (B, N, 3 * p * p), `pixel_attention_mask` and `spatial_shapes`.
-
-    Raises:
-        ImageError: an image cannot be opened, the processor cannot take it, or the images come out in several sizes.
-    """
+    """Run an image processor, or the image side of a processor of images and texts."""
     return prepare_opened([open_image(image) for image in images], processor)
 
 

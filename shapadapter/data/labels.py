@@ -1,11 +1,10 @@
-"""The labels of a data set as the model counts them: what a label may be, and classes that are the same if their names are."""
+"""The labels of a data set: what a label may be, and which of them are known."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.data.classes import some
 
 LABEL_COLUMNS = ("labels", "label", "cls")
 IGNORED = -100
@@ -38,24 +36,14 @@ PROBLEMS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class LabelRules:
-    """What the labels of a model may be.
-
-    Attributes:
-        classes: K.
-        problem: the model's `problem_type`; None where the first labels settle it.
-        columns: where labels are looked for, the first first.
-    """
+    """What the labels of a model may be."""
 
     classes: int
     problem: str | None = None
     columns: tuple[str, ...] = LABEL_COLUMNS
 
     def kind(self, several: bool) -> Kind:
-        """What a label is: a class, several classes as a row of K zeros and ones, or a quantity.
-
-        Args:
-            several: whether labels are rows of numbers, for a model that leaves it open.
-        """
+        """What a label is: a class, several classes as a row of K zeros and ones, or a quantity."""
         if self.problem is None:
             return "quantity" if self.classes == 1 else "classes" if several else "class"
         return next((kind for kind, problem in PROBLEMS.items() if problem == self.problem), "class")
@@ -65,16 +53,7 @@ class LabelRules:
         return next((name for name in self.columns if name in names), None)
 
     def collated(self, values: Sequence[Any], column: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Labels of a batch: classes (B,) int64 with `IGNORED`, or (B, K) or (B,) float32 with NaN, where unknown.
-
-        Args:
-            values: as the data set has them.
-            column: they are from, for messages.
-            rows: likewise.
-
-        Raises:
-            ShapleyError: one is no label of this model.
-        """
+        """Labels of a batch: classes (B,) int64 with `IGNORED`, or (B, K) or (B,) float32 with NaN, where unknown."""
         kind = self.kind(any(_length(value) is not None for value in values))
         found = []
         for value, row in zip(values, rows, strict=True):
@@ -90,18 +69,7 @@ class LabelRules:
         return torch.tensor(found, dtype=torch.float32, device="cpu")  # (B, K) or (B,)
 
     def check(self, values: Any, column: str) -> tuple[Kind, int]:
-        """Refuse a column of a data set that holds something else than labels.
-
-        Args:
-            values: (n,) of all rows, or a list.
-            column: their name.
-
-        Returns:
-            What they are, and how many are known in full or in part.
-
-        Raises:
-            ShapleyError: one is no label of this model; with its row.
-        """
+        """Refuse a column of a data set that holds something else than labels."""
         if isinstance(values, np.ndarray) and values.ndim in (1, 2) and values.dtype.kind in "iufb":
             return self._check_numbers(values, column, "row")
         kind = self.kind(any(_length(value) is not None for value in values))
@@ -117,11 +85,7 @@ class LabelRules:
         return kind, count
 
     def check_batch(self, labels: Tensor) -> None:
-        """Refuse labels (B,) or (B, K) on the CPU of which one is none of this model.
-
-        Raises:
-            ShapleyError: there is one.
-        """
+        """Refuse labels (B,) or (B, K) on the CPU of which one is none of this model."""
         self._check_numbers(labels.detach().float().numpy(), "labels", "row of the batch")
 
     def _check_numbers(self, values: NDArray[Any], column: str, row: str) -> tuple[Kind, int]:
@@ -225,9 +189,6 @@ def as_row(row: Any) -> dict[str, Any]:
     """A row as a dict: itself, or the pair (image, label) of torchvision's data sets.
 
     Floats that a transform has made of the image are ready for the model, as `Augmented` has it.
-
-    Raises:
-        ShapleyError: it is neither.
     """
     if isinstance(row, Mapping):
         return dict(row)
@@ -240,100 +201,3 @@ def as_row(row: Any) -> dict[str, Any]:
     if isinstance(image, Tensor) and image.is_floating_point():
         return {"pixel_values": image, "label": label, READY: True}
     return {"image": image, "label": label}
-
-
-class Relabelled:
-    """A data set whose labels are counted as the model counts them.
-
-    Args:
-        dataset: rows by index.
-        column: of the labels.
-        numbers: of each of the data set's classes, its index in the model.
-    """
-
-    def __init__(self, dataset: Any, column: str, numbers: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.column = column
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _relabelled(as_row(self.dataset[index]), self.column, self.numbers, index)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the data set, if it wants to know."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-
-def _relabelled(row: dict[str, Any], column: str, numbers: Sequence[int], index: int | None = None) -> dict[str, Any]:
-    if column in row:  # a transform may have taken it away
-        row[column] = LabelRules(len(numbers)).collated([row[column]], column, [{ROW: index}])[0].item()
-        if row[column] != IGNORED:
-            row[column] = numbers[row[column]]
-    return row
-
-
-def as_model_counts(
-    dataset: Any, names: Mapping[int, str] | None, remedy: str, columns: Sequence[str] = LABEL_COLUMNS
-) -> Any:
-    """The data set with the labels that the model gives to classes of these names.
-
-    A folder of images, say, numbers its classes by the alphabet. Labels are left as they are where the data set does not
-    name them, where either side has numbers for names, and where the names stand in the model's order.
-
-    Args:
-        dataset: rows by index, or a stream of `datasets`; what names its classes is a `ClassLabel` of `datasets`, or
-            `classes` of a data set of torchvision.
-        names: of the model's classes, by index.
-        remedy: what to do about classes that the model does not have.
-        columns: where labels are looked for.
-
-    Raises:
-        ShapleyError: there are classes that the model does not have.
-    """
-    column, own = named_classes(dataset, columns)
-    model = [str(names[index]) for index in sorted(names)] if names else []
-    if column is None or len(model) < 2 or own == model[: len(own)] or are_numbers(own) or are_numbers(model):
-        return dataset
-    strangers = [name for name in own if name not in model]
-    if strangers:
-        raise ShapleyError(
-            f"The classes {_some(strangers)} of the data's column {column!r} are no classes of the model. Its classes are "
-            f"{_some(model)}. {remedy}"
-        )
-    # A name that the model has twice (ImageNet's cranes) means the class in the same place.
-    same = [model[index : index + 1] == [name] for index, name in enumerate(own)]
-    numbers = [i if same[i] else model.index(name) for i, name in enumerate(own)]
-    if not hasattr(dataset, "__len__"):  # a stream
-        # Its ClassLabel has other numbers for these names; the names are taken off, so that nobody counts twice.
-        features = dataset.features.copy()
-        features[column] = type(features[column])(num_classes=max(len(model), len(own)))
-        return dataset.map(partial(_relabelled, column=column, numbers=numbers), features=features)
-    return Relabelled(dataset, column, numbers)
-
-
-def named_classes(dataset: Any, columns: Sequence[str] = LABEL_COLUMNS) -> tuple[str | None, list[str]]:
-    """The column of labels and the names of its classes, if it has names."""
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping):
-        column = next((name for name in columns if name in features), None)
-        names = getattr(features.get(column), "names", None) or []
-        return (column, [str(name) for name in names]) if names else (None, [])
-    if isinstance(dataset, torch.utils.data.Subset):
-        return named_classes(dataset.dataset, columns)
-    classes = getattr(dataset, "classes", None)  # of torchvision, whose rows are pairs
-    if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
-        return "label", list(classes)
-    return None, []
-
-
-def are_numbers(names: Sequence[str]) -> bool:
-    """Whether nobody has given names: LABEL_0, LABEL_1, ... or 0, 1, ..."""
-    return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(names))
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"[{some(map(repr, names))}]"

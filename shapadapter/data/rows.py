@@ -19,9 +19,10 @@ from transformers import EvalPrediction
 
 from shapadapter.core.errors import ImageError, ShapleyError, UnreadableImageError
 from shapadapter.data.augmentation import Augmented
+from shapadapter.data.classes import Relabelled
 from shapadapter.data.collator import FAULT, HOW_TO_SKIP, ImageCollator, named, open_row
 from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_column, is_damage
-from shapadapter.data.labels import IGNORED, ROW, Relabelled, as_row
+from shapadapter.data.labels import IGNORED, ROW, as_row
 
 
 def some_rows(dataset: Any, count: int) -> Iterator[Any]:
@@ -45,14 +46,6 @@ class GuardedRows:
 
     With "skip" such a row comes as the next one that can be read, with what is wrong in the column `FAULT`; the collator
     marks it, and who does not look at that column, like an evaluator, has an image all the same.
-
-    Args:
-        dataset: rows by index, as dicts.
-        corrupt_images: "fail" or "skip".
-        class_names: by index, for messages.
-
-    Raises:
-        UnreadableImageError: at an unreadable image, or with "skip" where no image can be read.
     """
 
     def __init__(
@@ -83,15 +76,7 @@ class GuardedRows:
         return [self._item(index, row) for index, row in zip(indices, rows, strict=True)]
 
     def look(self, first: int = 0, step: int = 1) -> None:
-        """Look at the heads of up to `GLANCES` files, evenly spread, without decoding them.
-
-        Args:
-            first: of the files that are looked at, and
-            step: how many further the next one is: several processes share them out.
-
-        Raises:
-            UnreadableImageError: one cannot be used.
-        """
+        """Look at the heads of up to `GLANCES` files, evenly spread, without decoding them."""
         files = [] if is_transformed(self.dataset) else self._undecoded()
         count = min(len(self), GLANCES)
         for place in range(first, count if len(files) else 0, step):
@@ -205,11 +190,7 @@ def guarded(
 
 
 def check_skipping(collator: Any) -> None:
-    """Refuse to skip images that somebody else opens.
-
-    Raises:
-        ShapleyError: the collator is not ours.
-    """
+    """Refuse to skip images that somebody else opens."""
     if not isinstance(collator, ImageCollator) or collator.corrupt_images != "skip":
         raise ShapleyError(
             "corrupt_images='skip' needs the trainer's own data_collator, or ImageCollator(processor, "
@@ -218,15 +199,7 @@ def check_skipping(collator: Any) -> None:
 
 
 def readable_rows(inputs: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
-    """The rows of a batch whose images could be read.
-
-    Args:
-        inputs: with `readable` (B,) bool, or without, where all could.
-
-    Returns:
-        The inputs without `readable`, of R of B images; how many could be read; and B. Where none could, there is one row
-        all the same, for every process has to take part in a step: whoever sums up multiplies it by 0.
-    """
+    """The rows of a batch whose images could be read."""
     readable = inputs.get("readable")
     rest = {name: value for name, value in inputs.items() if name != "readable"}
     count = len(inputs["pixel_values"])
@@ -244,16 +217,7 @@ def _is_of(value: Any, images: int) -> bool:
 
 
 def in_place(logits: Tensor | None, labels: Tensor | None, readable: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of the readable images in the places of all, so that predictions remain in the order of the rows.
-
-    Args:
-        logits: (R, K), or (1, K) of the stand-in where no image could be read.
-        labels: (B,) or (B, K) of all rows.
-        readable: (B,) bool.
-
-    Returns:
-        (B, K) with NaN, and labels with `IGNORED` (NaN where they are numbers), where the image could not be read.
-    """
+    """Logits of the readable images in the places of all, so that predictions remain in the order of the rows."""
     if logits is not None:
         found = logits.new_full((len(readable), *logits.shape[1:]), torch.nan)
         found[readable] = logits[: int(readable.sum())]
@@ -314,11 +278,7 @@ class Skipped:
         self._counts[mode][1] += images
 
     def total(self, mode: str, accelerator: Any) -> int:
-        """Those of all processes, and a fresh start.
-
-        Raises:
-            ImageError: no image could be read, so that there is something wrong with all of them.
-        """
+        """Those of all processes, and a fresh start."""
         counts = torch.tensor(self._counts[mode], device=accelerator.device)  # (2,)
         self._counts[mode] = [0, 0]
         skipped, images = accelerator.reduce(counts, reduction="sum").tolist()

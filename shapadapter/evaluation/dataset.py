@@ -15,9 +15,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.data.classes import as_model_counts
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.images import IMAGE_COLUMNS, IMAGE_INPUTS
-from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_model_counts, as_row
+from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW, LabelRules, as_row
 
 MASKS = "mask"
 """The column in which masks are looked for, and not missed, where no other is named."""

@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from shapadapter.backbone import evaluation_view
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import CheckpointError, ImageError, ShapleyError
 from shapadapter.core.files import write_together
+from shapadapter.core.links import refuse_link
 from shapadapter.core.statistics import Interval
 from shapadapter.data.classes import class_names
 from shapadapter.data.labels import LabelRules, known_labels
@@ -33,7 +33,6 @@ from shapadapter.evaluation.records import Means, Record, Records
 from shapadapter.evaluation.result import Evaluation
 from shapadapter.explanation.api import base_of, predictions
 from shapadapter.explanation.game import active_layer
-from shapadapter.explanation.storage import refuse_link
 
 _IMAGES_TIMED = 8
 """How many images the cost of the one pass is measured on."""
@@ -290,8 +289,6 @@ class Evaluator:
 
 def check_run(data: Path, masks: Path | None, methods: Sequence[str], output: Path | None, checkpoint: str) -> None:
     """Refuse what `evaluate_folder` cannot do, before a model is loaded: also a folder with another adapter's evaluation."""
-    if output is not None and find_spec("matplotlib") is None:
-        raise ImportError('The curves are drawn by matplotlib: pip install "shapadapter[plot]"')
     for folder in (data, masks):
         if folder is not None and not folder.is_dir():
             raise ShapleyError(f"There is no folder {folder}.")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shapadapter.core.seeds import generator_of
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
@@ -21,7 +20,7 @@ from shapadapter.core.shapley import (
     sample_pairs,
     sample_sizes,
 )
-from shapadapter.core.statistics import is_constant, pearson, relative_l2, spearman, top_k_overlap
+from shapadapter.core.statistics import generator_of, is_constant, pearson, relative_l2, spearman, top_k_overlap
 from shapadapter.explanation.api import Predicted
 
 # -- the game --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError
 from shapadapter.core.files import write_together
+from shapadapter.core.links import refuse_link
 from shapadapter.core.statistics import EquivalentEvaluations, Interval, bootstrap_intervals, equivalent_evaluations
-from shapadapter.explanation.storage import refuse_link
 
 Record = dict[str, Any]
 """Plain numbers, lists and dicts of what was measured about one image; None where a measure says nothing."""

@@ -18,9 +18,9 @@ from shapadapter.backbone import Tiling, configured_size, evaluation_view, norma
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.data.classes import class_names, find_classes
+from shapadapter.data.collator import prepare_texts, text_rules
 from shapadapter.data.frames import frames
 from shapadapter.data.images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
-from shapadapter.data.texts import prepare_texts, text_rules
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.refine import UNTIL, BatchGame, Plan, refined

@@ -6,69 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, grid_sample
+from torch.nn.functional import adaptive_avg_pool2d
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
 
 
-Size = tuple[int, int]
-Box = tuple[float, float, float, float]
-"""Top, left, bottom and right."""
-
-
 def as_numpy(tensors: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Copies of tensors as arrays, by the same names."""
     return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
-
-
-def frame_of(one: Explanation, original: bool) -> tuple[Size, Box]:
-    """Height and width of a picture of one image, and where on it the maps lie, in its pixels.
-
-    Args:
-        one: of one image.
-        original: take the image as it came, instead of what the model saw.
-
-    Raises:
-        ValueError: that is not known.
-    """
-    if not original:
-        seen = (one.images.shape[1], one.images.shape[2])
-        return seen, (0, 0, *seen)
-    if one.frames is None:
-        raise ValueError("The original image is not known: explain it with an image processor, instead of prepared.")
-    height, width, top, left, bottom, right = one.frames[0].tolist()
-    if not (height >= 1 and width >= 1 and bottom > top and right > left):  # or NaN
-        raise ValueError(
-            "It is not known where the original image was seen: its processor does more than resize, crop and pad."
-        )
-    return (int(height), int(width)), (top, left, bottom, right)
-
-
-def laid_out(values: ArrayLike, size: Size, box: Box, smooth: bool = False) -> NDArray[np.float32]:
-    """A map on an image of which it covers a part.
-
-    Args:
-        values: (rows, cols).
-        size: height and width of the image.
-        box: of the map, in pixels of the image.
-        smooth: interpolate bicubically.
-
-    Returns:
-        (H, W) float32, NaN outside the box.
-    """
-    down, across = (
-        (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5 - start) / (end - start)
-        for count, start, end in zip(size, box[:2], box[2:], strict=True)
-    )  # (H,) and (W,), in 0..1 inside the box
-    places = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (H, W, 2)
-    given = torch.as_tensor(values, dtype=torch.float64, device="cpu")[None, None]  # (1, 1, rows, cols)
-    mode = "bicubic" if smooth else "nearest"
-    found = grid_sample(given, 2 * places[None] - 1, mode, "border", align_corners=False)[0, 0]  # (H, W)
-    return found.where(((places >= 0) & (places < 1)).all(-1), torch.nan).float().numpy()
 
 
 def as_dict(explanation: Explanation) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shapadapter.core.errors import CheckpointError, FieldError
+from shapadapter.core.grid import frame_of, laid_out
+from shapadapter.core.phrases import some
 from shapadapter.core.posterior import relative_error
-from shapadapter.data.classes import check_names, find_class, some
-from shapadapter.explanation.convert import as_dict, as_numpy, as_shap, frame_of, laid_out
+from shapadapter.data.classes import check_names, find_class
+from shapadapter.explanation.convert import as_dict, as_numpy, as_shap
 from shapadapter.explanation.storage import read_explanation, write_explanation
 
 if TYPE_CHECKING:
@@ -257,7 +259,9 @@ class Explanation:
         """
         one = self[index]
         values = one._best(one.attributions) if label is None else one.for_label(label)  # (1, rows, cols)
-        return laid_out(values[0].numpy(), *frame_of(one, original), smooth)  # (rows, cols) -> (H, W)
+        seen = (one.images.shape[1], one.images.shape[2])
+        size, box = (seen, (0, 0, *seen)) if not original else frame_of(None if one.frames is None else one.frames[0])
+        return laid_out(values[0].numpy(), size, box, smooth)  # (rows, cols) -> (H, W)
 
     def figure(self, index: int = 0, **options: Any) -> "Figure":
         """Draw one image and its maps with matplotlib.

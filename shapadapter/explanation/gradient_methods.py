@@ -76,7 +76,7 @@ def integrated_gradients(case: Case) -> Answer:
     method, pixels = _captum().IntegratedGradients(case.logits), case.pixel_values
     baseline = torch.zeros_like(pixels)
     if pixels.ndim == 4:
-        baseline = baseline + case.layer.fill_colour().to(pixels).view(1, -1, 1, 1)
+        baseline = baseline + case.layer.fill_color().to(pixels).view(1, -1, 1, 1)
 
     def of_class(target: Tensor) -> Tensor:
         return method.attribute(
@@ -162,7 +162,7 @@ def _cells(case: Case, features: Tensor) -> Tensor:
     """The features (B, cells, D) of the cells, without class token, Shapley token, registers and padding."""
     count = math.prod(case.batch.tiling.cells)
     found = cells_first(features, case.layer.anatomy)
-    token = int(_class_token_predicts(case) and case.layer.travels)
+    token = int(_class_token_predicts(case) and case.layer.token_in_sequence)
     return found[:, token : token + count].float()
 
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -19,9 +18,6 @@ from shapadapter.core.files import write_together
 FORMAT = "shapadapter.explanation"
 FORMAT_VERSION = 3
 """2 added standard errors, evaluations and the method, 3 the frames of originals; older files are still read."""
-
-_FOLDERS = ("explanations", "chat_templates")
-"""Folders of a saved model whose files are read."""
 
 TENSORS_NAME = "explanation.safetensors"
 JSON_NAME = "explanation.json"
@@ -101,58 +97,6 @@ def read_explanation(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     with reading(path):
         return load_tensors(data), about
-
-
-def refuse_links(folder: Path, subfolder: str = "") -> None:
-    """Refuse the folder of a model in which a file is a link out of it: what is saved, copied or uploaded would hold what is there.
-
-    Args:
-        folder: the whole of which the files may be; it may itself be reached by a link.
-        subfolder: where in it the model is, whose files are looked at.
-
-    Raises:
-        CheckpointError: there is such a link.
-    """
-    place = folder / subfolder
-    inside = [place / name for name in _FOLDERS]
-    # Other folders are not read; that of a run may have many.
-    files = [path for one in (place, *inside) if one.is_dir() for path in sorted(one.iterdir()) if not path.is_dir()]
-    for path in (place, *inside, *files):
-        refuse_link(path, folder)
-
-
-def refuse_link(path: Path, folder: Path) -> None:
-    """Refuse a path in a folder that leads out of it by a link, as those of the Hub's cache do rightly.
-
-    Raises:
-        CheckpointError: it does.
-    """
-    if leads_out(path, folder):
-        raise CheckpointError(
-            f"{path} is a link that leads out of {folder}, and what is there is no part of it: delete the link, or put a "
-            "copy of what it leads to in its place."
-        )
-
-
-def break_links(folder: Path, names: Iterable[str]) -> None:
-    """Take links out of a folder away where files are about to be written: what they lead to would be overwritten."""
-    for path in (folder / name for name in names):
-        if path.is_symlink() and leads_out(path, folder):
-            path.unlink()
-            warnings.warn(
-                f"{path} was a link that led out of {folder}: what is saved now takes its place.", stacklevel=3
-            )
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder is elsewhere, because of a link."""
-    try:
-        root, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a link that leads to itself
-        return True
-    # In the cache, snapshots/<commit>/<file> is a link to blobs/<hash>.
-    blobs = [above.parents[1] / "blobs" for above in (root, *root.parents) if above.parent.name == "snapshots"]
-    return not real.is_relative_to(root) and real.parent not in blobs
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from shapadapter import __version__
-from shapadapter.adapter.guard import check_mergeable
-from shapadapter.adapter.tuning import is_quantised
+from shapadapter.adapter.checks import check_mergeable
+from shapadapter.adapter.weights import is_quantised
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.data.classes import class_names

@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
+from shapadapter.core.links import refuse_link
 from shapadapter.explanation.game import active_layer
-from shapadapter.explanation.storage import refuse_link
 from shapadapter.hub.locate import AdapterFiles, locate
 from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 

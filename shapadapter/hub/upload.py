@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
 from shapadapter.core.files import naming
-from shapadapter.explanation.storage import refuse_link
+from shapadapter.core.links import refuse_link
 from shapadapter.hub.card.pull import card_for_push
 from shapadapter.hub.load import find_base, load
 from shapadapter.hub.locate import AdapterFiles

@@ -1,11 +1,20 @@
-"""Training arguments of the Shapley objective."""
+"""Training arguments of the Shapley objective, and whether they fit a model."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from shapadapter.adapter import ShapleyLayer
+from shapadapter.backbone import Anatomy, original_name
+from shapadapter.core.errors import ShapleyError
 
 LORA_LEARNING_RATE = 5e-4
 
@@ -157,3 +166,86 @@ class ShapleyTrainingArguments(TrainingArguments):
                 f"class_weights is a number for each class, none below 0, or 'balanced'; got {self.class_weights!r}."
             )
         self.class_weights = weights
+
+
+def check_setting(model: nn.Module, layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool) -> None:
+    """Refuse, or warn of, what would fail or silently go wrong only later; `trains` with training data."""
+    if args.n_gpu > 1:
+        raise ShapleyError(
+            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share "
+            "one adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ShapleyError(
+            "The model's weights are offloaded, or were never loaded: they are on the meta device, and the Trainer cannot "
+            "move them. Train it before it is offloaded; an offloaded one can be explained and evaluated."
+        )
+    if args.load_best_model_at_end and not isinstance(model, PeftModel):
+        raise ShapleyError(
+            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped "
+            "by add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
+        )
+    if args.coalition_task_weight > 0 and layer.anatomy.kind == "matching":
+        raise ShapleyError(
+            "coalition_task_weight is for classes; a model that matches images with texts has none. Set it to 0."
+        )
+    if trains:
+        _check_trained(model, layer, args)
+
+
+def _check_trained(model: nn.Module, layer: ShapleyLayer, args: ShapleyTrainingArguments) -> None:
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise ShapleyError(
+            "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    usual = args.learning_rate == LORA_LEARNING_RATE
+    if not usual and trained <= {id(parameter) for parameter in layer.parameters()}:
+        warnings.warn(
+            f"learning_rate={args.learning_rate} has no effect: only token and head are trained, at "
+            f"head_learning_rate={args.head_learning_rate}.",
+            stacklevel=4,
+        )
+    name = layer.active or ""
+    if usual and name in layer.configs and layer.configs[name].tune == "full":
+        warnings.warn(
+            f"learning_rate={args.learning_rate} is the default for LoRA; with tune='full' it may overwrite what the "
+            "model was pretrained for. Pass a smaller one, such as learning_rate=5e-5.",
+            stacklevel=4,
+        )
+    learned = name in layer.lora_shapley_fill  # type: ignore[operator]
+    if learned and not (args.coalition_gradients or args.coalition_task_weight > 0):
+        raise ShapleyError(
+            "fill='learned' learns from what coalitions predict: set coalition_task_weight (e.g. 0.5) or "
+            "coalition_gradients=True, or use fill='mean'."
+        )
+
+
+def set_head_rate(optimizer: torch.optim.Optimizer, layer: ShapleyLayer, rate: float) -> None:
+    """Give token and head groups of their own, with their learning rate."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    for group in list(optimizer.param_groups):
+        head = [parameter for parameter in group["params"] if id(parameter) in own]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if head and rest:
+            group["params"] = rest
+            optimizer.add_param_group({**group, "params": head, "lr": rate})
+        elif head:
+            group["lr"] = rate
+
+
+def prepare_fsdp(plugin: Any, model: nn.Module, anatomy: Anatomy) -> None:
+    """Choose FSDP's units and precision as a wrapped model needs them, in accelerate's plugin.
+
+    Transformer blocks become units where the user named no others. accelerate (1.15) takes `_no_split_modules`, among which
+    are vision models' embeddings; it splits their weights again as the model's input embeddings, and fails. Token and head
+    belong to the root: they are used in hooks on the model's forward, for which the root's weights are gathered.
+
+    Mixed precision is left to autocast, as without FSDP. FSDP2's own policy would round the head's weights and all that
+    the model returns, and attributions would no longer sum to the logits.
+    """
+    if anatomy.blocks and getattr(plugin, "transformer_cls_names_to_wrap", None) is None:
+        blocks = {type(module) for name, module in model.named_modules() if original_name(name) in anatomy.blocks}
+        plugin.transformer_cls_names_to_wrap = sorted(block.__name__ for block in blocks)
+    if plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()

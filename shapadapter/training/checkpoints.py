@@ -1,121 +1,44 @@
-"""Checkpoints on disk: which of them are whole, what is wrong with the others, and which may go."""
+"""Checkpoints: written beside their place and renamed once they are on the disk, and judged before one is used."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path, PureWindowsPath
-from typing import Annotated, Literal, TypedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from shapadapter.core.documents import Between, FileName, open_tensors, read_json, reading, shown
-from shapadapter.core.errors import CheckpointError
-from shapadapter.core.files import to_disk, write_together
-from shapadapter.hub.card.render import CARD, PICTURES
+from shapadapter.core.documents import open_tensors, reading
+from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
+from shapadapter.core.files import free_megabytes, passing, whole_folder
+from shapadapter.core.locks import alone_in
 
-MANIFEST = "complete.json"
-"""Written last: the names, sizes and hashes of all other files of a checkpoint."""
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+# Saved together or not at all; without one of them transformers starts all of them anew and says nothing.
+_STATES = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*"}
 
 
-class Entry(TypedDict):
-    """What a file must be."""
+def damage_in(folder: Path) -> str | None:
+    """What visibly keeps a training from going on from a checkpoint, by the name of the file; None if nothing does.
 
-    bytes: Annotated[int, Between(0)]
-    sha256: str
-
-
-class Manifest(TypedDict):
-    """What `complete.json` holds."""
-
-    format: Literal["shapadapter.checkpoint"]
-    format_version: Literal[1]
-    files: Annotated[dict[Annotated[str, FileName], Entry], Between(1)]
-
-
-def seal(folder: Path) -> None:
-    """Declare a checkpoint whole: every file of it is on the disk, and `complete.json` says what they must be.
-
-    Of the model card and its pictures it says nothing: they may be edited, and nothing is loaded from them.
-
-    Raises:
-        OSError: If a file cannot be brought to the disk; there is no `complete.json` then.
-    """
-    about: dict[str, Entry] = {}
-    for path in _files(folder):
-        to_disk(path)
-        if _is_card(path.relative_to(folder)):
-            continue
-        about[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    whole: Manifest = {"format": "shapadapter.checkpoint", "format_version": 1, "files": about}
-    write_together({folder / MANIFEST: json.dumps(whole, indent=2).encode()})
-
-
-def resealed(folder: Path, name: str, content: bytes) -> dict[Path, bytes]:
-    """What to write so that one file of a whole checkpoint gets another content, and the checkpoint stays whole.
-
-    Args:
-        folder: a checkpoint, a folder in one, or any other folder, in which only the file is written.
-        name: of the file.
-        content: the new one.
-
-    Returns:
-        Contents of files, by path.
-    """
-    found = {folder / name: content}
-    # An adapter that is not called "default" is in a folder of the checkpoint.
-    whole = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
-    if whole is not None and trouble_with(whole) is None:
-        about = read_json(whole / MANIFEST)
-        inside = (folder / name).relative_to(whole).as_posix()
-        about["files"][inside] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        found[whole / MANIFEST] = json.dumps(about, indent=2).encode()
-    return found
-
-
-def trouble_with(folder: Path) -> str | None:
-    """What keeps a checkpoint from being whole, by the name of the file; None if it is."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not (folder / MANIFEST).exists():
-        return f"{MANIFEST} is missing, so it was not saved to its end"
-    try:
-        expected = read_json(folder / MANIFEST, Manifest)["files"]
-        strangers = [name for name in expected if not _is_inside(name)]
-        if strangers:
-            return f"{MANIFEST} names {shown(strangers[0])}, which is no file of the checkpoint"
-        names = (path.relative_to(folder).as_posix() for path in _files(folder) if path.suffix in _WEIGHTS)
-        unnamed = [name for name in names if name not in expected]
-        if unnamed:
-            return f"{MANIFEST} says nothing of {unnamed[0]}, which was put there or changed later"
-        # Sizes first: a file that was cut off is found without reading the large ones before it.
-        for check in (_length_trouble, _content_trouble):
-            for name, about in expected.items():
-                if not _is_card(Path(name)) and (trouble := check(folder / name, about)):
-                    return f"{name} {trouble}"
-    except (OSError, CheckpointError) as error:
-        return f"{MANIFEST} or a file that it names cannot be read ({error})"
-    return None
-
-
-def unreadable_in(folder: Path) -> str | None:
-    """What is visibly wrong with a checkpoint without `complete.json`, which another trainer may have saved.
-
-    The trainer's state is the last file that transformers writes. A changed number inside a readable file is not found.
+    What we save takes its name when it is complete. Others may leave half a checkpoint, and disks lose bytes: whether each
+    file has its end, and torch's their checksums, is looked at. A changed number in a readable file is not found.
     """
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).is_file():
-        return f"{MANIFEST} and {TRAINER_STATE_NAME} are missing, so it was not saved to its end"
-    for path in _files(folder):
+        return f"{TRAINER_STATE_NAME} is missing, so it was not saved to its end"
+    missing = [name for name, pattern in _STATES.items() if not any(folder.glob(pattern))]
+    if 0 < len(missing) < len(_STATES) and not any(folder.glob("global_step*")):  # where DeepSpeed keeps its own
+        return f"{missing[0]} is missing"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             _read(path)
         except (OSError, CheckpointError) as error:
@@ -123,19 +46,33 @@ def unreadable_in(folder: Path) -> str | None:
     return None
 
 
+def _read(path: Path) -> None:
+    """Read a file as far as its format shows damage."""
+    if path.suffix == ".json":
+        with reading(path):
+            json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with open_tensors(path):  # compares the header with the file's length
+            pass
+    elif path.suffix in (".bin", ".pt", ".pth"):
+        # What torch.save writes, with a checksum for each part.
+        with reading(path), zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
+
+
 def newest_first(run: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, the highest step first, whole or not."""
+    """The folders `checkpoint-<step>` of a run, the highest step first, complete or not."""
     if not run.is_dir():
         return []
-    steps = {
-        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in run.iterdir() if path.is_dir()
-    }
-    found = {path: int(match[1]) for path, match in steps.items() if match}
-    return sorted(found, key=lambda path: found[path], reverse=True)
+    names = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in run.iterdir()}
+    steps = {path: int(match[1]) for path, match in names.items() if match and path.is_dir()}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint of a run; those that it passes over are named in warnings.
+    """The newest checkpoint of a run that a training can go on from; those that it passes over are named in warnings.
 
     `trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))` goes on where a run stopped, and starts it where
     there is nothing to go on from.
@@ -144,92 +81,168 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
         output_dir: the run's `output_dir`.
 
     Returns:
-        The checkpoint's path, or None if there is no whole one.
+        The checkpoint's path, or None if there is none.
     """
-    for folder in newest_first(Path(output_dir)):
-        trouble = trouble_with(folder)
-        if trouble is None:
-            return str(folder)
-        warn_passed_over(folder, trouble)
-    return None
+    folder, _ = _newest_whole(newest_first(Path(output_dir)), damage_in, warn=True)
+    return None if folder is None else str(folder)
 
 
-def warn_passed_over(folder: Path, trouble: str) -> None:
-    """Name a checkpoint that is not used, and why."""
-    warnings.warn(f"Passing over {folder}: {trouble}.", stacklevel=2)
+def _newest_whole(
+    folders: list[Path], judge: Callable[[Path], str | None], warn: bool
+) -> tuple[Path | None, list[str]]:
+    """The first folder without damage, and what is wrong with those before it."""
+    passed: list[str] = []
+    for folder in folders:
+        damage = judge(folder)
+        if damage is None:
+            return folder, passed
+        passed.append(f"{folder.name}: {damage}")
+        if warn:
+            warnings.warn(f"Passing over {folder}: {damage}.", stacklevel=3)
+    return None, passed
 
 
 def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete what exceeds `save_total_limit`: folders that are not whole first, then the oldest.
-
-    Args:
-        run: The run's folder.
-        limit: How many checkpoints may stay; None or 0 for all.
-        keep: Checkpoints that must stay: the one just saved, and the best.
-    """
+    """Delete the oldest checkpoints beyond `limit` (None or 0 for no limit), but none of `keep`."""
     if not limit or limit < 0:
         return
     folders = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]  # the oldest first
-    folders.sort(key=lambda folder: (folder / MANIFEST).exists())
     spare = [folder for folder in folders if folder not in keep]
     for folder in spare[: max(0, len(folders) - max(limit, len(keep)))]:
         discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint as far as possible, its `complete.json` first, so that no half of it looks whole."""
-    if folder.is_dir():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete a checkpoint, whose name goes first: a process that is killed leaves no half of it under that name."""
+    nameless = passing(folder)
+    with suppress(OSError):  # it is not there
+        folder.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a checkpoint but its own manifest; sharded ones have subfolders."""
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+class Checkpoints:
+    """The checkpoints of a trainer, of which all its processes are told the same.
 
+    Args:
+        trainer: whose arguments and accelerator are used.
 
-def _is_card(path: Path) -> bool:
-    """Whether a file of a checkpoint, by its path in it, is for people alone."""
-    return path.name == CARD or path.parent.name == PICTURES
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name in a manifest is that of a file below the checkpoint, whatever system wrote it."""
-    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
-    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _length_trouble(path: Path, about: Entry) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    length = path.stat().st_size
-    return None if length == about["bytes"] else f"has {length:,} bytes instead of {about['bytes']:,}"
-
-
-def _content_trouble(path: Path, about: Entry) -> str | None:
-    return None if _hash(path) == about["sha256"] else "holds other bytes than were saved"
-
-
-def _read(path: Path) -> None:
-    """Read a file as far as its format shows damage.
-
-    Raises:
-        CheckpointError: It is damaged, or cannot be read.
+    Attributes:
+        unfinished: where one is being written.
     """
-    if path.suffix == ".json":
-        with reading(path):
-            json.loads(path.read_text(encoding="utf-8"))
-    elif path.suffix == ".safetensors":
-        with open_tensors(path):  # compares the header with the file's length
-            pass
-    elif path.suffix in _WEIGHTS:
-        # What torch.save writes, with a checksum for each part.
-        with reading(path), zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} in it is damaged")
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.unfinished: Path | None = None
+
+    def save(self, write: Callable[[], None], folder: Path) -> None:
+        """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go.
+
+        Args:
+            write: `Trainer`'s saving, which asks `_get_output_dir` where to.
+            folder: checkpoint-<step> in the folder of the run.
+
+        Raises:
+            CheckpointError: it could not be written; with the reason, and the checkpoint to go on from.
+        """
+        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        try:
+            with ExitStack() as stack:
+                place: list[Any] = [None]
+                if args.process_index == 0:
+                    place = [str(stack.enter_context(whole_folder(folder)))]
+                self.unfinished = Path(broadcast_object_list(place)[0])
+                stack.callback(setattr, self, "unfinished", None)
+                write()
+                if state.best_model_checkpoint == str(self.unfinished):
+                    state.best_model_checkpoint = str(folder)
+                    if args.should_save:
+                        state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
+                trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.wait_for_everyone()
+        except Exception as error:
+            reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
+            before = next((one for one in newest_first(folder.parent) if damage_in(one) is None), None)
+            remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
+            raise CheckpointError(
+                f"Could not save {folder} ({type(reason).__name__}: {reason}; {free_megabytes(folder):,.1f} MB were free "
+                f"there). {remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
+            ) from error
+        unfinished = Path(place[0])
+        if args.local_process_index == 0 and unfinished.is_dir():  # another machine, with a disk of its own
+            discard(folder)
+            unfinished.rename(folder)
+            unfinished.parent.rmdir()
+        if args.push_to_hub:
+            trainer._push_from_checkpoint(str(folder))
+        if args.should_save:
+            best = state.best_model_checkpoint
+            rotate(folder.parent, args.save_total_limit, {folder} | ({Path(best)} if best else set()))
+
+    def chosen(self, wish: Any) -> str | None:
+        """The checkpoint to go on from, by what `resume_from_checkpoint` says; None to start anew.
+
+        Raises:
+            CheckpointError: it is damaged or not there.
+        """
+        said = str(wish).lower()  # a command line says True as a word
+        if wish is None or said == "false":
+            return None
+        if said != "true":
+            return self._without_damage(Path(wish))
+        run = Path(str(self.trainer.args.output_dir))
+        folder, passed = _newest_whole(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
+        if folder is not None:
+            return str(folder)
+        found = f"none is whole ({'; '.join(passed)})" if passed else "there is none"
+        raise CheckpointError(
+            f"Expected a whole checkpoint in {run} to go on from, but {found}. Start again without resume_from_checkpoint."
+        )
+
+    def _without_damage(self, folder: Path) -> str:
+        damage = self.damage_in(folder)
+        if damage is None:
+            return str(folder)
+        others = [one for one in self._listed(folder.parent) if one.name != folder.name]
+        other, _ = _newest_whole(others, self.damage_in, warn=False)
+        remedy = f"Pass {other}" if other else "No other one beside it is whole: leave resume_from_checkpoint out"
+        raise CheckpointError(f"Cannot go on from {folder}: {damage}. {remedy}{' instead' if other else ''}.")
+
+    def damage_in(self, folder: Path) -> str | None:
+        """What one process on each machine finds, since machines may have disks of their own; the same in all."""
+        mine = damage_in(folder) if self.trainer.args.local_process_index == 0 else None
+        return next((found for found in gather_object([mine]) if found), None)
+
+    def check_best(self) -> None:
+        """Refuse to load a best model that is damaged, once the weights of the last step are saved.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        trainer, folder = self.trainer, self.trainer.state.best_model_checkpoint
+        if damage := self.damage_in(Path(str(folder))):
+            trainer.save_model(_internal_call=True)  # not pushed
+            raise CheckpointError(
+                f"The training is over, but its best model cannot be loaded from {folder}: {damage}. The model has the "
+                f"weights of the last step, which are saved in {trainer.args.output_dir}; trainer.save_model(folder) saves "
+                "them elsewhere."
+            )
+
+    def _listed(self, run: Path) -> list[Path]:
+        """The checkpoints of a run, newest first, as the first process sees them."""
+        listed: list[Any] = [newest_first(run)]
+        return broadcast_object_list(listed)[0]
+
+
+@contextmanager
+def running_alone(args: Any, folder: str | Path) -> Iterator[None]:
+    """`alone_in` for all processes of a training: the main one takes the lock, and if it cannot, all are refused."""
+    with ExitStack() as stack:
+        refusal: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                stack.enter_context(alone_in(Path(folder)))
+            except ShapleyError as error:
+                refusal = [str(error)]
+        if said := broadcast_object_list(refusal)[0]:
+            raise ShapleyError(said)
+        yield

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from shapadapter.core.errors import redacted
 from shapadapter.core.files import passing
-from shapadapter.explanation.storage import refuse_link
+from shapadapter.core.links import refuse_link
 from shapadapter.hub.card.pull import card_for_push
 from shapadapter.hub.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
 

@@ -4,75 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, enable_full_determinism
 from typing_extensions import override
 
-from shapadapter.adapter.answer import ShapleyOutput, task_loss
-from shapadapter.backbone import Anatomy, original_name
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.losses import shapley_loss_of_sums
-from shapadapter.core.shapley import sample_pairs
-from shapadapter.data.collator import ImageCollator
-from shapadapter.data.rows import Skipped, check_skipping, in_place, of_known, readable_rows
-from shapadapter.data.texts import text_rules
+from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator, text_rules
+from shapadapter.data.images import IMAGE_COLUMNS
+from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW
+from shapadapter.data.rows import GuardedRows, check_skipping, guarded, in_place, of_known
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
-from shapadapter.training.arguments import ShapleyTrainingArguments
-from shapadapter.training.callbacks import AttributionMaps
-from shapadapter.training.loaders import LoadingTrainer, class_names, label_rules, refilled, without_repeats
-from shapadapter.training.mixup import mixed
+from shapadapter.training.arguments import ShapleyTrainingArguments, check_setting, prepare_fsdp, set_head_rate
+from shapadapter.training.callbacks import TASK, AttributionMaps, LossMonitor
+from shapadapter.training.checkpoints import Checkpoints, running_alone
+from shapadapter.training.objective import Objective, placed, refilled, soft_task, without_repeats
+from shapadapter.training.publish import PushingTrainer
 from shapadapter.training.record import CardingTrainer
-from shapadapter.training.resume import ResumableTrainer
-from shapadapter.training.task_loss import check_labels, soft_task
-from shapadapter.training.terms import TASK, FiniteTrainer, MeasuringTrainer
-from shapadapter.training.validation import check_classes, check_game, check_setting, mean_color, warn_of_crops
+from shapadapter.training.validation import LabelledData, as_model_reads, check_classes, mean_color, warn_of_crops
 
 
-def prepare_fsdp(plugin: Any, model: nn.Module, anatomy: Anatomy) -> None:
-    """Choose FSDP's units and precision as a wrapped model needs them.
-
-    Transformer blocks become units where the user named no others. By default accelerate takes the `_no_split_modules` of
-    transformers. For vision models the embeddings are among them, whose weights it then splits a second time, as the
-    model's input embeddings, and fails (accelerate 1.15). Token and head belong to the root: they are used in hooks on
-    the model's forward, in which the root's weights are gathered.
-
-    Mixed precision is left to autocast, as without FSDP. FSDP2's own policy would round the head's weights and all that
-    the model returns, and attributions would no longer sum to the logits.
-
-    Args:
-        plugin: accelerate's `FullyShardedDataParallelPlugin`, changed in place.
-        model: the base model.
-        anatomy: its parts.
-    """
-    if anatomy.blocks and getattr(plugin, "transformer_cls_names_to_wrap", None) is None:
-        blocks = {type(module) for name, module in model.named_modules() if original_name(name) in anatomy.blocks}
-        plugin.transformer_cls_names_to_wrap = sorted(block.__name__ for block in blocks)
-    if plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-
-class ShardedTrainer(Trainer):
-    """`Trainer` that computes in mixed precision by autocast under FSDP, too."""
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        """Autocast around each step, where accelerate puts none around the model's forward."""
-        # Without the cache: what it keeps of a weight is of no use once FSDP has given the weight back.
-        if self.is_fsdp_enabled:
-            return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
-        return super().autocast_smart_context_manager(cache_enabled)
-
-
-class ShapleyTrainer(
-    MeasuringTrainer, CardingTrainer, LoadingTrainer, ResumableTrainer, FiniteTrainer, ShardedTrainer
-):
+class ShapleyTrainer(CardingTrainer, PushingTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; what `model_init` makes is a wrapped model as well. A data set with `image` and
@@ -90,6 +48,17 @@ class ShapleyTrainer(
     With an `evaluator`, each evaluation ends with `evaluator(model, dataset, collator) -> dict of numbers`, which stand
     among the `eval_*`: `evaluator=Evaluator(images=16)` and `metric_for_best_model="eval_error"` keep the checkpoint that
     explains best. Every process measures the same images of the whole set and finds the same numbers.
+
+    Private methods of `Trainer` that are overridden, since it has no public place for this:
+
+    | method | why |
+    | --- | --- |
+    | `_get_dataloader` | the row of an image that cannot be read is named, or left out |
+    | `_get_output_dir` | while a checkpoint is written, it is beside its place |
+    | `_load_best_model` | a damaged checkpoint must not cost the weights that were trained |
+    | `_push_from_checkpoint` | a checkpoint is pushed when it is whole |
+    | `_run_epoch` | a resumed data set is told its epoch, and a finished run takes no step more |
+    | `_save_checkpoint` | a checkpoint takes its name, and older ones go, when it is whole |
 
     Raises:
         ShapleyError: the model holds no Shapley adapter, the data set has other classes than the model, or there is a label
@@ -111,43 +80,108 @@ class ShapleyTrainer(
         args = args or ShapleyTrainingArguments("trainer_output")
         if not isinstance(args, ShapleyTrainingArguments):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
-        given, model = model, self._first_model(model, kwargs.get("model_init"), args)
-        self.layer = active_layer(model)
         self.evaluator = evaluator
+        self.checkpoints, self.monitor = Checkpoints(self), LossMonitor(self)
+        self._first: Any = None  # the model of `model_init` that the settings are checked with, until it is asked for
+        given, maker = model, kwargs.get("model_init")
+        if model is None and maker is not None:
+            (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+            self.model_init = maker
+            model = self._first = super().call_model_init()
+        self.layer = active_layer(model)
         self.matching = self.layer.anatomy.kind == "matching"
-        rules = text_rules(model) if self.matching else None
-        config: Any = getattr(base_of(model), "config", None)
-        adapter = model.peft_config[self.layer.active]
-        self.rules = label_rules(model, self.layer, args) if not self.matching else None
-        found = kwargs.get("train_dataset")
-        names = class_names(base_of(model), adapter, found, self.rules) if self.rules is not None else None
-        self.class_names = names
+        data, own_loss = kwargs.get("train_dataset"), kwargs.get("compute_loss_func")
+        self.labelled = None if self.matching else LabelledData(model, self.layer, args, data)
+        rules, names = (self.labelled.rules, self.labelled.names) if self.labelled else (None, None)
+        texts = text_rules(model) if self.matching else None
         kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
-            kwargs.get("processing_class"), rules, args.truncate_texts, args.corrupt_images, names, self.rules
+            kwargs.get("processing_class"), texts, args.truncate_texts, args.corrupt_images, names, rules
         )
         for name in ("train_dataset", "eval_dataset"):
             if not self.matching:
                 check_classes(kwargs.get(name), self.layer.classes)
-            kwargs[name] = self._counted(kwargs.get(name), several=name == "eval_dataset")
-        check_setting(model, args, kwargs.get("train_dataset") is not None)
-        check_game(self.layer, args, kwargs.get("train_dataset") is not None)
-        problem, own_loss = getattr(config, "problem_type", None), kwargs.get("compute_loss_func")
-        self.soft_task = soft_task(args, self.layer, problem, kwargs.get("train_dataset"), names, own_loss)
+            kwargs[name] = as_model_reads(kwargs.get(name), self.labelled, several=name == "eval_dataset")
+        check_setting(model, self.layer, args, data is not None)
+        problem = rules.problem if rules else None
+        task = soft_task(args, self.layer, problem, kwargs["train_dataset"], names, own_loss)
         if args.corrupt_images == "skip":
             check_skipping(kwargs["data_collator"])
         kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_known(kwargs["compute_metrics"])
         super().__init__(given, args, **kwargs)
-        self._skipped = Skipped()
-        self._share = 1.0  # of the images of a batch that could be read
-        self._say: Tensor | float = 1.0  # of the batch's labels in the task loss of its step, 1 on average
-        self._known: Tensor | float = 0.0  # how many there are, each of several for itself
+        self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
+        self._set_signature_columns_if_needed()
+        ours = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *TEXT_COLUMNS, ROW, FAULT, READY, "coalitions"}
+        self._signature_columns: Any = sorted(ours | set(self._signature_columns))
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
-        self.can_return_loss = True  # a batch of images and texts has no labels, yet a loss
-        self._draws: dict[str, int] = {"train": 0, "mix": 0, "eval": 0}
-        self._drawn_at = -1
+        self.objective: Objective = Objective(self, task)
+        self.add_callback(self.monitor)
+        self.counting = True  # whether any image of a batch is not there to fill it up
         if args.log_attributions > 0:
             self.add_callback(AttributionMaps(self, args.log_attributions))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """`Trainer`'s, of which every model has to be wrapped; it gets the names of the classes, too."""
+        model: Any = self._first or super().call_model_init(trial)
+        self._first = None
+        self.layer = active_layer(model)
+        if self.labelled is not None:
+            self.labelled.give_names(model, self.layer)
+        return model
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast around each step, where accelerate puts none around the model's forward."""
+        # Without the cache: what it keeps of a weight is of no use once FSDP has given the weight back.
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        named = isinstance(eval_dataset, str)  # one of several, which are counted as the model does
+        several: Any = self.eval_dataset
+        data = several[eval_dataset] if named else as_model_reads(eval_dataset, self.labelled, several=True)
+        self._check_labels(data)
+        return super().get_eval_dataloader(eval_dataset if named else data)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """`Trainer`'s loader; classes are found by name."""
+        test_dataset = as_model_reads(test_dataset, self.labelled)
+        self._check_labels(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_labels(self, dataset: Any) -> None:
+        if self.labelled is not None:
+            self.labelled.check(dataset, self.data_collator)
+
+    @property
+    def votes(self) -> bool:
+        """Whether the prediction is learned from labels alone."""
+        name = self.layer.active
+        return not self.matching and name is not None and self.layer.rules[name].prediction == "vote"
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """`Trainer`'s, with the number of labels by which each micro-batch of this step divides its task loss.
+
+        It is their mean over the micro-batches of all processes, so that each label that is known has the same say.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.labelled is None or not batches:
+            return batches, None
+        counts = [self.labelled.count(one).to(device, torch.float32) for one in batches if isinstance(one, Mapping)]
+        total = sum(counts, torch.zeros((), device=device))
+        return batches, self.accelerator.reduce(total, reduction="mean") / len(batches)
+
+    def _guarded(self, dataset: Any) -> Any:
+        """The data set that names, or passes over, what it cannot read."""
+        names = None if self.labelled is None else self.labelled.names
+        return guarded(dataset, self.data_collator, self.args.corrupt_images, names)
+
+    @override
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -159,154 +193,142 @@ class ShapleyTrainer(
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
-        inputs = self._prepared(inputs, model.training, num_items_in_batch)
+        mode = "train" if model.training else "eval"
+        inputs, shares = self.objective.prepared(inputs, model.training, num_items_in_batch)
         if inputs.get("coalitions") is None:
-            inputs = {**inputs, **self._with_sizes(self._draw_coalitions(inputs, model.training))}
+            inputs = {**inputs, **placed(self._draw_coalitions(inputs, model.training), self.args.device)}
         gradient = self.args.coalition_gradients or self.args.coalition_task_weight > 0
         options = {"coalition_grad": gradient and model.training, "return_attributions": False, "return_dict": True}
         # A task loss of the trainer's own may have labels that the model would misread.
-        given = inputs if self.soft_task is None else {**inputs, "labels": None}
+        given = inputs if self.objective.soft_task is None else {**inputs, "labels": None}
         outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
-        self._note(outputs, inputs, terms, "train" if model.training else "eval")
-        weights = self._weights(model.training)
-        says = {name: self._say if name in TASK else self._share for name in terms}
+        counts = shares.images > 0 and self.counting
+        self.monitor.add_batch(mode, outputs, inputs["coalitions"], terms, shares.known, counts)
+        weights = self.objective.weights(model.training)
+        says = {name: shares.labels if name in TASK else shares.images for name in terms}
         loss = torch.stack([says[name] * weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         if model.training:
-            self.note_finite(loss)
+            self.monitor.add_loss(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
+        """Coalitions (B, M, N) of the images of a batch; for variants of the objective to override, like the next."""
+        return self.objective.coalitions(inputs, training)
 
     def _loss_terms(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss, not yet weighted, by their names in the logs."""
-        labels, values = inputs.get("labels"), outputs.coalition_values
-        targets = values if self.args.coalition_gradients else values.detach()
-        sums, yardstick = outputs.coalition_attributions, outputs.expected_square  # (B, M, K), (B,)
-        terms = {"shapley_loss": shapley_loss_of_sums(sums, yardstick, targets, outputs.null_values)}
-        if labels is None:
-            return terms if outputs.loss is None else {**terms, "task_loss": outputs.loss}
-        terms["task_loss"] = self._task_loss(outputs, labels)
-        if self.args.coalition_task_weight > 0:
-            flat = values.flatten(0, 1)  # (B * M, K)
-            repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,) or (B * M, K)
-            terms["coalition_task_loss"] = self._task_loss(ShapleyOutput(logits=flat), repeated)
-        return terms
+        return self.objective.terms(outputs, inputs)
 
-    def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        if self.compute_loss_func is not None:
-            # Without the number of items: the Trainer divides by the accumulation steps, see `loss_is_scaled_for_ga`.
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if self.soft_task is not None:
-            return self.soft_task(outputs.logits, labels)
-        if outputs.loss is not None:
-            return outputs.loss
-        return task_loss(self.accelerator.unwrap_model(self.model), labels, outputs.logits)
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the mean of each term since the last log."""
+        if "loss" in logs and self.monitor.sums["train"]:
+            means = self.monitor.means("train")
+            if "logit_spread" in means:
+                self.monitor.warn_of_collapse(means.pop("logit_spread"))
+            logs = {**logs, **means, "shapley_weight": self.objective.weights(training=True)["shapley_loss"]}
+        super().log(logs, *args, **kwargs)
 
-    def _prepared(
-        self, inputs: dict[str, Any], training: bool, labels_in_batch: Tensor | int | None
-    ) -> dict[str, Any]:
-        """The images of a batch that could be read, in training mixed if that is asked for.
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s training, after a look at the data, from a whole checkpoint.
 
         Args:
-            inputs: the batch.
-            training: whether it is trained on.
-            labels_in_batch: the mean of the batches of this step; None for this one's.
+            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
+            trial: as for `Trainer`.
+            args: as for `Trainer`.
+            kwargs: as for `Trainer`.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole, or with True none is.
+            ShapleyError: another run is writing into the same folder, or the data cannot be trained on.
         """
-        marked, (inputs, read, images) = "readable" in inputs, readable_rows(inputs)
-        # Divided by all images, a batch counts by those it still has, and one without any has no say.
-        self._say = self._share = read / images if training else float(read > 0)
-        self._known = float(read)
-        if marked and self._counting:
-            self._skipped.add("train" if training else "eval", read, images)
-        if self.matching:
-            return {"return_loss": True, **inputs}
-        inputs = self._checked(inputs, training)
-        if inputs.get("labels") is not None:
-            if self.soft_task is not None:
-                check_labels(inputs["labels"])
-            self._known = (read > 0) * self._labels_in(inputs)
-            if training and self.compute_loss_func is None:
-                whole = self._known + (images - read) * inputs["labels"][0].numel()
-                whole = whole if labels_in_batch is None else labels_in_batch
-                self._say = self._known / torch.as_tensor(whole, device=self._known.device).clamp(min=1e-3)
-        alphas = (self.args.mixup_alpha, self.args.cutmix_alpha)
-        if not training or max(alphas) == 0:
-            return inputs
-        # The 2 keeps these random numbers apart from those of the coalitions.
-        key = (self.args.seed, 2, self.state.global_step, self._draw_number("mix"), self.args.process_index)
-        return mixed(inputs, alphas, self.layer.tiling(**inputs), self.layer.classes, key)
-
-    def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
-        """Coalitions (B, 2 * pairs, N) that depend on seed, step, micro-step and rank alone: a resumed run repeats them."""
-        number = self._draw_number("train" if training else "eval")
-        key = [self.args.seed, int(training), self.state.global_step * training, number, self.args.process_index]
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        images = inputs["pixel_values"]
-        players = self.layer.tiling(**inputs).count
-        return sample_pairs(images.shape[0], players, self.args.coalition_pairs, generator)
-
-    def _draw_number(self, kind: str) -> int:
-        """How many draws of a kind came before: of "train" and "mix" in this step, of "eval" in this evaluation."""
-        if kind != "eval" and self._drawn_at != self.state.global_step:
-            self._drawn_at = self.state.global_step
-            self._draws |= {"train": 0, "mix": 0}
-        self._draws[kind] += 1
-        return self._draws[kind] - 1
-
-    def _with_sizes(self, coalitions: Tensor) -> dict[str, Any]:
-        """Coalitions (B, M, N) on the device, and their sizes where these are the same for all images.
-
-        They are counted before they go there, so that the model need not ask the device.
-        """
-        sizes = coalitions.sum(dim=2)  # (B, M)
-        same = bool((sizes == sizes[:1]).all())
-        placed = coalitions.to(self.args.device, non_blocking=True)
-        return {"coalitions": placed, **({"coalition_sizes": tuple(sizes[0].tolist())} if same else {})}
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s training, after looking at the data, and measuring the colour of absent pixels where that is its mean."""
         if torch.is_inference_mode_enabled():
             raise ShapleyError(
                 "There is no training in inference mode, which keeps no gradients: call train() outside of it."
             )
-        self._look_at_data()
-        self._measure_fill()
+        if self.train_dataset is not None:
+            self._look_at_data()
+        with running_alone(self.args, self._get_output_dir(trial)):
+            return super().train(self.checkpoints.chosen(resume_from_checkpoint), trial, *args, **kwargs)
+
+    def _look_at_data(self) -> None:
+        """Refuse what cannot be trained on, and measure the color of absent pixels where that is the data's mean."""
+        self._check_labels(self.train_dataset)
+        if self.args.eval_strategy != "no":
+            self._check_labels(self.eval_dataset)
+        if self.votes and type(self.data_collator) is ImageCollator:
+            self.labelled.check_known(self.train_dataset)  # type: ignore[union-attr]
+        rows = self._guarded(self.train_dataset)
+        if isinstance(rows, GuardedRows) and self.args.corrupt_images == "fail":
+            rows.look(self.args.process_index, self.args.world_size)
+        name = self.layer.active or ""
+        config = self.accelerator.unwrap_model(self.model).peft_config.get(name)
+        if (
+            config is not None
+            and config.removal == "pixels"
+            and config.fill != "learned"
+            and config.fill_color is None
+        ):
+            config.fill_color = mean_color(rows, self.data_collator)
+            self.layer.read_rules(name, config)
         if self.is_world_process_zero():
             warn_of_crops(self.train_dataset, self.data_collator)
-        return super().train(*args, **kwargs)
-
-    @override
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # With `auto_find_batch_size` there are several attempts, and what one left behind is not the next one's.
-        self._sums["train"], self._drawn_at, self._skipped = {}, -1, Skipped()
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def _measure_fill(self) -> None:
-        name = self.layer.active
-        if name is None or self.train_dataset is None:
-            return
-        config = self.accelerator.unwrap_model(self.model).peft_config[name]
-        if config.removal != "pixels" or config.fill == "learned" or config.fill_color is not None:
-            return
-        config.fill_color = mean_color(self._guarded(self.train_dataset), self.data_collator)
-        self.layer.read_rules(name, config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`Trainer`'s optimiser, in which token and head have a learning rate of their own."""
+        """`Trainer`'s optimizer, in which token and head have a learning rate of their own."""
         if self.optimizer is not None:  # the user's
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        own = {id(parameter) for parameter in self.layer.parameters()}
-        for group in list(optimizer.param_groups):
-            head = [parameter for parameter in group["params"] if id(parameter) in own]
-            rest = [parameter for parameter in group["params"] if id(parameter) not in own]
-            if head and rest:
-                group["params"] = rest
-                optimizer.add_param_group({**group, "params": head, "lr": self.args.head_learning_rate})
-            elif head:
-                group["lr"] = self.args.head_learning_rate
+        set_head_rate(optimizer, self.layer, self.args.head_learning_rate)
         return optimizer
 
-    # -- evaluation -----------------------------------------------------------------------------------------
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """`Trainer`'s step, after which a loss that is not finite stops the training with a `ShapleyError`."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.monitor.check_finite(model, inputs)
+        return loss
+
+    @override
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last checkpoint: transformers would take one step more before it looks.
+            self.control.should_training_stop = True
+            return None
+        # accelerate tells a data set its epoch, but not in an epoch resumed in its middle, nor on several processes.
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.checkpoints.save(lambda: super(ShapleyTrainer, self)._save_checkpoint(model, trial), folder)
+
+    @property
+    def _saving(self) -> bool:  # type: ignore[override]
+        return self.checkpoints.unfinished is not None
+
+    @override
+    def _get_output_dir(self, trial: Any) -> str:
+        unfinished = self.checkpoints.unfinished
+        return super()._get_output_dir(trial) if unfinished is None else str(unfinished.parent)
+
+    @override
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @override
+    def _load_best_model(self) -> None:
+        self.checkpoints.check_best()
+        super()._load_best_model()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -319,28 +341,34 @@ class ShapleyTrainer(
         inputs = self._prepare_inputs(inputs)
         rows = len(inputs["pixel_values"])
         if not self.matching:  # whose loss is the batch's as a whole
-            inputs, self._counting = without_repeats(inputs, self.accelerator)
+            inputs, self.counting = without_repeats(inputs, self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        readable = inputs.get("readable")
-        self._counting = True
+        self.counting = True
         if prediction_loss_only:
             return loss.detach(), None, None
         # Similarities to the texts of a batch are nothing to be gathered over batches.
         logits, labels = None if self.matching else outputs.logits.detach(), inputs.get("labels")
-        logits, labels = (logits, labels) if readable is None else in_place(logits, labels, readable)
+        if inputs.get("readable") is not None:
+            logits, labels = in_place(logits, labels, inputs["readable"])
         return loss.detach(), refilled(logits, rows), refilled(labels, rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
-        self._draws["eval"], self._sums["eval"] = 0, {}
+        self.objective.draws.restart("eval")
+        self.monitor.sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._measured()
+        found = self.monitor.means("eval")
+        # The loss that the terms add up to: images, and labels, count alike in all batches.
+        terms = [
+            weight * found[name] for name, weight in self.objective.weights(training=False).items() if name in found
+        ]
+        if terms:
+            found["loss"] = sum(terms)
         if self.evaluator is not None:
-            model: Any = self.model
             dataset = (args[0] if args else kwargs["dataloader"]).dataset
             with self.compute_loss_context_manager():
-                found |= self.evaluator(model, dataset, self.data_collator)
+                found |= self.evaluator(self.model, dataset, self.data_collator)  # type: ignore[arg-type]
+        prefix = kwargs.get("metric_key_prefix", "eval")
         means = {f"{prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})

@@ -1,4 +1,4 @@
-"""What is checked before a training starts, because it would fail, or silently go wrong, only later."""
+"""The data of a training, looked at before its first step: labels as the model counts classes, crops, mean colour."""
 
 from __future__ import annotations
 
@@ -10,28 +10,189 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.data.augmentation import Augmented, seeded
+from shapadapter.data.classes import Relabelled, are_numbers, as_model_counts, named_classes
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.frames import frames, unseen
-from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, open_image, prepare_opened
-from shapadapter.data.labels import LabelRules, Relabelled, as_row
+from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, open_image, prepare_opened, undecoded
+from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, LabelRules, as_row, known_labels
 from shapadapter.data.rows import is_transformed, readable_rows, some_rows
-from shapadapter.explanation.game import active_layer
-from shapadapter.training.arguments import LORA_LEARNING_RATE, ShapleyTrainingArguments
+from shapadapter.explanation.api import base_of
+from shapadapter.training.arguments import ShapleyTrainingArguments
+
+_LABEL_REMEDY = (
+    "Load the base with AutoModelForImageClassification.from_pretrained(..., id2label=dict(enumerate(names)), "
+    "label2id={name: index for index, name in enumerate(names)}, ignore_mismatched_sizes=True), where names are "
+    'dataset.features["label"].names.'
+)
+_NUMBER_REMEDY = "Load the base with AutoModelForImageClassification.from_pretrained(..., num_labels={}, ignore_mismatched_sizes=True)."
+
+
+class LabelledData:
+    """What the labels of a model's data may be, by its classes.
+
+    Args:
+        model: a wrapped classifier.
+        layer: its adapter.
+        args: of the training; columns in `label_names` come first.
+        dataset: the training data, or None.
+
+    Attributes:
+        rules: what labels may be.
+        names: of the model's classes, by index; those of the training data where it had none, which it then has.
+
+    Raises:
+        ShapleyError: the data has names for another number of classes than the model, which has none.
+    """
+
+    def __init__(self, model: Any, layer: ShapleyLayer, args: ShapleyTrainingArguments, dataset: Any) -> None:
+        config: Any = getattr(base_of(model), "config", None)
+        columns = tuple(dict.fromkeys([*(args.label_names or ()), *LABEL_COLUMNS]))
+        self.rules = LabelRules(layer.classes, getattr(config, "problem_type", None), columns)
+        self.names: Mapping[int, str] | None = getattr(config, "id2label", None)
+        unnamed = [f"LABEL_{index}" for index in range(layer.classes)]
+        column, own = named_classes(dataset, columns)
+        if not own or [str(name) for name in (self.names or {}).values()] != unnamed:
+            return
+        if len(own) != layer.classes:
+            remedy = _NUMBER_REMEDY.format(len(own)) if are_numbers(own) else _LABEL_REMEDY
+            raise ShapleyError(
+                f"The data's column {column!r} has {len(own)} classes, the model {layer.classes} without names. {remedy}"
+            )
+        if not are_numbers(own):
+            self.names = dict(enumerate(own))
+            self.give_names(model, layer)
+
+    def give_names(self, model: Any, layer: ShapleyLayer) -> None:
+        """Write the names into the base's configuration, and into the adapter's, which keeps them for the checkpoint."""
+        config: Any = getattr(base_of(model), "config", None)
+        if self.names is not None and config is not None:
+            config.id2label = dict(self.names)
+            config.label2id = {name: index for index, name in self.names.items()}
+            model.peft_config[layer.active].id2label = dict(self.names)
+
+    def check(self, dataset: Any, collator: Any) -> None:
+        """Refuse a data set, or one of several, in whose labels there is anything else, as far as they can be read.
+
+        What the first ones are is kept.
+
+        Raises:
+            ShapleyError: there is.
+        """
+        if type(collator) is not ImageCollator:  # which may make labels of anything
+            return
+        if are_several(dataset):
+            for part in dataset.values():
+                self.check(part, collator)
+            return
+        found = None if is_transformed(dataset) else labels_of(dataset, self.rules.columns)
+        if found is not None and len(found[1]):
+            kind, known = self.rules.check(found[1], found[0])
+            if self.rules.problem is None and known:
+                self.rules = LabelRules(self.rules.classes, PROBLEMS[kind], self.rules.columns)
+                collator.labels = collator.labels and self.rules
+
+    def check_known(self, dataset: Any) -> None:
+        """Refuse to train a prediction by vote on data without labels: it would learn no classes.
+
+        Raises:
+            ShapleyError: there is no column of labels, or no label in it is known.
+        """
+        columns = _columns_of(dataset)
+        if columns is not None and self.rules.column(columns) is None:
+            raise self.missing(columns)
+        found = None if is_transformed(dataset) else labels_of(dataset, self.rules.columns)
+        if found is not None and len(found[1]) and self.rules.check(found[1], found[0])[1] == 0:
+            raise ShapleyError(
+                f"prediction='vote' learns the classes from labels, and none of the {len(found[1])} labels in the column "
+                f"{found[0]!r} is known. Without labels only ShapleyConfig(prediction='classifier') can be trained."
+            )
+
+    def missing(self, columns: Sequence[str]) -> ShapleyError:
+        """The error about columns of which none holds labels."""
+        others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
+        words = ("label", "class", "target", "categ")
+        guess = next(
+            (name for name in others if any(word in name.lower() for word in words)), next(iter(others), None)
+        )
+        remedy = (
+            ""
+            if guess is None
+            else (
+                f"Use dataset.rename_column({guess!r}, 'label') or ShapleyTrainingArguments(label_names=[{guess!r}]). "
+            )
+        )
+        return ShapleyError(
+            f"prediction='vote' learns the classes from labels: expected a column "
+            f"{' or '.join(map(repr, self.rules.columns))}, got {sorted(map(str, columns))}. {remedy}Without labels only "
+            "ShapleyConfig(prediction='classifier') can be trained."
+        )
+
+    def with_unknown_marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of another's collator, whose labels (B,) or (B, K) are classes, or marked as the loss knows it.
+
+        Raises:
+            ShapleyError: one is no class.
+        """
+        labels = inputs["labels"]
+        self.rules.check_batch(labels.cpu())
+        quantities = self.rules.kind(several=False) == "quantity"
+        labels = labels.float() if quantities else labels
+        missing = torch.nan if labels.is_floating_point() else IGNORED
+        return {**inputs, "labels": labels.where(known_labels(labels, quantities), missing)}
+
+    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """How many labels of a batch are known, (); one whose image could not be read counts, though it has no say."""
+        labels, readable = inputs.get("labels"), inputs.get("readable")
+        if not isinstance(labels, Tensor):
+            return torch.zeros((), device="cpu")
+        known = known_labels(labels, self.rules.kind(several=False) == "quantity")  # (B,) or (B, K)
+        if readable is not None:
+            known = known | ~readable.view(-1, *[1] * (known.ndim - 1))
+        return known.sum()
+
+
+def are_several(dataset: Any) -> bool:
+    """Whether these are data sets by name, and not one."""
+    return isinstance(dataset, Mapping) and not hasattr(dataset, "features")
+
+
+def as_model_reads(dataset: Any, labelled: LabelledData | None, several: bool = False) -> Any:
+    """The data set, or several by name, with labels as the model counts classes of the same name; streams undecoded.
+
+    Raises:
+        ShapleyError: it has splits where one is wanted, or other classes than the model.
+    """
+    if are_several(dataset):
+        if several:
+            return {name: as_model_reads(part, labelled) for name, part in dataset.items()}
+        raise ShapleyError(
+            f"Expected a data set, got the splits {list(dataset)}: choose one, e.g. "
+            f"dataset[{next(iter(dataset), 'train')!r}]."
+        )
+    dataset = undecoded(dataset)
+    if labelled is None:
+        return dataset
+    return as_model_counts(dataset, labelled.names, _LABEL_REMEDY, labelled.rules.columns)
+
+
+def check_classes(dataset: Any, classes: int) -> None:
+    """Refuse a data set whose label feature has more classes than the model."""
+    for column, feature in (getattr(dataset, "features", None) or {}).items():
+        count = getattr(feature, "num_classes", None)
+        if column in ("label", "labels") and count is not None and count > classes:
+            raise ShapleyError(
+                f"The data set's column {column!r} has {count} classes, the model {classes}. {_NUMBER_REMEDY.format(count)}"
+            )
 
 
 def labels_of(dataset: Any, columns: Sequence[str]) -> tuple[str, Any] | None:
-    """The column of labels and its values (n,) or (n, K), as an array or a list; None where images would have to be read.
-
-    Raises:
-        ShapleyError: labels that are to be counted as the model counts them are none of the data's own.
-    """
+    """The column of labels and its values (n,) or (n, K), as an array or a list; None where images would have to be read."""
     if isinstance(dataset, Augmented):
         return labels_of(dataset.dataset, columns)
     if isinstance(dataset, Subset | Relabelled):
@@ -75,10 +236,10 @@ def _as_array(column: Any) -> Any:
     return array.to_pylist()
 
 
-def columns_of(dataset: Any) -> list[str] | None:
+def _columns_of(dataset: Any) -> list[str] | None:
     """The columns of the rows; None for a stream that does not tell."""
     if isinstance(dataset, Relabelled | Augmented | Subset):
-        return columns_of(dataset.dataset)
+        return _columns_of(dataset.dataset)
     features = getattr(dataset, "features", None)
     if isinstance(features, Mapping) and not is_transformed(dataset):
         return list(features)
@@ -89,143 +250,11 @@ def columns_of(dataset: Any) -> list[str] | None:
     return None
 
 
-def check_labelled(dataset: Any, rules: LabelRules) -> None:
-    """Refuse to train a prediction by vote on data without labels: it would learn no classes.
+# -- images ----------------------------------------------------------------------------------------------------------
 
-    Raises:
-        ShapleyError: there is no column of labels, or no label in it is known.
-    """
-    columns = columns_of(dataset)
-    if columns is not None and rules.column(columns) is None:
-        raise no_labels(columns, rules)
-    found = None if is_transformed(dataset) else labels_of(dataset, rules.columns)
-    if found is not None and len(found[1]) and rules.check(found[1], found[0])[1] == 0:
-        raise ShapleyError(
-            f"prediction='vote' learns the classes from labels, and none of the {len(found[1])} labels in the column "
-            f"{found[0]!r} is known. Without labels only ShapleyConfig(prediction='classifier') can be trained."
-        )
-
-
-def no_labels(columns: Sequence[str], rules: LabelRules) -> ShapleyError:
-    """The error about columns of which none holds labels."""
-    others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
-    likely = [name for name in others if any(word in name.lower() for word in ("label", "class", "target", "categ"))]
-    guess = next(iter([*likely, *others]), None)
-    remedy = (
-        ""
-        if guess is None
-        else f"Use dataset.rename_column({guess!r}, 'label') or ShapleyTrainingArguments(label_names=[{guess!r}]). "
-    )
-    return ShapleyError(
-        f"prediction='vote' learns the classes from labels: expected a column {' or '.join(map(repr, rules.columns))}, got "
-        f"{sorted(map(str, columns))}. {remedy}Without labels only ShapleyConfig(prediction='classifier') can be trained."
-    )
-
-
-# A classifier whose logits differ by less than this between images says the same about all of them.
-_CONSTANT_SPREAD = 0.05
-
-
-def check_setting(model: nn.Module, args: ShapleyTrainingArguments, trains: bool) -> None:
-    """Refuse what would fail, or silently go wrong, only later.
-
-    Raises:
-        ShapleyError: with what to do instead.
-    """
-    if args.n_gpu > 1:
-        raise ShapleyError(
-            f"{args.n_gpu} GPUs are visible to one process, which torch would use by DataParallel; its replicas share "
-            "one adapter state. Start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ShapleyError(
-            "The model's weights are offloaded, or were never loaded: they are on the meta device, and the Trainer cannot "
-            "move them. Train it before it is offloaded; an offloaded one can be explained and evaluated."
-        )
-    if trains and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ShapleyError(
-            "No parameter is trainable. Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    own = {id(parameter) for parameter in active_layer(model).parameters()}
-    alone = all(id(parameter) in own for parameter in model.parameters() if parameter.requires_grad)
-    if trains and alone and args.learning_rate != LORA_LEARNING_RATE:
-        warnings.warn(
-            f"learning_rate={args.learning_rate} has no effect: only token and head are trained, at "
-            f"head_learning_rate={args.head_learning_rate}.",
-            stacklevel=3,
-        )
-    if args.load_best_model_at_end and not isinstance(model, PeftModel):
-        raise ShapleyError(
-            "load_best_model_at_end needs a PeftModel: transformers cannot load the best adapter of a model wrapped "
-            "by add_adapter. Wrap it with get_peft_model(model, ShapleyConfig())."
-        )
-
-
-LABEL_REMEDY = (
-    "Load the base with AutoModelForImageClassification.from_pretrained(..., id2label=dict(enumerate(names)), "
-    "label2id={name: index for index, name in enumerate(names)}, ignore_mismatched_sizes=True), where names are "
-    'dataset.features["label"].names.'
-)
-"""What to do about classes that the model does not have."""
-
-
-def is_constant(spread: float, classes: int) -> bool:
-    """Whether logits that vary by `spread` between images (standard deviation, mean over classes) are a constant's.
-
-    A single output is a regression, whose unit is the user's.
-    """
-    return classes > 1 and spread < _CONSTANT_SPREAD
-
-
-def check_classes(dataset: Any, classes: int) -> None:
-    """Refuse a data set whose label feature names more classes than the model has.
-
-    Raises:
-        ShapleyError: it does.
-    """
-    for column, feature in (getattr(dataset, "features", None) or {}).items():
-        count = getattr(feature, "num_classes", None)
-        if column in ("label", "labels") and count is not None and count > classes:
-            raise ShapleyError(
-                f"The data set's column {column!r} has {count} classes, the model {classes}. {number_remedy(count)}"
-            )
-
-
-def number_remedy(classes: int) -> str:
-    """What to do where model and data differ in the number of classes, which have no names."""
-    return (
-        f"Load the base with AutoModelForImageClassification.from_pretrained(..., num_labels={classes}, "
-        "ignore_mismatched_sizes=True)."
-    )
-
-
-def check_game(layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool) -> None:
-    """Refuse settings that do not fit the active adapter's game.
-
-    Raises:
-        ShapleyError: with what to do instead.
-    """
-    name = layer.active
-    if args.coalition_task_weight > 0 and layer.anatomy.kind == "matching":
-        raise ShapleyError(
-            "coalition_task_weight is for classes; a model that matches images with texts has none. Set it to 0."
-        )
-    config = layer.configs.get(name or "")
-    if trains and config is not None and config.tune == "full" and args.learning_rate == LORA_LEARNING_RATE:
-        warnings.warn(
-            f"learning_rate={args.learning_rate} is the default for LoRA; with tune='full' it may overwrite what the "
-            "model was pretrained for. Pass a smaller one, such as learning_rate=5e-5.",
-            stacklevel=3,
-        )
-    learned = name is not None and name in layer.lora_shapley_fill  # type: ignore[operator]
-    if trains and learned and not (args.coalition_gradients or args.coalition_task_weight > 0):
-        raise ShapleyError(
-            "fill='learned' learns from what coalitions predict: set coalition_task_weight (e.g. 0.5) or "
-            "coalition_gradients=True, or use fill='mean'."
-        )
-
-
-_IMAGES = 16
+# Images that are looked at: for the crops, and for the colour, whose mean is then within a few hundredths of a standard
+# deviation of that of all.
+_CROPPED, _COLORED, _BATCH = 16, 256, 32
 
 
 def warn_of_crops(dataset: Any, collator: Any) -> None:
@@ -243,7 +272,7 @@ def warn_of_crops(dataset: Any, collator: Any) -> None:
         return
     shares: list[float] = []
     shape = (0, 0)
-    count = min(len(dataset), _IMAGES)
+    count = min(len(dataset), _CROPPED)
     for place in range(count):
         with seeded(0), suppress(ImageError, *DECODING_ERRORS):  # of which the training tells
             row = dataset[place * (len(dataset) - 1) // max(1, count - 1)]
@@ -267,11 +296,6 @@ def warn_of_crops(dataset: Any, collator: Any) -> None:
         )
 
 
-# Images that are looked at. The mean of 256 is within a few hundredths of a standard deviation of that of all.
-_IMAGES_OF_COLOR = 256
-_BATCH = 32
-
-
 def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> list[float]:
     """The mean of each channel over up to 256 images, evenly spread over a data set that has a length.
 
@@ -286,7 +310,7 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
     """
     sums: list[Tensor] = []
     with seeded(0):
-        rows = some_rows(dataset, _IMAGES_OF_COLOR)
+        rows = some_rows(dataset, _COLORED)
         while batch := list(itertools.islice(rows, _BATCH)):
             inputs, read, _ = readable_rows(collate(batch))
             pixels = inputs["pixel_values"][:read].float()  # (R, C, H, W)

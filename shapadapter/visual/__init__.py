@@ -1,11 +1,17 @@
-"""Pictures of explanations: colour maps, matplotlib figures and self-contained HTML pages."""
+"""Pictures of explanations: color maps, matplotlib figures and self-contained HTML pages."""
 
 from shapadapter.visual.charts import draw_curves, draw_history, draw_scatter
 from shapadapter.visual.class_means import MeanMaps, draw_class_means, mean_maps
-from shapadapter.visual.colors import overlay, signed_colors, symmetric_limit
-from shapadapter.visual.figures import draw_comparison, draw_contrast, draw_explanation, gallery
+from shapadapter.visual.figures import (
+    draw_comparison,
+    draw_contrast,
+    draw_explanation,
+    draw_strip,
+    gallery,
+    sample_pictures,
+)
+from shapadapter.visual.maps import overlay, signed_colors, symmetric_limit
 from shapadapter.visual.page import write_page
-from shapadapter.visual.samples import draw_strip, sample_pictures
 from shapadapter.visual.wording import alt_text
 
 __all__ = [

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
+from matplotlib.textpath import TextToPath
 
 from shapadapter.core.files import whole_file
-from shapadapter.visual.colors import Bytes, signed_colors
-from shapadapter.visual.marks import mark_signs
+from shapadapter.visual.maps import Bytes, mark_signs, signed_colors
 from shapadapter.visual.wording import number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+# Lengths in inches, text sizes in points.
+PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
+TITLE, LINE, BAR = 0.42, 0.12, 0.62
+LARGE, SMALL = 9.0, 7.5
+POINT = 1 / 72
+_BAR_WIDTH, _BAR_HEIGHT = 1.3, 0.1
 
+_METADATA_FIELDS = {"png": "Description", "svg": "Description", "pdf": "Subject"}
 
-_FIELDS = {"png": "Description", "svg": "Description", "pdf": "Subject"}
+# Matplotlib's own font has no glyphs of these scripts; the first installed one of each is asked for them.
+_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Noto Sans Devanagari")
 
 
 class DescribedFigure(Figure):
@@ -46,8 +54,8 @@ class DescribedFigure(Figure):
         """
         named = Path(fname).suffix[1:] if isinstance(fname, str | PathLike) else ""
         kind = str(kwargs.get("format") or named or rcParams["savefig.format"]).lower()
-        if self.alt_text and kind in _FIELDS:
-            kwargs["metadata"] = {_FIELDS[kind]: self.alt_text, **(kwargs.get("metadata") or {})}
+        if self.alt_text and kind in _METADATA_FIELDS:
+            kwargs["metadata"] = {_METADATA_FIELDS[kind]: self.alt_text, **(kwargs.get("metadata") or {})}
         if not isinstance(fname, str | PathLike):
             super().savefig(fname, transparent=transparent, **kwargs)
             return
@@ -56,15 +64,9 @@ class DescribedFigure(Figure):
             super().savefig(temporary, transparent=transparent, **{**kwargs, "format": kind})
 
 
-# Lengths in inches, text sizes in points.
-PANEL, GAP, MARGIN = 2.3, 0.25, 0.2
-TITLE, LINE, BAR = 0.42, 0.12, 0.62
-BAR_WIDTH, BAR_HEIGHT = 1.3, 0.1
-LARGE, SMALL = 9.0, 7.5
-POINT = 1 / 72
-
-# Matplotlib's own font has no glyphs of these scripts; the first installed one of each is asked for them.
-_MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "Noto Sans Devanagari")
+def new_figure(**options: Any) -> DescribedFigure:
+    """A white figure that belongs to no window."""
+    return DescribedFigure(**{"dpi": 150, "facecolor": "white", **options})
 
 
 @dataclass(frozen=True)
@@ -81,48 +83,39 @@ class Canvas:
         return self.figure.add_axes(box, xticks=[], yticks=[])
 
     def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
-        """Words at a place, centred unless the style says otherwise."""
-        style = {"ha": "center", "va": "center", "color": "black", "family": families(), **style}
+        """Words at a place, centered unless the style says otherwise."""
+        style = {"ha": "center", "va": "center", "color": "black", "family": _families(), **style}
         # Class names are not mathematics, whatever dollar signs they hold.
-        self.figure.text(x / self.across, y / self.down, text, size=size, parse_math=False, **style)
+        self.figure.text(x / self.across, y / self.down, _writable(text), size=size, parse_math=False, **style)
 
 
-def new_figure(**options: Any) -> DescribedFigure:
-    """A white figure that belongs to no window.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    check_matplotlib()
-
-    return DescribedFigure(dpi=150, facecolor="white", **options)
-
-
-def check_matplotlib() -> None:
-    """Say what to type if matplotlib is missing.
-
-    Raises:
-        ImportError: If it is.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "shapadapter[plot]"') from error
-
-
-def new_canvas(across: float, down: float) -> Canvas:
+def new_canvas(across: float, down: float, **options: Any) -> Canvas:
     """An empty sheet, in inches."""
-    return Canvas(new_figure(figsize=(across, down)), across, down)
+    return Canvas(new_figure(figsize=(across, down), **options), across, down)
 
 
 def draw_panel(
     canvas: Canvas, left: float, top: float, size: tuple[float, float], pixels: Bytes, title: str, font: float = LARGE
 ) -> Axes:
-    """Draw pixels (H, W, 3) in a box, width and height in inches, below an upper left corner, and a title above it."""
+    """Draw pixels (H, W, 3) in a box of width and height below an upper left corner, and a title above it."""
     axes = canvas.axes(left, top - size[1], *size)
     axes.imshow(pixels, aspect="auto", interpolation="nearest")
     axes.spines[:].set(color="0.7", linewidth=0.5)
     canvas.text(left + size[0] / 2, top + 0.06, title, font, va="bottom")
+    return axes
+
+
+def draw_scale(
+    canvas: Canvas, middle: float, top: float, colors: Bytes, ticks: Mapping[float, str], notes: Sequence[str]
+) -> Axes:
+    """Draw a bar of colors (1, n, 3 or 4) around `middle`, below it what stands at shares of its width, and notes."""
+    left, bottom = middle - _BAR_WIDTH / 2, top - _BAR_HEIGHT - 0.08
+    axes = canvas.axes(left, bottom, _BAR_WIDTH, _BAR_HEIGHT)
+    axes.imshow(colors, aspect="auto")
+    axes.spines[:].set(color="0.7", linewidth=0.5)
+    for share, text in ticks.items():
+        canvas.text(left + share * _BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
+    canvas.text(middle, bottom - 0.19, "\n".join(notes), SMALL, va="top")
     return axes
 
 
@@ -132,44 +125,28 @@ def draw_bar(
     top: float,
     limit: float,
     notes: Sequence[str],
-    *,
-    numbers: tuple[str, str, str] | None = None,
+    ends: tuple[str, str] | None = None,
 ) -> None:
-    """Draw a colour scale that is symmetric about zero, centred on `middle`, and lines of notes below it.
-
-    Args:
-        canvas: To draw on.
-        middle: Where its middle is, in inches.
-        top: Where it begins.
-        limit: The number with the full colour.
-        notes: What the numbers are.
-        numbers: What to write below instead of the limits and zero.
-    """
-    left, bottom = middle - BAR_WIDTH / 2, top - BAR_HEIGHT - 0.08
-    axes = canvas.axes(left, bottom, BAR_WIDTH, BAR_HEIGHT)
-    ramp = np.linspace(-1, 1, 255)[None]  # (1, 255)
-    axes.imshow(signed_colors(ramp, 1.0), aspect="auto")
-    axes.spines[:].set(color="0.7", linewidth=0.5)
+    """Draw the color scale of maps, symmetric about zero; `ends` stand there instead of the limits."""
+    low, high = ends or ((number(-limit), number(limit, sign=True)) if limit else ("0", "0"))
+    colors = signed_colors(np.linspace(-1, 1, 255)[None], 1.0)  # (1, 255, 4)
+    axes = draw_scale(canvas, middle, top, colors, {0: low, 0.5: "0", 1: high}, notes)
     mark_signs(axes, np.array([[-1.0, 0, 0, 0, 0, 0]]), 1.0)
-    zero = "0"
-    written = numbers or (number(-limit) if limit else zero, zero, number(limit, sign=True) if limit else zero)
-    for share, text in zip((0.0, 0.5, 1.0), written, strict=True):
-        canvas.text(left + share * BAR_WIDTH, bottom - 0.04, text, SMALL, va="top")
-    canvas.text(left - 0.08, bottom + BAR_HEIGHT / 2, "against", SMALL, ha="right")
-    canvas.text(left + BAR_WIDTH + 0.08, bottom + BAR_HEIGHT / 2, "for", SMALL, ha="left")
-    canvas.text(middle, bottom - 0.19, "\n".join(notes), SMALL, va="top")
+    height = top - _BAR_HEIGHT / 2 - 0.08
+    canvas.text(middle - _BAR_WIDTH / 2 - 0.08, height, "against", SMALL, ha="right")
+    canvas.text(middle + _BAR_WIDTH / 2 + 0.08, height, "for", SMALL, ha="left")
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
 
 
 def fit(name: str, rest: str = "", *, width: float = PANEL, size: float = LARGE) -> str:
     """Shorten a name until it and the rest of its line are no wider than `width` inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
-
-    measure, font = TextToPath(), FontProperties(size=size, family=families())
+    measure, font = TextToPath(), FontProperties(size=size, family=_families())
 
     def fits(count: int) -> bool:
         """Whether so many letters of the name leave room for the rest."""
-        line = _line(name, name[:count], rest)
+        line = _writable(_line(name, name[:count], rest))
         return bool(measure.get_text_width_height_descent(line, font, False)[0] <= width / POINT)
 
     longest = min(len(name), 200)
@@ -185,10 +162,21 @@ def _line(name: str, kept: str, rest: str) -> str:
     return (f"\N{FIRST STRONG ISOLATE}{shown}\N{POP DIRECTIONAL ISOLATE}" if turns and rest else shown) + rest
 
 
-@cache
-def families() -> list[str]:
-    """Matplotlib's font, then those installed for scripts that it lacks."""
-    from matplotlib.font_manager import get_font_names
+def _writable(text: str) -> str:
+    """The text with a question mark for each letter that no font has: that is told from a letter, a box is not."""
+    return "".join(
+        sign if ord(sign) in _letters() or unicodedata.category(sign) == "Cf" or sign.isspace() else "?"
+        for sign in text
+    )
 
+
+@cache
+def _letters() -> frozenset[int]:
+    return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _families()))
+
+
+@cache
+def _families() -> list[str]:
+    """Matplotlib's font, then those installed for scripts that it lacks."""
     installed = set(get_font_names())
     return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from shapadapter.data.classes import find_class
-from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual.canvas import (
     BAR,
-    BAR_HEIGHT,
-    BAR_WIDTH,
     GAP,
     MARGIN,
     SMALL,
     Canvas,
     draw_bar,
     draw_panel,
+    draw_scale,
     fit,
     new_canvas,
 )
-from shapadapter.visual.colors import Bytes, Floats, overlay, symmetric_limit
-from shapadapter.visual.marks import hatch, mark_signs
+from shapadapter.visual.maps import Bytes, Floats, hatch, mark_signs, overlay, symmetric_limit
 from shapadapter.visual.wording import NO_UNIT, UNIT, number, one_line
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from shapadapter.explanation.explanation import Explanation
 
-
-_SIDE = 128
-"""Of a mean picture, in pixels at most, or one per player: a thousand classes have to fit in memory."""
+_SIDE = 128  # of a mean picture, in pixels, or one per player: those of a thousand classes have to fit in memory
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ def mean_maps(
         ValueError: If there is no image, the explanations do not fit each other, there is not a label for each image, an
             image's class was not computed for it, or a number is not finite.
     """
-    given = [explanations] if isinstance(explanations, Explanation) else explanations
+    given = explanations if isinstance(explanations, Iterable) else [explanations]
     names = None if labels is None else iter(labels)
     running: dict[int, _Running] = {}
     first, count, sums = None, 0, True
@@ -112,7 +108,12 @@ def mean_maps(
         sums &= explanation.sums_to_logits
         for index in range(len(explanation)):
             one = explanation[index]
-            chosen = int(one.logits[0].argmax()) if names is None else one.class_index(_next(names, count))
+            chosen = int(one.logits[0].argmax())
+            if names is not None:
+                name = next(names, None)
+                if name is None:
+                    raise ValueError(f"Expected a label for each image, but there are only {count}.")
+                chosen = one.class_index(name)
             values = one.for_label(chosen)[0].double()  # (1, rows, cols) -> (rows, cols)
             if not values.isfinite().all():
                 raise ValueError(f"The attributions of image {count} hold NaN or infinite numbers.")
@@ -122,11 +123,10 @@ def mean_maps(
         raise ValueError("There is no image to average over.")
     if names is not None and next(names, None) is not None:
         raise ValueError(f"Expected a label for each of the {count} images, but got more.")
-    classes = sorted(running)
-    found = [running[index] for index in classes]
+    found = [running[index] for index in sorted(running)]
     return MeanMaps(
         labels=first.labels,
-        classes=torch.tensor(classes, device="cpu"),
+        classes=torch.tensor(sorted(running), device="cpu"),
         counts=torch.tensor([one.count for one in found], device="cpu"),
         means=torch.stack([one.mean for one in found]),
         deviations=torch.stack([one.deviation for one in found]),
@@ -144,7 +144,7 @@ class _Running:
         self.mean = self.squares = self.picture = torch.zeros((), device="cpu")
 
     def add(self, values: Tensor, picture: Tensor) -> None:
-        """Count one more map (rows, cols) and its picture (H, W, 3); Welford's running mean and squared distances."""
+        """Count one more map (rows, cols) and its picture (h, w, 3)."""
         self.count += 1
         step = values - self.mean  # (rows, cols)
         self.mean = self.mean + step / self.count
@@ -153,7 +153,7 @@ class _Running:
 
     @property
     def deviation(self) -> Tensor:
-        """Per player, (rows, cols)."""
+        """Per player, (rows, cols); NaN of one map."""
         nothing = torch.full_like(self.squares, torch.nan)
         return (self.squares / (self.count - 1)).sqrt() if self.count > 1 else nothing
 
@@ -167,12 +167,6 @@ def _small(images: Tensor, players: torch.Size) -> Tensor:
     )
     planes = images.float().permute(0, 3, 1, 2)  # (1, H, W, 3) -> (1, 3, H, W)
     return adaptive_avg_pool2d(planes, (rows, cols))[0].permute(1, 2, 0)  # (1, 3, h, w) -> (h, w, 3)
-
-
-def _next(names: Iterator[str | int], count: int) -> str | int:
-    for name in names:
-        return name
-    raise ValueError(f"Expected a label for each image, but there are only {count}.")
 
 
 def _check_alike(first: Explanation, other: Explanation) -> None:
@@ -195,7 +189,7 @@ _SURE = 2.0  # standard errors from zero
 def draw_class_means(means: MeanMaps, *, labels: Sequence[str | int] | None = None, max_classes: int = 10) -> Figure:
     """Draw the mean map of each class beside the mean picture and the spread over the images.
 
-    All maps share one colour scale, all spreads another. A patch whose mean is less than two standard errors from zero
+    All maps share one color scale, all spreads another. A patch whose mean is less than two standard errors from zero
     is hatched: more images may turn its sign. One map is never the whole truth, so each names its number of images.
 
     Args:
@@ -207,40 +201,40 @@ def draw_class_means(means: MeanMaps, *, labels: Sequence[str | int] | None = No
         A figure that belongs to no window.
 
     Raises:
-        ImportError: If matplotlib is missing.
         ClassNotFoundError: If the model has no such class.
         ValueError: If a class has no image, or there is no class to draw.
     """
-    places = _chosen(means, labels, max_classes)
+    if labels is None:
+        places = sorted(means.counts.argsort(descending=True, stable=True).tolist()[: max(max_classes, 0)])
+    else:
+        places = [means.place(label) for label in labels]
+    if not places:
+        raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
     limit = symmetric_limit(means.means[places].numpy())
-    spread = float(means.deviations[places].nan_to_num(nan=0.0).max())  # nan of one image, which has no spread
+    spread = float(means.deviations[places].nan_to_num(nan=0.0).max())  # NaN of one image, which has no spread
     across = 1 if len(places) <= 3 else 2
     height, width = means.pictures.shape[1:3]
     panel = (_PANEL, _PANEL * height / width)
     block, step, bars = 3 * _PANEL + 2 * _BETWEEN, _TITLE + panel[1] + 0.1, BAR + 0.14
     lines = -(-len(places) // across)
     canvas = new_canvas(2 * MARGIN + across * (block + GAP) - GAP, 2 * MARGIN + lines * step + bars)
+    said = []
     for index, place in enumerate(places):
         row, col = divmod(index, across)
-        left, top = MARGIN + col * (block + GAP), canvas.down - MARGIN - _TITLE - row * step
-        _draw_class(canvas, means, place, (left, top), panel, (limit, spread))
+        corner = (MARGIN + col * (block + GAP), canvas.down - MARGIN - _TITLE - row * step)
+        _draw_class(canvas, means, place, corner, panel, (limit, spread))
+        values = means.means[place]
+        row, col = divmod(int(values.argmax()), values.shape[1])
+        said.append(
+            f"{_name(means, place)}, {_images(means, place)}: most in favor is the patch in row {row + 1}, column {col + 1}, "
+            f"{number(float(values.max()), sign=True)}"
+        )
     notes = [UNIT if means.sums_to_logits else NO_UNIT, "hatched: less than 2 standard errors from 0"]
     draw_bar(canvas, canvas.across / 2 - 1.05, MARGIN + bars, limit, notes)
-    _draw_spread_bar(canvas, canvas.across / 2 + 1.4, MARGIN + bars, spread)
-    canvas.figure.alt_text = _in_words(means, places)
+    grays, ticks = _grays(np.linspace(0, 1, 255)[None], 1.0), {0.0: "0", 1.0: number(spread)}
+    draw_scale(canvas, canvas.across / 2 + 1.4, MARGIN + bars, grays, ticks, ["standard deviation over images"])
+    canvas.figure.alt_text = f"Mean attribution maps of images {means.by} as a class. {'; '.join(said)}."
     return canvas.figure
-
-
-def _chosen(means: MeanMaps, labels: Sequence[str | int] | None, max_classes: int) -> list[int]:
-    """Which of the C maps to draw."""
-    if labels is None:
-        order = means.counts.argsort(descending=True, stable=True).tolist()
-        places = sorted(order[: max(max_classes, 0)])
-    else:
-        places = [means.place(label) for label in labels]
-    if not places:
-        raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
-    return places
 
 
 def _draw_class(
@@ -256,31 +250,20 @@ def _draw_class(
     picture = means.pictures[place].numpy()
     values, deviations = means.means[place].numpy(), means.deviations[place].nan_to_num(nan=0.0).numpy()
     count, step = int(means.counts[place]), _PANEL + _BETWEEN
-    name = fit(one_line(means.labels[int(means.classes[place])]), f"  ({_images(count)} {means.by})", width=3 * _PANEL)
-    canvas.text(left, top + 0.27, name, 9.0, ha="left", va="bottom")
-    total = f"mean, Σφ={number(float(values.sum()), sign=True)}" if means.sums_to_logits else "mean"
+    title = fit(_name(means, place), f"  ({_images(means, place)} {means.by})", width=3 * _PANEL)
+    canvas.text(left, top + 0.27, title, 9.0, ha="left", va="bottom")
     draw_panel(canvas, left, top, panel, picture, "mean picture", SMALL)
-    axes = draw_panel(
-        canvas, left + step, top, panel, overlay(picture, _enlarge(values, picture), limit), total, SMALL
-    )
+    drawn = overlay(picture, _enlarge(values, picture), limit)
+    total = f"mean, Σφ={number(float(values.sum()), sign=True)}" if means.sums_to_logits else "mean"
+    axes = draw_panel(canvas, left + step, top, panel, drawn, total, SMALL)
     if count > 1:
         hatch(axes, np.abs(values) < _SURE * deviations / np.sqrt(count))
     mark_signs(axes, values, limit)
     words = "standard deviation" if count > 1 else "spread unknown"
-    draw_panel(canvas, left + 2 * step, top, panel, _greys(_enlarge(deviations, picture), spread), words, SMALL)
+    draw_panel(canvas, left + 2 * step, top, panel, _grays(_enlarge(deviations, picture), spread), words, SMALL)
 
 
-def _draw_spread_bar(canvas: Canvas, middle: float, top: float, spread: float) -> None:
-    left, bottom = middle - BAR_WIDTH / 2, top - BAR_HEIGHT - 0.08
-    axes = canvas.axes(left, bottom, BAR_WIDTH, BAR_HEIGHT)
-    axes.imshow(_greys(np.linspace(0, 1, 255)[None], 1.0), aspect="auto")
-    axes.spines[:].set(color="0.7", linewidth=0.5)
-    canvas.text(left, bottom - 0.04, "0", SMALL, va="top")
-    canvas.text(left + BAR_WIDTH, bottom - 0.04, number(spread), SMALL, va="top")
-    canvas.text(middle, bottom - 0.19, "standard deviation over images", SMALL, va="top")
-
-
-def _greys(values: Floats, limit: float) -> Bytes:
+def _grays(values: Floats, limit: float) -> Bytes:
     """White for nothing, near black for the limit: (...) -> (..., 3)."""
     share = values / limit if limit > 0 else np.zeros_like(values)
     return np.repeat(np.rint(255 - 215 * share).astype(np.uint8)[..., None], 3, axis=-1)
@@ -292,17 +275,10 @@ def _enlarge(values: Floats, picture: Bytes) -> Floats:
     return values.repeat(height, axis=0).repeat(width, axis=1)
 
 
-def _images(count: int) -> str:
+def _name(means: MeanMaps, place: int) -> str:
+    return one_line(means.labels[int(means.classes[place])])
+
+
+def _images(means: MeanMaps, place: int) -> str:
+    count = int(means.counts[place])
     return "1 image" if count == 1 else f"{count} images"
-
-
-def _in_words(means: MeanMaps, places: Sequence[int]) -> str:
-    parts = []
-    for place in places:
-        values = means.means[place]
-        row, col = divmod(int(values.argmax()), values.shape[1])
-        parts.append(
-            f"{one_line(means.labels[int(means.classes[place])])}, {_images(int(means.counts[place]))}: most in favour is "
-            f"the patch in row {row + 1}, column {col + 1}, {number(float(values.max()), sign=True)}"
-        )
-    return f"Mean attribution maps of images {means.by} as a class. {'; '.join(parts)}."

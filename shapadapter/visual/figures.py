@@ -1,13 +1,16 @@
-"""Explanations as matplotlib figures: the picture first, then one map per class."""
+"""Explanations as matplotlib figures and as small strips: the picture first, then one map per class or method."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
-from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual.canvas import (
     BAR,
     GAP,
@@ -15,69 +18,19 @@ from shapadapter.visual.canvas import (
     PANEL,
     SMALL,
     TITLE,
-    Canvas,
-    check_matplotlib,
     draw_bar,
     draw_panel,
     fit,
     new_canvas,
 )
-from shapadapter.visual.colors import symmetric_limit
-from shapadapter.visual.marks import mark_signs
-from shapadapter.visual.rows import Look, Row, draw_rows, make_row, mark, panel_of
-from shapadapter.visual.wording import MINUS, alt_text, alt_text_of_gallery, columns, difference, number, one_line
+from shapadapter.visual.maps import symmetric_limit
+from shapadapter.visual.rows import Look, draw_map, draw_rows, draw_tiles, make_row
+from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text, one_line
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from shapadapter.explanation.explanation import Explanation
 
-    from shapadapter.visual.canvas import DescribedFigure
-
-
-# Inches and points.
-_PANEL, _BETWEEN, _APART, _TITLE, _BELOW = 1.0, 0.06, 0.28, 0.34, 0.22
-_WIDEST, _FONT = 11.0, 6.5
-
-
-def draw_compact(rows: Sequence[Row], limit: float | None) -> DescribedFigure:
-    """Draw images as tiles, left to right and down.
-
-    Args:
-        rows: The images, of one size.
-        limit: The colour scale that they share, None if each has its own.
-    """
-    most = max(len(row.pixels) for row in rows)
-    panel = (_PANEL, _PANEL * rows[0].picture.shape[0] / rows[0].picture.shape[1])
-    block = (1 + most) * (_PANEL + _BETWEEN) - _BETWEEN
-    across = max(1, min(len(rows), int((_WIDEST + _APART) / (block + _APART))))
-    lines, step = -(-len(rows) // across), _TITLE + panel[1] + _BELOW
-    # Wide enough for the words beside and below the scale.
-    width = max(2 * MARGIN + across * (block + _APART) - _APART, 4.0)
-    canvas = new_canvas(width, 2 * MARGIN + lines * step + BAR)
-    for place, row in enumerate(rows):
-        line, column = divmod(place, across)
-        top = canvas.down - MARGIN - _TITLE - line * step
-        _draw_image(canvas, MARGIN + column * (block + _APART), top, panel, row, limit is None)
-    notes = [*rows[0].notes, *(["the limit of each image's own scale stands below it"] if limit is None else [])]
-    ends = None if limit is not None else (MINUS, "0", "+")
-    draw_bar(canvas, width / 2, MARGIN + BAR, limit or 0.0, notes, numbers=ends)
-    return canvas.figure
-
-
-def _draw_image(canvas: Canvas, left: float, top: float, panel: tuple[float, float], row: Row, own: bool) -> None:
-    name = fit(row.predicted, width=_PANEL, size=_FONT)
-    draw_panel(canvas, left, top, panel, row.picture, f"predicted\n{name}", _FONT)
-    for place, (pixels, column) in enumerate(zip(row.pixels, row.shown, strict=True)):
-        corner = left + (place + 1) * (_PANEL + _BETWEEN)
-        lines = (fit(column.label, f" {column.probability}", width=_PANEL, size=_FONT), column.total)
-        title = "\n".join([lines[0], fit(lines[1], width=_PANEL, size=_FONT)])
-        axes = draw_panel(canvas, corner, top, panel, pixels, title, _FONT)
-        mark_signs(axes, column.values.numpy(), row.limit)
-    if own:
-        canvas.text(left + _PANEL / 2, top - panel[1] - 0.04, f"scale ±{number(row.limit)}", _FONT - 0.5, va="top")
-
-
-_FEW = 6
-"""Images that are drawn as large rows; more become a compact gallery."""
+_MOST_ROWS = 6  # images that are drawn as large rows; more become tiles
 
 
 def draw_explanation(
@@ -94,8 +47,8 @@ def draw_explanation(
 ) -> Figure:
     """Draw one image and its maps.
 
-    The maps share one colour scale, symmetric about zero, with its limits printed. Patches that speak against a class bear
-    a dash, so that a print in grey can be read. Under each map stands the sum of null value and attributions beside the
+    The maps share one color scale, symmetric about zero, with its limits printed. Patches that speak against a class bear
+    a dash, so that a print in gray can be read. Under each map stands the sum of null value and attributions beside the
     logit it must give, unless the attributions do not sum to the logits, and the relative error if it is known. The
     figure carries `alt_text` into the files it is saved as.
 
@@ -103,12 +56,12 @@ def draw_explanation(
         explanation: Any explanation.
         index: Which image.
         labels: Class names or indices to show; None takes the shown classes with the largest logits.
-        smooth: Interpolate the maps, which the figure then says; otherwise every patch has one colour.
+        smooth: Interpolate the maps, which the figure then says; otherwise every patch has one color.
         max_classes: How many classes if `labels` is None.
         numbers: Write each patch's number on it; the panels grow as this needs.
         contour: Outline this share of the patches, those with the largest numbers for or against; 0.1 is a tenth.
         errors: How to show the standard errors of a refined explanation: "hatch" draws diagonals where the 95 % interval
-            holds zero, "opacity" colours each patch by the end of its interval that is nearer to zero.
+            holds zero, "opacity" colors each patch by the end of its interval that is nearer to zero.
         original: The image as it was given to `explain`, to draw the maps on; what a crop has cut off is darker. None draws
             them on what the model saw.
 
@@ -116,7 +69,6 @@ def draw_explanation(
         A figure that belongs to no window; `savefig` writes it.
 
     Raises:
-        ImportError: If matplotlib is missing.
         ImageError: If the original is no image.
         ClassNotFoundError: If the model has no such class.
         ValueError: If a class was not computed for this image, a number is not finite, there are too many patches for
@@ -126,9 +78,8 @@ def draw_explanation(
     if errors not in (None, "opacity", "hatch"):
         raise ValueError(f'Expected errors to be "opacity", "hatch" or None, but got {errors!r}.')
     shown = columns(explanation, index, labels=labels, max_classes=max_classes)
-    figure = draw_rows(
-        [make_row(explanation, index, shown, Look(smooth, numbers, contour, errors), original=original)]
-    )
+    look = Look(smooth, numbers, contour, errors)
+    figure = draw_rows([make_row(explanation, index, shown, look, original=original)])
     figure.alt_text = alt_text(explanation, index, labels=labels, max_classes=max_classes)
     return figure
 
@@ -136,10 +87,9 @@ def draw_explanation(
 def draw_contrast(
     explanation: Explanation, index: int, label: str | int, other: str | int, *, smooth: bool = False
 ) -> Figure:
-    """Draw why the model says one class rather than another: both maps, and one minus the other.
+    """Draw why the model says one class rather than another: both maps, and one minus the other, on one color scale.
 
-    The difference of the maps sums, with that of the null values, to the difference of the logits. All three share one
-    colour scale.
+    The difference of the maps sums, with that of the null values, to the difference of the logits.
 
     Args:
         explanation: Any explanation that has both classes.
@@ -152,19 +102,16 @@ def draw_contrast(
         A figure that belongs to no window.
 
     Raises:
-        ImportError: If matplotlib is missing.
         ClassNotFoundError: If the model has no such class.
         ValueError: If a class was not computed for this image, both are the same, or a number is not finite.
         IndexError: If there is no such image.
     """
-    check_matplotlib()
     first, second = columns(explanation, index, labels=[label, other], max_classes=2)
     if first.index == second.index:
         raise ValueError(f"Expected two different classes, but both are {first.label!r}.")
     names = [fit(column.label, width=0.45 * PANEL) for column in (first, second)]
     rest = difference(explanation, index, first, second, names)
-    row = make_row(explanation, index, [first, second, rest], Look(smooth))
-    figure = draw_rows([row])
+    figure = draw_rows([make_row(explanation, index, [first, second, rest], Look(smooth))])
     pair = alt_text(explanation, index, labels=[label, other])
     figure.alt_text = f"Why {first.label} rather than {second.label}. {pair}"
     return figure
@@ -185,13 +132,12 @@ def gallery(
         indices: Which images, in order; None takes all.
         max_classes: How many classes per image, those with the largest logits.
         smooth: As in `draw_explanation`.
-        shared_scale: Give all images one colour scale, so that they can be compared; otherwise each has its own.
+        shared_scale: Give all images one color scale, so that they can be compared; otherwise each has its own.
 
     Returns:
         A figure that belongs to no window.
 
     Raises:
-        ImportError: If matplotlib is missing.
         ValueError: If there is no image to draw, or a number is not finite.
         IndexError: If there is no such image.
     """
@@ -199,11 +145,12 @@ def gallery(
     if not chosen:
         raise ValueError("There is no image to draw.")
     shown = [columns(explanation, i, max_classes=max_classes) for i in chosen]
-    values = np.stack([column.values.numpy() for several in shown for column in several])  # (maps, rows, cols)
-    limit = symmetric_limit(values) if shared_scale else None
+    limit = None
+    if shared_scale:
+        limit = symmetric_limit(np.stack([column.values.numpy() for several in shown for column in several]))
     rows = [make_row(explanation, i, one, Look(smooth), limit=limit) for i, one in zip(chosen, shown, strict=True)]
-    figure = draw_rows(rows) if len(rows) <= _FEW else draw_compact(rows, limit)
-    figure.alt_text = alt_text_of_gallery(explanation, chosen, max_classes)
+    figure = draw_rows(rows) if len(rows) <= _MOST_ROWS else draw_tiles(rows, limit)
+    figure.alt_text = gallery_alt_text(explanation, chosen, max_classes)
     return figure
 
 
@@ -212,7 +159,7 @@ def draw_comparison(
 ) -> Figure:
     """Draw one image and the maps of several methods for one class side by side.
 
-    Each map has a colour scale of its own, symmetric about zero, for methods differ in unit. Where a map sums to the
+    Each map has a color scale of its own, symmetric about zero, for methods differ in unit. Where a map sums to the
     logit, its sum stands above it and the limits of its scale below.
 
     Args:
@@ -225,7 +172,6 @@ def draw_comparison(
         A figure that belongs to no window.
 
     Raises:
-        ImportError: If matplotlib is missing.
         ClassNotFoundError: If the model has no such class.
         ValueError: If there is no explanation, they are of different images, the class was not computed by each, or a
             number is not finite.
@@ -237,20 +183,17 @@ def draw_comparison(
     if not all(np.array_equal(first[index].images, one[index].images) for one in explanations):
         raise ValueError(f"Expected explanations of the same images, but image {index} differs.")
     (best,) = columns(first, index, labels=None if label is None else [label], max_classes=1)
-    rows = [
-        make_row(one, index, columns(one, index, labels=[best.index], max_classes=1), Look(smooth))
-        for one in explanations
-    ]
-    panel = panel_of(rows[0])
-    down = 2 * MARGIN + TITLE + panel[1] + BAR
-    canvas = new_canvas(2 * MARGIN + PANEL + len(rows) * (GAP + PANEL), down)
-    top = down - MARGIN - TITLE
+    shown = [columns(one, index, labels=[best.index], max_classes=1) for one in explanations]
+    rows = [make_row(one, index, column, Look(smooth)) for one, column in zip(explanations, shown, strict=True)]
+    panel = rows[0].panel
+    canvas = new_canvas(2 * MARGIN + PANEL + len(rows) * (GAP + PANEL), 2 * MARGIN + TITLE + panel[1] + BAR)
+    top = canvas.down - MARGIN - TITLE
     title = f"{fit(best.label, '  ' + best.probability)}\n{fit('predicted ' + rows[0].predicted)}"
     draw_panel(canvas, MARGIN, top, panel, rows[0].picture, title)
     for place, (one, row) in enumerate(zip(explanations, rows, strict=True)):
         left, sums = MARGIN + (place + 1) * (PANEL + GAP), one.sums_to_logits
         title = f"{fit(one_line(one.method))}\n{'Σφ=' + row.shown[0].sum if sums else ''}"
-        mark(draw_panel(canvas, left, top, panel, row.pixels[0], title), row.shown[0], row)
+        draw_map(canvas, left, top, panel, row, 0, title)
         if sums:
             draw_bar(canvas, left + PANEL / 2, top - panel[1], row.limit, row.notes)
         else:
@@ -258,3 +201,98 @@ def draw_comparison(
     methods = ", ".join(one_line(one.method) for one in explanations)
     canvas.figure.alt_text = f"Maps by several methods ({methods}). {alt_text(first, index, labels=[best.index])}"
     return canvas.figure
+
+
+# -- strips: small pictures for model cards, measured in pixels --------------------------------------------------------
+
+_HEIGHT = 184  # of image and maps: four of them beside each other are as wide as a page of the Hub
+_GAP, _LINE = 8, 20
+_INK, _FAINT = "#1f2937", "#6b7280"
+_DPI = 128  # a power of two: pixels as inches are exact, and no edge lies between two
+_FONT = 14 * 72 / _DPI
+
+
+def draw_strip(
+    explanation: Explanation,
+    index: int = 0,
+    *,
+    max_classes: int = 3,
+    caption: str = "",
+    height: int = _HEIGHT,
+    original: Any | None = None,
+) -> Image.Image:
+    """Draw one image, and beside it the maps of its likeliest shown classes, which share their colors.
+
+    Patches that speak against a class bear a dash, so that a print in gray can be read.
+
+    Args:
+        explanation: Any explanation.
+        index: Which image.
+        max_classes: How many maps at most.
+        caption: A line below the image, such as what it shows.
+        height: Of image and maps, in pixels.
+        original: The image as it was given to `explain`, to draw the maps on; None draws them on what the model saw.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: If a number is not finite, or the frame of the original is not known.
+        IndexError: If there is no such image.
+    """
+    shown = columns(explanation, index, max_classes=max_classes)
+    row = make_row(explanation, index, shown, Look(), original=original, height=height)
+    width = row.picture.shape[1]
+    lines = [(caption, ""), *map(_strip_lines, shown)]
+    across, down = len(lines) * (width + _GAP) + _GAP, height + 3 * _GAP + 2 * _LINE
+    canvas = new_canvas(across / _DPI, down / _DPI, dpi=_DPI)
+    panel, top = (width / _DPI, height / _DPI), (down - _GAP) / _DPI
+    for place, texts in enumerate(lines):
+        left = (_GAP + place * (width + _GAP)) / _DPI
+        if place == 0:
+            draw_panel(canvas, left, top, panel, row.picture, "")
+        else:
+            draw_map(canvas, left, top, panel, row, place - 1)
+        for line, (text, color) in enumerate(zip(texts, (_INK, _FAINT), strict=True)):
+            words = fit(one_line(text), width=panel[0], size=_FONT)
+            bottom = top - panel[1] - (_GAP + line * _LINE) / _DPI
+            canvas.text(left, bottom, words, _FONT, ha="left", va="top", color=color)
+    agg = FigureCanvasAgg(canvas.figure)
+    agg.draw()
+    return Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy())  # (H, W, 4) -> (H, W, 3)
+
+
+def describe_strip(explanation: Explanation, index: int = 0, *, max_classes: int = 3, caption: str = "") -> str:
+    """What `draw_strip` shows, in words, for those who do not see the picture."""
+    shown = "; ".join(map(" ".join, map(_strip_lines, columns(explanation, index, max_classes=max_classes))))
+    return f"Attribution maps of an image{f' ({caption})' if caption else ''}: {shown}"
+
+
+def _strip_lines(column: Column) -> tuple[str, str]:
+    return column.label, f"{column.probability}, sum {column.sum}"
+
+
+def sample_pictures(
+    explanation: Explanation, max_classes: int, labels: Sequence[int] | None = None
+) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    """Draw every image of an explanation as a strip.
+
+    Args:
+        explanation: Of the images to be shown.
+        max_classes: Maps beside each image.
+        labels: The class of each image, None if unknown.
+
+    Returns:
+        Contents of PNG files by name, and for the card's record `file` and `alt` of each.
+    """
+    files, listed = {}, []
+    for index in range(len(explanation)):
+        known = labels is not None and 0 <= labels[index] < len(explanation.labels)
+        caption = f"labelled {explanation.labels[labels[index]]}" if labels is not None and known else ""
+        name, file = f"explanation-{index + 1}.png", io.BytesIO()
+        draw_strip(explanation, index, max_classes=max_classes, caption=caption).save(file, "png", optimize=True)
+        files[name] = file.getvalue()
+        listed.append(
+            {"file": name, "alt": describe_strip(explanation, index, max_classes=max_classes, caption=caption)}
+        )
+    return files, listed

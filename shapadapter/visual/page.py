@@ -1,6 +1,7 @@
 """An explanation as one HTML file that needs nothing else: no network, no server, no library."""
 
-import base64
+from __future__ import annotations
+
 import hashlib
 import io
 from base64 import b64encode
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -19,140 +20,17 @@ from torch import Tensor
 
 from shapadapter.core.files import write_together
 from shapadapter.core.statistics import Interval
-from shapadapter.explanation.explanation import Explanation, Prediction
-from shapadapter.visual.charts import charts
-from shapadapter.visual.colors import BLUE, RED, symmetric_limit
-from shapadapter.visual.marks import WORTH_A_SIGN
+from shapadapter.visual.charts import page_charts
+from shapadapter.visual.maps import BLUE, RED, WORTH_A_SIGN, symmetric_limit
 from shapadapter.visual.wording import Column, columns, likelihood, one_line, unit
 
-LOSSLESS_BYTES = 20_000
-"""A picture whose png is larger is written as jpeg."""
+if TYPE_CHECKING:
+    from shapadapter.explanation.explanation import Explanation
 
-LONGEST_SIDE = 512
-"""Of a picture on the page, in pixels; the numbers do not depend on it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image of a page.
-
-    Attributes:
-        source: The picture inside a link.
-        name: Of the image; empty without.
-        predicted: The likeliest class with its probability.
-        true: The true class; empty where it is not known.
-        data: What the script reads; plain numbers, lists and dicts.
-    """
-
-    source: str
-    name: str
-    predicted: str
-    true: str
-    data: dict[str, Any]
-
-
-def entry(explanation: Explanation, index: int, max_classes: int, name: str, true: str | int | None) -> Entry:
-    """Collect what is shown of one image.
-
-    Args:
-        explanation: Any explanation.
-        index: Which image.
-        max_classes: How many classes at most, beside the true one.
-        name: Of the image; empty without.
-        true: The true class, by name or index.
-
-    Returns:
-        The entry.
-
-    Raises:
-        ClassNotFoundError: If the model has no such class.
-        ValueError: If a number is not finite or no class is left.
-    """
-    right = None if true is None else explanation.class_index(true)
-    shown = _columns(explanation, index, max_classes, right)
-    best = explanation[index].top(1)[0][0]
-    pixels = explanation.images[index].numpy()  # (H, W, 3)
-    return Entry(
-        source=_data_uri(pixels),
-        name=one_line(name),
-        predicted=f"{one_line(best.label)} ({likelihood(best.probability, best.logit)})",
-        true="" if right is None else one_line(explanation.labels[right]),
-        data={
-            "name": one_line(name),
-            "width": pixels.shape[1],
-            "height": pixels.shape[0],
-            "limit": symmetric_limit(np.stack([column.values.numpy() for column in shown])),  # (k, rows, cols) -> one
-            **_standing(best, right, explanation),
-            "gap": float(explanation[index].efficiency_gap[0]),
-            "classes": [{**_class(explanation, index, column), "true": column.index == right} for column in shown],
-        },
-    )
-
-
-def _columns(explanation: Explanation, index: int, max_classes: int, right: int | None) -> list[Column]:
-    """The likeliest classes, and the true one if it was explained."""
-    shown = columns(explanation, index, max_classes=max_classes)
-    if right is not None and right in explanation.classes[index] and right not in [one.index for one in shown]:
-        shown += columns(explanation, index, labels=[right], max_classes=1)
-    return shown
-
-
-def _standing(best: Prediction, right: int | None, explanation: Explanation) -> dict[str, Any]:
-    """What a gallery sorts by and searches in; None for what is not known."""
-    known = np.isfinite(best.probability)
-    return {
-        "predicted": one_line(best.label),
-        "stands": likelihood(best.probability, best.logit),
-        "confidence": float(f"{best.probability:.4g}") if known else None,
-        "right": None if right is None else best.index == right,
-        "true": None if right is None else one_line(explanation.labels[right]),
-    }
-
-
-def _class(explanation: Explanation, index: int, column: Column) -> dict[str, Any]:
-    """One class of one image."""
-    return {
-        "label": column.label,
-        "probability": column.probability,
-        "total": column.total,
-        "check": column.check,
-        "null": _short(float(explanation.null_values[index, column.index]), 7),
-        "logit": _short(float(explanation.logits[index, column.index]), 7),
-        "values": _rounded(column.values, 5),
-        "errors": None if column.errors is None else _rounded(column.errors, 2),
-    }
-
-
-def _rounded(values: Tensor, digits: int) -> list[list[float]]:
-    """Values (rows, cols) as json takes them."""
-    return [[_short(value, digits) for value in row] for row in values.tolist()]
-
-
-def _short(value: float, digits: int) -> float:
-    """A number that takes few letters."""
-    short = float(f"{value:.{digits}g}")
-    return int(short) if short.is_integer() and abs(short) < 10**digits else short
-
-
-def _data_uri(pixels: NDArray[np.uint8]) -> str:
-    """Pixels (H, W, 3) as a picture inside a link: lossless if that is small."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    content, kind = _encoded(picture, format="PNG", optimize=True), "png"
-    if len(content) > LOSSLESS_BYTES:
-        content, kind = _encoded(picture, format="JPEG", quality=85, optimize=True), "jpeg"
-    return f"data:image/{kind};base64," + b64encode(content).decode()
-
-
-def _encoded(picture: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, **options)
-    return buffer.getvalue()
-
-
-SCRIPTS = ("numbers.js", "map.js", "buildup.js", "inspector.js", "gallery.js", "start.js")
-MOST_IMAGES = 500
-"""A page with more would be slow to open and to search."""
+_LOSSLESS_BYTES = 20_000  # a picture whose PNG is larger is written as JPEG
+_LONGEST_SIDE = 512  # of a picture on the page, in pixels; the numbers do not depend on it
+_MOST_IMAGES = 500  # a page with more would be slow to open and to search
+_SCRIPTS = ("numbers.js", "map.js", "buildup.js", "inspector.js", "gallery.js", "start.js")
 
 
 class Table(Protocol):
@@ -230,17 +108,16 @@ def write_page(
             none, or not a name or true label for each.
         OSError: If the file cannot be written.
     """
-    parts = [explanation] if isinstance(explanation, Explanation) else list(explanation)
-    count = sum(map(len, parts))
-    _check(count, names, true_labels)
+    parts = list(explanation) if isinstance(explanation, Sequence) else [explanation]
     places = [(part, index) for part in parts for index in range(len(part))]
-    given = zip(places, names or [""] * count, true_labels or [None] * count, strict=True)
-    images = [entry(part, index, max_classes, name, true) for (part, index), name, true in given]
+    _check(len(places), names, true_labels)
+    given = zip(places, names or [""] * len(places), true_labels or [None] * len(places), strict=True)
+    images = [_entry(part, index, max_classes, name, true) for (part, index), name, true in given]
     page = _render(
         title=title,
         table=table or (),
         measures=measures,
-        charts=charts(measures.curves) if measures else (),
+        charts=page_charts(measures.curves) if measures else (),
         images=images,
         known=any(image.data["right"] is not None for image in images),
         data={
@@ -248,10 +125,10 @@ def write_page(
             "red": RED,
             "blue": BLUE,
             "worth": WORTH_A_SIGN,
-            "sums": bool(parts) and all(part.sums_to_logits for part in parts),
+            "sums": all(part.sums_to_logits for part in parts),
         },
-        unit=unit(parts[0]) if parts else "",
-        method=one_line(parts[0].method) if parts else "",
+        unit=unit(parts[0]),
+        method=one_line(parts[0].method),
     )
     write_together({Path(path): page.encode()})
     return Path(path)
@@ -264,15 +141,94 @@ def _check(count: int, names: Sequence[str] | None, true_labels: Sequence[str | 
             raise ValueError(f"Expected some images and a {what} for each, got {count} and {len(given)}.")
     if count == 0:
         raise ValueError("Expected some images, got none.")
-    if count > MOST_IMAGES:
+    if count > _MOST_IMAGES:
         raise ValueError(
-            f"A page holds at most {MOST_IMAGES} images, got {count}: write several, such as of explanation[:{MOST_IMAGES}]."
+            f"A page holds at most {_MOST_IMAGES} images, got {count}: write several, such as of explanation[:{_MOST_IMAGES}]."
         )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One image of a page: its picture inside a link, names for the gallery, and plain data for the script."""
+
+    source: str
+    name: str
+    predicted: str
+    true: str
+    data: dict[str, Any]
+
+
+def _entry(explanation: Explanation, index: int, max_classes: int, name: str, true: str | int | None) -> _Entry:
+    one = explanation[index]
+    right = None if true is None else explanation.class_index(true)
+    shown = columns(explanation, index, max_classes=max_classes)
+    if right is not None and right in one.classes[0] and right not in [column.index for column in shown]:
+        shown += columns(explanation, index, labels=[right], max_classes=1)
+    best, label = one.top(1)[0][0], None if right is None else one_line(explanation.labels[right])
+    stands = likelihood(best.probability, best.logit)
+    pixels = explanation.images[index].numpy()  # (H, W, 3)
+    return _Entry(
+        source=_data_uri(pixels),
+        name=one_line(name),
+        predicted=f"{one_line(best.label)} ({stands})",
+        true=label or "",
+        data={
+            "name": one_line(name),
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+            "limit": symmetric_limit(np.stack([column.values.numpy() for column in shown])),  # (k, rows, cols) -> one
+            # What a gallery sorts by and searches in; None for what is not known.
+            "predicted": one_line(best.label),
+            "stands": stands,
+            "confidence": float(f"{best.probability:.4g}") if np.isfinite(best.probability) else None,
+            "right": None if right is None else best.index == right,
+            "true": label,
+            "gap": float(one.efficiency_gap[0]),
+            "classes": [{**_class(one, column), "true": column.index == right} for column in shown],
+        },
+    )
+
+
+def _class(one: Explanation, column: Column) -> dict[str, Any]:
+    """One class of one image."""
+    return {
+        "label": column.label,
+        "probability": column.probability,
+        "total": column.total,
+        "check": column.check,
+        "null": _short(float(one.null_values[0, column.index]), 7),
+        "logit": _short(float(one.logits[0, column.index]), 7),
+        "values": _rounded(column.values, 5),
+        "errors": None if column.errors is None else _rounded(column.errors, 2),
+    }
+
+
+def _rounded(values: Tensor, digits: int) -> list[list[float]]:
+    """Values (rows, cols) as JSON takes them."""
+    return [[_short(value, digits) for value in row] for row in values.tolist()]
+
+
+def _short(value: float, digits: int) -> float:
+    """A number that takes few letters."""
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 10**digits else short
+
+
+def _data_uri(pixels: NDArray[np.uint8]) -> str:
+    """Pixels (H, W, 3) as a picture inside a link: lossless if that is small."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    file, kind = io.BytesIO(), "png"
+    picture.save(file, kind, optimize=True)
+    if len(file.getvalue()) > _LOSSLESS_BYTES:
+        file, kind = io.BytesIO(), "jpeg"
+        picture.save(file, kind, quality=85, optimize=True)
+    return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
 
 
 def _render(**values: object) -> str:
     """Fill the template; style and script are let through by their hashes, and nothing else is."""
-    style, script = _read("page.css"), "\n".join(map(_read, SCRIPTS))
+    style, script = _read("page.css"), "\n".join(map(_read, _SCRIPTS))
     # jinja's `tojson` filter escapes <, > and & and leaves nothing but ASCII, so that no name can end the script.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_read("page.html.j2")).render(
@@ -286,4 +242,4 @@ def _read(name: str) -> str:
 
 def _hash(text: str) -> str:
     """As a content security policy names a text."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""One image in a row: the picture first, then a map per class, the sum check under each."""
+"""Images beside their maps, one map per class: as large rows with the sum check under each map, or as small tiles."""
 
 from __future__ import annotations
 
@@ -7,87 +7,53 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image
 
+from shapadapter.core.grid import Box, frame_of, laid_out
 from shapadapter.data.frames import unseen
 from shapadapter.data.images import eight_bits, open_image
-from shapadapter.explanation.convert import Box, frame_of, laid_out
-from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual.canvas import (
     BAR,
     GAP,
+    LARGE,
     LINE,
     MARGIN,
     PANEL,
     SMALL,
     TITLE,
     Canvas,
+    DescribedFigure,
     draw_bar,
     draw_panel,
     fit,
     new_canvas,
 )
-from shapadapter.visual.colors import Bytes, Floats, overlay, symmetric_limit
-from shapadapter.visual.marks import exponent, hatch, mark_signs, outline, panel_for_numbers, strongest, write_numbers
-from shapadapter.visual.wording import MINUS, Column, one_line, superscript, unit
+from shapadapter.visual.maps import (
+    Bytes,
+    Floats,
+    exponent,
+    hatch,
+    mark_signs,
+    outline,
+    overlay,
+    strongest,
+    symmetric_limit,
+    width_for_numbers,
+    write_numbers,
+)
+from shapadapter.visual.wording import MINUS, Column, number, one_line, unit
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from shapadapter.explanation.explanation import Explanation
 
-    from shapadapter.visual.canvas import DescribedFigure
-
-
-LONGEST_SIDE = 1024
-"""Of an original in a figure, in pixels."""
-
-_DARKER = 0.7
-"""What is left of the light where the model never looked."""
-
-
-def picture_of(one: Explanation, original: Any | None) -> tuple[Bytes, Box]:
-    """A picture (H, W, 3) and top, left, bottom and right of the maps on it, in its pixels.
-
-    Args:
-        one: an explanation of one image.
-        original: the image as it was given to `explain`; None for what the model saw.
-
-    Raises:
-        ImageError: it is no image.
-        ValueError: it is another image, or where it was seen is not known.
-    """
-    size, box = frame_of(one, original is not None)
-    if original is None:
-        return one.images[0].numpy(), box
-    image = open_image(original)
-    image = image if isinstance(image, Image.Image) else Image.fromarray(eight_bits(image))
-    if image.size[::-1] != size:
-        raise ValueError(
-            f"Expected the image that was explained, of {size[0]} x {size[1]} pixels, got {image.height} x {image.width}."
-        )
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    top, left, bottom, right = box
-    down, across = image.height / size[0], image.width / size[1]
-    return np.asarray(image), (top * down, left * across, bottom * down, right * across)
-
-
-def lay(picture: Bytes, values: Floats, box: Box, limit: float, smooth: bool = False) -> Bytes:
-    """A map (rows, cols) over a picture (H, W, 3), which is darker where the map does not reach."""
-    heat = laid_out(values, (picture.shape[0], picture.shape[1]), box, smooth)  # (H, W)
-    beyond = np.isnan(heat)
-    drawn = overlay(picture, np.where(beyond, 0, heat), limit)
-    return np.where(beyond[..., None], _DARKER * drawn, drawn).astype(np.uint8)
-
-
-def note(one: Explanation) -> list[str]:
-    """What a reader of a map on the original has to know."""
-    share = 0.0 if one.frames is None else float(unseen(one.frames)[0])
-    return [f"darker: never seen by the model, {100 * share:.0f} % of the image"] if share >= 0.005 else []
-
-
+_LONGEST_SIDE = 1024  # of an original in a figure, in pixels
+_DARKER = 0.7  # what is left of the light where the model never looked
 _SURE = 1.96  # standard errors: what the interval of 95 % reaches to each side
 _ACROSS = 5  # maps
-_WIDEST = 4.8  # inches, of a panel with numbers
+_WIDEST_PANEL = 4.8  # inches, with numbers
 _LONG = 3  # times as long as wide is a panel at most
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -114,19 +80,12 @@ class Row:
     look: Look
 
     @property
-    def whole(self) -> bool:
-        """Whether the maps cover the whole picture."""
-        return self.box == (0, 0, *self.picture.shape[:2])
-
-    @property
-    def check(self) -> float:
-        """How high the lines under the maps are, in inches."""
-        return LINE * (1 + max(len(column.check.splitlines()) for column in self.shown))
-
-    @property
-    def bar(self) -> float:
-        """How high the scale and its notes are, in inches."""
-        return BAR + LINE * (len(self.notes) - 1)
+    def panel(self) -> tuple[float, float]:
+        """Width and height of each panel in inches."""
+        aspect = min(max(self.picture.shape[0] / self.picture.shape[1], 1 / _LONG), _LONG)
+        rows, cols = self.shown[0].values.shape
+        width = width_for_numbers((rows, cols), aspect, PANEL, _WIDEST_PANEL) if self.look.numbers else PANEL
+        return width, width * aspect
 
 
 def make_row(
@@ -137,26 +96,139 @@ def make_row(
     *,
     limit: float | None = None,
     original: Any | None = None,
+    height: int | None = None,
 ) -> Row:
-    """Colour the maps of one image, on the scale of the largest number unless another limit is given.
+    """Color the maps of one image, on the scale of the largest number unless another limit is given.
+
+    They lie on what the model saw, or on `original`, the image as it was given to `explain`, resized to a height in
+    pixels if one is given.
 
     Raises:
-        ValueError: If errors are asked for and not known, or the frame of the original.
+        ImageError: If the original is no image.
+        ValueError: If errors are asked for and not known, or the original is another image, or its frame not known.
     """
     one = explanation[index]
-    picture, box = picture_of(one, original)
-    values = np.stack([column.values.numpy() for column in shown])  # (k, rows, cols)
-    largest = symmetric_limit(values) if limit is None else limit
+    picture, box = _picture(one, original)
+    if height is not None:
+        (tall, wide), width = picture.size[::-1], round(height * picture.width / picture.height)
+        picture = picture.resize((max(height // 3, min(3 * height, width)), height), Image.Resampling.BICUBIC)
+        down, across = picture.height / tall, picture.width / wide
+        box = (box[0] * down, box[1] * across, box[2] * down, box[3] * across)
+    drawn_on = np.asarray(picture)
+    if limit is None:
+        limit = symmetric_limit(np.stack([column.values.numpy() for column in shown]))  # (k, rows, cols)
     return Row(
-        picture=picture,
-        pixels=[lay(picture, _kept(column, look), box, largest, look.smooth) for column in shown],
+        picture=drawn_on,
+        pixels=[_laid_over(drawn_on, _kept(column, look), box, limit, look.smooth) for column in shown],
         shown=shown,
-        limit=largest,
+        limit=limit,
         box=box,
         predicted=one_line(one.top(1)[0][0].label),
-        notes=_notes(explanation, look, largest) + ([] if original is None else note(one)),
+        notes=_notes(explanation, one, look, limit, original is not None),
         look=look,
     )
+
+
+def _picture(one: Explanation, original: Any | None) -> tuple[Image.Image, Box]:
+    """What the maps of one image are drawn on, and where on it they lie, in its pixels."""
+    if original is None:
+        return Image.fromarray(one.images[0].numpy()), (0, 0, *one.images.shape[1:3])
+    size, box = frame_of(None if one.frames is None else one.frames[0])
+    image = open_image(original)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(eight_bits(image))
+    if image.size[::-1] != size:
+        raise ValueError(
+            f"Expected the image that was explained, of {size[0]} x {size[1]} pixels, got {image.height} x {image.width}."
+        )
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    top, left, bottom, right = box
+    down, across = image.height / size[0], image.width / size[1]
+    return image, (top * down, left * across, bottom * down, right * across)
+
+
+def _laid_over(picture: Bytes, values: Floats, box: Box, limit: float, smooth: bool) -> Bytes:
+    """A map (rows, cols) over a picture (H, W, 3), which is darker where the map does not reach."""
+    heat = laid_out(values, (picture.shape[0], picture.shape[1]), box, smooth)  # (H, W)
+    beyond = np.isnan(heat)
+    drawn = overlay(picture, np.where(beyond, 0, heat), limit)
+    return np.where(beyond[..., None], _DARKER * drawn, drawn).astype(np.uint8)
+
+
+def _kept(column: Column, look: Look) -> Floats:
+    """What is colored of each number: (rows, cols); with "opacity" the end of its interval that is nearer to zero."""
+    values = column.values.numpy()
+    if look.errors is None:
+        return values
+    if column.errors is None:
+        raise ValueError(
+            f"Standard errors of class {column.label!r} are not known: explain again with refine=256, or leave out "
+            f"errors={look.errors!r}."
+        )
+    if look.errors == "hatch":
+        return values
+    return np.sign(values) * np.maximum(0, np.abs(values) - _SURE * column.errors.numpy())
+
+
+def _notes(explanation: Explanation, one: Explanation, look: Look, limit: float, original: bool) -> list[str]:
+    """What a reader of the maps has to know, in lines."""
+    power = exponent(limit)
+    found = [unit(explanation) + (", smoothed" if look.smooth else "")]
+    if look.numbers and power:
+        found.append(f"numbers \N{MULTIPLICATION SIGN} 10{str(power).translate(_SUPERSCRIPTS)}")
+    if look.contour is not None:
+        found.append(f"outlined: strongest {100 * look.contour:g} % of patches")
+    if look.errors == "hatch":
+        found.append("hatched: 95 % interval holds zero")
+    if look.errors == "opacity":
+        found.append("colored: what the 95 % interval leaves sure")
+    share = float(unseen(one.frames)[0]) if original and one.frames is not None else 0.0
+    if share >= 0.005:
+        found.append(f"darker: never seen by the model, {100 * share:.0f} % of the image")
+    return found
+
+
+def draw_map(
+    canvas: Canvas,
+    left: float,
+    top: float,
+    panel: tuple[float, float],
+    row: Row,
+    place: int,
+    title: str = "",
+    font: float = LARGE,
+) -> None:
+    """Draw one map of a row below an upper left corner, with the marks that its look asks for."""
+    axes = draw_panel(canvas, left, top, panel, row.pixels[place], title, font)
+    (height, width), column, look = row.picture.shape[:2], row.shown[place], row.look
+    marked = axes
+    if row.box != (0, 0, height, width):  # marks need axes that the map fills
+        marked = _axes_of_box(canvas, (left, top), (panel[0] / width, panel[1] / height), row.box)
+        rows, cols = column.values.shape
+        marked.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
+    values = column.values.numpy()
+    if look.errors == "hatch" and column.errors is not None:
+        hatch(marked, np.abs(values) < _SURE * column.errors.numpy())
+    if look.contour is not None:
+        outline(marked, strongest(values, look.contour))
+    if look.numbers:
+        write_numbers(marked, values, row.limit, float(column.sum.replace(MINUS, "-")))
+    else:
+        mark_signs(marked, _kept(column, look), row.limit)
+    if marked is not axes:
+        for artist in (*marked.collections, *marked.texts):
+            artist.set_clip_path(axes.patch)
+            artist.set_clip_on(True)
+
+
+def _axes_of_box(canvas: Canvas, corner: tuple[float, float], scale: tuple[float, float], box: Box) -> Axes:
+    """Invisible axes over a box of pixels, whose width and height in inches is `scale`, below an upper left corner."""
+    (left, top), (across, down) = corner, scale
+    axes = canvas.axes(
+        left + box[1] * across, top - box[2] * down, (box[3] - box[1]) * across, (box[2] - box[0]) * down
+    )
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    return axes
 
 
 def draw_rows(rows: Sequence[Row]) -> DescribedFigure:
@@ -164,96 +236,59 @@ def draw_rows(rows: Sequence[Row]) -> DescribedFigure:
     most = max(len(row.pixels) for row in rows)
     lines = -(-most // _ACROSS)
     across = -(-most // lines)
-    width, height = panel_of(rows[0])
-    line = TITLE + height + max(row.check for row in rows)
-    step = lines * line + max(row.bar for row in rows)
-    down = 2 * MARGIN + len(rows) * step
-    canvas = new_canvas(2 * MARGIN + width + across * (GAP + width), down)
-    for place, row in enumerate(rows):
-        _draw_row(canvas, down - MARGIN - TITLE - place * step, (width, height), row, across, line)
+    width, height = rows[0].panel
+    checks = [LINE * (1 + max(len(column.check.splitlines()) for column in row.shown)) for row in rows]
+    line = TITLE + height + max(checks)
+    step = lines * line + max(BAR + LINE * (len(row.notes) - 1) for row in rows)
+    canvas = new_canvas(2 * MARGIN + width + across * (GAP + width), 2 * MARGIN + len(rows) * step)
+    first = MARGIN + width + GAP
+    for nth, (row, check) in enumerate(zip(rows, checks, strict=True)):
+        top = canvas.down - MARGIN - TITLE - nth * step
+        name = fit(row.predicted, width=width)
+        draw_panel(canvas, MARGIN, top, (width, height), row.picture, f"predicted\n{name}")
+        for place, column in enumerate(row.shown):
+            left, upper = first + place % across * (width + GAP), top - place // across * line
+            probability = f"  {column.probability}" if column.probability else ""
+            title = f"{fit(column.label, probability, width=width)}\n{fit(column.total, width=width)}"
+            draw_map(canvas, left, upper, (width, height), row, place, title)
+            canvas.text(left + width / 2, upper - height - 0.06, column.check, SMALL, va="top")
+        used, beside = -(-len(row.pixels) // across), min(across, len(row.pixels))
+        middle = first + (beside * (width + GAP) - GAP) / 2
+        draw_bar(canvas, middle, top - height - check - (used - 1) * line, row.limit, row.notes)
     return canvas.figure
 
 
-def panel_of(row: Row) -> tuple[float, float]:
-    """Width and height of each panel in inches."""
-    aspect = min(max(row.picture.shape[0] / row.picture.shape[1], 1 / _LONG), _LONG)
-    grid = (row.shown[0].values.shape[0], row.shown[0].values.shape[1])
-    width = panel_for_numbers(grid, aspect, PANEL, _WIDEST) if row.look.numbers else PANEL
-    return width, width * aspect
+# Of tiles, in inches and points.
+_TILE, _BETWEEN, _APART, _ABOVE, _BELOW = 1.0, 0.06, 0.28, 0.34, 0.22
+_WIDEST, _FONT = 11.0, 6.5
 
 
-def mark(axes: Axes, column: Column, row: Row, panel: Axes | None = None) -> None:
-    """Draw on a map what the look asks for, inside a panel that may be smaller."""
-    values = column.values.numpy()
-    if row.look.errors == "hatch":
-        assert column.errors is not None, "make_row has looked"
-        hatch(axes, np.abs(values) < _SURE * column.errors.numpy())
-    if row.look.contour is not None:
-        outline(axes, strongest(values, row.look.contour))
-    if row.look.numbers:
-        write_numbers(axes, values, row.limit, float(column.sum.replace(MINUS, "-")))
-    else:
-        mark_signs(axes, _kept(column, row.look), row.limit)
-    if panel is not None and panel is not axes:
-        for artist in (*axes.collections, *axes.texts):
-            artist.set_clip_path(panel.patch)
-            artist.set_clip_on(True)
+def draw_tiles(rows: Sequence[Row], limit: float | None) -> DescribedFigure:
+    """Draw images of one size as tiles, left to right and down; `limit` is of their common scale, None without one."""
+    most = max(len(row.pixels) for row in rows)
+    panel = (_TILE, _TILE * rows[0].picture.shape[0] / rows[0].picture.shape[1])
+    block = (1 + most) * (_TILE + _BETWEEN) - _BETWEEN
+    across = max(1, min(len(rows), int((_WIDEST + _APART) / (block + _APART))))
+    lines, step = -(-len(rows) // across), _ABOVE + panel[1] + _BELOW
+    # Wide enough for the words beside and below the scale.
+    width = max(2 * MARGIN + across * (block + _APART) - _APART, 4.0)
+    canvas = new_canvas(width, 2 * MARGIN + lines * step + BAR)
 
+    def short(name: str, rest: str = "") -> str:
+        return fit(name, rest, width=_TILE, size=_FONT)
 
-def _part(canvas: Canvas, corner: tuple[float, float], panel: tuple[float, float], row: Row) -> Axes:
-    """Axes over the part of a panel where the maps are, below the panel's upper left corner, in patches."""
-    (height, width), (top, left, bottom, right) = row.picture.shape[:2], row.box
-    across, down = panel[0] / width, panel[1] / height
-    axes = canvas.axes(
-        corner[0] + left * across, corner[1] - bottom * down, (right - left) * across, (bottom - top) * down
-    )
-    axes.patch.set_visible(False)
-    axes.spines[:].set_visible(False)
-    rows, cols = row.shown[0].values.shape
-    axes.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
-    return axes
-
-
-def _draw_row(canvas: Canvas, top: float, panel: tuple[float, float], row: Row, across: int, line: float) -> None:
-    """Draw one image whose panels begin at `top`, `across` maps beside each other on lines that are `line` high."""
-    width, height = panel
-    draw_panel(canvas, MARGIN, top, panel, row.picture, f"predicted\n{fit(row.predicted, width=width)}")
-    first = MARGIN + width + GAP
-    for place, (pixels, column) in enumerate(zip(row.pixels, row.shown, strict=True)):
-        left, upper = first + place % across * (width + GAP), top - place // across * line
-        probability = f"  {column.probability}" if column.probability else ""
-        title = f"{fit(column.label, probability, width=width)}\n{fit(column.total, width=width)}"
-        axes = draw_panel(canvas, left, upper, panel, pixels, title)
-        mark(axes if row.whole else _part(canvas, (left, upper), panel, row), column, row, axes)
-        canvas.text(left + width / 2, upper - height - 0.06, column.check, SMALL, va="top")
-    beside, lines = min(across, len(row.pixels)), -(-len(row.pixels) // across)
-    middle = first + (beside * (width + GAP) - GAP) / 2
-    draw_bar(canvas, middle, top - height - row.check - (lines - 1) * line, row.limit, row.notes)
-
-
-def _kept(column: Column, look: Look) -> Floats:
-    """What is coloured of each number: (rows, cols); with "opacity" the end of its interval that is nearer to zero."""
-    if look.errors is not None and column.errors is None:
-        raise ValueError(
-            f"Standard errors of class {column.label!r} are not known: explain again with refine=256, or leave out "
-            f"errors={look.errors!r}."
-        )
-    values = column.values.numpy()
-    if look.errors != "opacity":
-        return values
-    assert column.errors is not None, "make_row has looked"
-    return np.sign(values) * np.maximum(0, np.abs(values) - _SURE * column.errors.numpy())
-
-
-def _notes(explanation: Explanation, look: Look, limit: float) -> list[str]:
-    power = exponent(limit)
-    found = [unit(explanation) + (", smoothed" if look.smooth else "")]
-    if look.numbers and power:
-        found.append(f"numbers \N{MULTIPLICATION SIGN} 10{superscript(power)}")
-    if look.contour is not None:
-        found.append(f"outlined: strongest {100 * look.contour:g} % of patches")
-    if look.errors == "hatch":
-        found.append("hatched: 95 % interval holds zero")
-    if look.errors == "opacity":
-        found.append("coloured: what the 95 % interval leaves sure")
-    return found
+    for tile, row in enumerate(rows):
+        line, column = divmod(tile, across)
+        left, top = MARGIN + column * (block + _APART), canvas.down - MARGIN - _ABOVE - line * step
+        draw_panel(canvas, left, top, panel, row.picture, f"predicted\n{short(row.predicted)}", _FONT)
+        for place, one in enumerate(row.shown):
+            title = f"{short(one.label, ' ' + one.probability)}\n{short(one.total)}"
+            draw_map(canvas, left + (place + 1) * (_TILE + _BETWEEN), top, panel, row, place, title, _FONT)
+        if limit is None:
+            scale = f"scale ±{number(row.limit)}"
+            canvas.text(left + _TILE / 2, top - panel[1] - 0.04, scale, _FONT - 0.5, va="top")
+    notes, ends = rows[0].notes, None
+    if limit is None:
+        notes, ends = [*notes, "the limit of each image's own scale stands below it"], (MINUS, "+")
+    draw_bar(canvas, width / 2, MARGIN + BAR, limit or 0.0, notes, ends)
+    return canvas.figure

@@ -6,16 +6,17 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shapadapter.explanation.explanation import Explanation
+if TYPE_CHECKING:
+    from shapadapter.explanation.explanation import Explanation
 
 MINUS = "\N{MINUS SIGN}"
 UNIT = "contribution to the logit"
 NO_UNIT = "relevance, does not sum to the logit"
 
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Left unclosed in a class name they would turn the words and numbers after it.
 _TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -49,16 +50,10 @@ class Column:
 def columns(
     explanation: Explanation, index: int, *, labels: Sequence[str | int] | None = None, max_classes: int
 ) -> list[Column]:
-    """What to show for one image.
+    """What to show for one image, a column per class.
 
-    Args:
-        explanation: Any explanation.
-        index: Which image.
-        labels: Class names or indices, in the order wanted; None takes the shown classes, largest logit first.
-        max_classes: How many at most; ignored if `labels` are given.
-
-    Returns:
-        One column per class.
+    `labels` are class names or indices in the order wanted; None takes the shown classes, at most `max_classes`, largest
+    logit first.
 
     Raises:
         ClassNotFoundError: If the model has no such class.
@@ -72,24 +67,37 @@ def columns(
         labels = shown[best].tolist()
     if not labels:
         raise ValueError("There is no class to draw: pass labels, or max_classes of at least 1.")
-    sums = explanation.sums_to_logits
-    return [_column(one, one.class_index(label), sums) for label in labels]
+    return [_column(one, one.class_index(label), explanation.sums_to_logits) for label in labels]
+
+
+def _column(one: Explanation, class_id: int, sums: bool) -> Column:
+    values = one.for_label(class_id)[0]  # (1, rows, cols) -> (rows, cols)
+    if not values.isfinite().all():
+        raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
+    written, lines = _sum_check(one, [class_id], [values], sums)
+    errors = None if one.standard_errors is None else one.column(one.standard_errors, class_id)[0]  # (rows, cols)
+    if errors is not None and not errors.isfinite().all():
+        errors = None
+    if errors is not None and one.relative_errors is not None:
+        error = float(one.relative_errors[0, one.classes[0].tolist().index(class_id)])
+        spent = "" if one.evaluations is None else f" after {int(one.evaluations[0])} evaluations"
+        lines.append(f"relative error {error:.2g}{spent}")
+    method = [] if one.method == "shapadapter" else [one_line(one.method)]
+    return Column(
+        index=class_id,
+        label=one_line(one.labels[class_id]),
+        probability=likelihood(float(one.probabilities[0, class_id]), float(one.logits[0, class_id])),
+        total=", ".join(method + ([f"Σφ={written}"] if sums else [])),
+        sum=written,
+        check="\n".join(lines),
+        values=values,
+        errors=errors,
+    )
 
 
 def difference(explanation: Explanation, index: int, first: Column, second: Column, names: Sequence[str]) -> Column:
-    """One class minus another, of one image, as a column of its own.
-
-    Args:
-        explanation: Any explanation.
-        index: Which image.
-        first: The class to speak for.
-        second: The class to speak against.
-        names: What to call the two.
-
-    Returns:
-        The column; its probability is empty and its index that of the first class.
-    """
-    one, values, sums = explanation[index], first.values - second.values, explanation.sums_to_logits  # (rows, cols)
+    """One class minus another, of one image, as a column of its own with the index of the first and no probability."""
+    one, sums = explanation[index], explanation.sums_to_logits
     pair = [one.for_label(column.index)[0] for column in (first, second)]  # (rows, cols) each
     written, lines = _sum_check(one, [first.index, second.index], pair, sums)
     return Column(
@@ -99,32 +107,13 @@ def difference(explanation: Explanation, index: int, first: Column, second: Colu
         total=f"Σφ={written}" if sums else "",
         sum=written,
         check="\n".join(lines),
-        values=values,
+        values=first.values - second.values,
     )
 
 
 def unit(explanation: Explanation) -> str:
     """What the numbers of a map are."""
     return UNIT if explanation.sums_to_logits else NO_UNIT
-
-
-def _column(one: Explanation, class_id: int, sums: bool) -> Column:
-    values = one.for_label(class_id)[0]  # (1, rows, cols) -> (rows, cols)
-    if not values.isfinite().all():
-        raise ValueError(f"The attributions of class {one.labels[class_id]!r} hold NaN or infinite numbers.")
-    errors = _errors(one, class_id)
-    written, lines = _sum_check(one, [class_id], [values], sums)
-    method = [] if one.method == "shapadapter" else [one_line(one.method)]
-    return Column(
-        index=class_id,
-        label=one_line(one.labels[class_id]),
-        probability=likelihood(float(one.probabilities[0, class_id]), float(one.logits[0, class_id])),
-        total=", ".join(method + ([f"Σφ={written}"] if sums else [])),
-        sum=written,
-        check="\n".join(lines + ([] if errors is None else [_accuracy(one, class_id)])),
-        values=values,
-        errors=errors,
-    )
 
 
 def _sum_check(one: Explanation, classes: list[int], maps: list[Tensor], sums: bool) -> tuple[str, list[str]]:
@@ -140,33 +129,31 @@ def _sum_check(one: Explanation, classes: list[int], maps: list[Tensor], sums: b
     return total, [f"{names[0]} {null} + Σφ {total} = {end}", f"({names[1]} {logit}, gap {shown})"]
 
 
+# -- numbers and names ------------------------------------------------------------------------------------------------
+
+
 def adding_up(
     starts: Sequence[float], totals: Sequence[float], ends: Sequence[float], decimals: int = 2
 ) -> tuple[str, str, str, str]:
     """Write a start, what is added and the end so that the printed numbers add up, to the digit.
 
     Start and end are rounded, and what is added is the difference of the printed ones: at most one unit of the last
-    decimal from its own value.
-
-    Args:
-        starts: The start; with a second one, everything is the first minus the second, again as printed.
-        totals: What is added.
-        ends: What should come out.
-        decimals: Where they say something; else there are two digits and an exponent.
+    decimal from its own value. With second numbers everything is the first minus the second, again as printed.
 
     Returns:
-        The start, what is added with its sign, what comes out, and the end.
+        The start, what is added with its sign, what comes out, and the end; of `decimals` where these say something,
+        else of two digits and an exponent.
     """
     largest = max(map(abs, (*starts, *totals, *ends)))
     power = 0 if largest == 0 or 10**-decimals <= largest < 1e5 else math.floor(math.log10(largest))
-    unit = 10.0 ** (power - (1 if power else decimals))
+    places = 1 if power else decimals
+    unit = 10.0 ** (power - places)
 
     def units(values: Sequence[float]) -> int:
         """The first value, minus the second, in printed units."""
         return round(values[0] / unit) - sum(round(value / unit) for value in values[1:])
 
     def text(count: int, sign: str = "") -> str:
-        places = 1 if power else decimals
         short = format(count / 10**places, f"{sign}.{places}f")
         return (short + (f"e{power:+03d}" if power else "")).replace("-", MINUS)
 
@@ -177,23 +164,11 @@ def adding_up(
     return text(start), text(reached - start, "+"), text(reached), text(end)
 
 
-def _accuracy(one: Explanation, class_id: int) -> str:
-    assert one.relative_errors is not None
-    error = float(one.relative_errors[0, _place(one, class_id)])
-    spent = "" if one.evaluations is None else f" after {int(one.evaluations[0])} evaluations"
-    return f"relative error {error:.2g}{spent}"
-
-
-def _errors(one: Explanation, class_id: int) -> Tensor | None:
-    if one.standard_errors is None:
-        return None
-    errors = one.standard_errors[0, :, :, _place(one, class_id)]  # (1, rows, cols, C) -> (rows, cols)
-    return errors if bool(errors.isfinite().all()) else None
-
-
-def _place(one: Explanation, class_id: int) -> int:
-    """In which column a class is."""
-    return one.classes[0].tolist().index(class_id)
+def number(value: float, *, sign: bool = False) -> str:
+    """A finite number for people: two decimals where they say something, else two digits and an exponent."""
+    short = value == 0 or 0.01 <= abs(value) < 1e5
+    text = format(value, ("+" if sign else "") + (".2f" if short else ".1e"))
+    return text.replace("-", MINUS)
 
 
 def likelihood(probability: float, score: float) -> str:
@@ -207,27 +182,7 @@ def one_line(label: str) -> str:
     return " ".join(plain.split())
 
 
-def superscript(power: int) -> str:
-    """A whole number as an exponent."""
-    return str(power).translate(_RAISED)
-
-
-def number(value: float, *, sign: bool = False) -> str:
-    """Write a number for people.
-
-    Args:
-        value: Any finite number.
-        sign: Write a plus before positive ones.
-
-    Returns:
-        Two decimals where they say something, else two digits and an exponent; with a true minus sign.
-    """
-    short = value == 0 or 0.01 <= abs(value) < 1e5
-    text = format(value, ("+" if sign else "") + (".2f" if short else ".1e"))
-    return text.replace("-", MINUS)
-
-
-_DOWN, _ALONG = ("top", "middle", "bottom"), ("left", "centre", "right")
+# -- for those who do not see the picture -----------------------------------------------------------------------------
 
 
 def alt_text(
@@ -255,41 +210,41 @@ def alt_text(
         IndexError: If there is no such image.
     """
     one = explanation[index]
-    best = one.top(1)[0][0]
     rows, cols = one.attributions.shape[1:3]
-    shown = columns(explanation, index, labels=labels, max_classes=max_classes)
-    sums = explanation.sums_to_logits
     method = "" if one.method == "shapadapter" else f" by {one_line(one.method)}"
-    start = f"Image predicted as {one_line(best.label)}, with maps{method} of {rows} by {cols} patches."
-    return " ".join([start, *(_of_class(column, sums) for column in shown)])
+    parts = [f"Image predicted as {_predicted(one)}, with maps{method} of {rows} by {cols} patches."]
+    for column in columns(explanation, index, labels=labels, max_classes=max_classes):
+        total = f", attributions sum to {column.sum}" if explanation.sums_to_logits else ""
+        ends = [
+            f"strongest {way} it {_place_in_words(column, at)} ({number(float(column.values.flatten()[at]), sign=True)})"
+            for way, at, there in (
+                ("for", int(column.values.argmax()), bool((column.values > 0).any())),
+                ("against", int(column.values.argmin()), bool((column.values < 0).any())),
+            )
+            if there
+        ]
+        parts.append(f"{column.label}, {column.probability}{total}: {', '.join(ends) or 'all patches are zero'}.")
+    return " ".join(parts)
 
 
-def alt_text_of_gallery(explanation: Explanation, indices: Sequence[int], max_classes: int) -> str:
+def gallery_alt_text(explanation: Explanation, indices: Sequence[int], max_classes: int) -> str:
     """The same of several images, shorter."""
-    parts = []
+    parts = [f"Attribution maps of {len(indices)} {'image' if len(indices) == 1 else 'images'}."]
     for place, index in enumerate(indices):
         shown = columns(explanation, index, max_classes=max_classes)
         classes = ", ".join(f"{column.label} {column.probability}" for column in shown)
-        parts.append(f"{place + 1}: predicted {one_line(explanation[index].top(1)[0][0].label)}; maps of {classes}.")
-    return " ".join([f"Attribution maps of {len(parts)} {'image' if len(parts) == 1 else 'images'}.", *parts])
+        parts.append(f"{place + 1}: predicted {_predicted(explanation[index])}; maps of {classes}.")
+    return " ".join(parts)
 
 
-def _of_class(column: Column, sums: bool) -> str:
-    total = f", attributions sum to {column.sum}" if sums else ""
-    ends = [
-        f"strongest {way} it {_place_of_alt(column, at)} ({number(float(column.values.flatten()[at]), sign=True)})"
-        for way, at, there in (
-            ("for", int(column.values.argmax()), bool((column.values > 0).any())),
-            ("against", int(column.values.argmin()), bool((column.values < 0).any())),
-        )
-        if there
-    ]
-    return f"{column.label}, {column.probability}{total}: {', '.join(ends) if ends else 'all patches are zero'}."
+def _predicted(one: Explanation) -> str:
+    return one_line(one.top(1)[0][0].label)
 
 
-def _place_of_alt(column: Column, at: int) -> str:
+def _place_in_words(column: Column, at: int) -> str:
     """Where a patch is, in the words of nine fields and as row and column from 1."""
     rows, cols = column.values.shape
     row, col = divmod(at, cols)
-    words = f"{_DOWN[3 * row // rows]} {_ALONG[3 * col // cols]}"
-    return f"at the {'centre' if words == 'middle centre' else words}, row {row + 1}, column {col + 1}"
+    down, along = ("top", "middle", "bottom")[3 * row // rows], ("left", "center", "right")[3 * col // cols]
+    words = "center" if (down, along) == ("middle", "center") else f"{down} {along}"
+    return f"at the {words}, row {row + 1}, column {col + 1}"

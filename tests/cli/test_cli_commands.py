@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2Model
 
 from shapadapter import UnsupportedModelError, load
 from shapadapter.backbone import selftest
-from shapadapter.cli import space_command as space
+from shapadapter.cli import share as space
 
 
 def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
@@ -43,7 +43,7 @@ def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
 
 def test_the_inspected_model_is_tested_again(monkeypatch):
     """What is said is what a self-test finds now: a model whose masking leaks is no longer called sound."""
-    monkeypatch.setattr(selftest, "_check_base", refuse)
+    monkeypatch.setattr(selftest._SelfTest, "check_base", refuse)
     assert "the token changes the logits" in error_of("inspect", "out")
 
 
@@ -63,7 +63,7 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     assert all(image["true"] == image["name"].split("/")[0] for image in shown)
     assert all(any(one["true"] for one in image["classes"]) for image in shown)
     assert "Relative L2 error to the true Shapley values" in page
-    assert "Insertion, most relevant first" in page
+    assert "Insertion: most relevant first" in page
     assert "Compared:" in page
     assert json.loads((tmp_path / "evaluation.json").read_text())["about"]["folder"] == "photos"
     assert run("card", "out", "--evaluation", tmp_path / "evaluation.json", "--images", "photos/ant").exit_code == 0

@@ -11,7 +11,8 @@ from commands import COMMANDS, error_of, run
 from typer.main import get_command
 
 from shapadapter.cli import app
-from shapadapter.cli.messages import as_typed, one_line
+from shapadapter.cli.messages import as_typed
+from shapadapter.core.phrases import one_line
 
 HOSTILE = "x'$(touch pwned)"
 
@@ -37,9 +38,9 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("topk: 3", "the option 'topk', which this command does not know. Did you mean 'top-k'?"),
+        ("topk: 3", "unknown option 'topk'. Did you mean 'top-k'?"),
         ("xyz: 3", "See --help."),
-        ("config: other.yaml", "the option 'config'"),
+        ("config: other.yaml", "unknown option 'config'"),
         ("top_k: three", "Invalid value for '--top-k'"),
         ("top_k: 0", "--top-k"),
         ("json: perhaps", "Expected true or false for 'json'"),
@@ -48,7 +49,7 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
         ("a: [", "cannot be read"),
         ("top_k: !!python/object/apply:os.system ['touch ran']", "more than plain yaml"),
         ("top_k: !!python/name:os.system", "which could run code"),
-        ("formats: png", "the option 'formats'"),
+        ("formats: png", "unknown option 'formats'"),
         ("format: gif", "Expected some of png, html, json, npz, got 'gif'"),
     ],
 )
@@ -60,7 +61,7 @@ def test_config_files_that_are_wrong_usage(tmp_path, text, said):
 
 
 def test_the_texts_of_errors_are_one_line_without_what_a_terminal_acts_upon():
-    assert one_line("a\n  b\x1b[31m\x07c\u202ed") == r"a b\x1b[31m\x07c\u202ed"
+    assert one_line("a\n  b\x1b[31m\x07c\u202ed") == "a b [31m cd"
     assert "holds no adapter" in error_of("explain", "base", "photos")
     assert "There is no folder ./nowhere." in error_of("explain", "./nowhere", "photos")
     assert "no device 'gpu'" in error_of("explain", "out", "photos", "--device", "gpu")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
@@ -226,13 +225,6 @@ def test_an_interruption_leaves_no_half_of_a_document(tmp_path, monkeypatch):
     found = run("explain", "out", "photos", "--output", tmp_path, "--format", "png,html,json", code=130)
     assert "Interrupted. The pictures written so far are whole." in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["ant-0.attribution.png"]
-
-
-def test_without_matplotlib_there_is_a_picture_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run("explain", "out", "photos/ant/0.png", "--output", tmp_path, "--format", "png")
-    with Image.open(tmp_path / "0.attribution.png") as picture:
-        assert picture.width > 3 * picture.height / 2
 
 
 def test_names_are_given_once_and_hold_nothing_that_leads_elsewhere(tmp_path):

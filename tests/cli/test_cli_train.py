@@ -18,8 +18,8 @@ from commands import error_of, run
 from huggingface_hub import constants
 from small import NAMES, pictures
 
-from shapadapter.cli import train_command as launching
-from shapadapter.cli import train_command as train
+from shapadapter.cli import train
+from shapadapter.cli import train as launching
 from shapadapter.core.errors import ShapleyError
 from shapadapter.training import script as finetune
 
@@ -61,7 +61,7 @@ def test_training_arguments_come_from_file_and_command_line(launched, tmp_path):
         (["--num-train-epochs", "three"], "invalid float value: 'three'"),
         (["--output_dir", "x"], "--output_dir is --output here."),
         (["--prediction", "votes"], "votes"),
-        (["-x"], "the option 'x'"),
+        (["-x"], "unknown option 'x'"),
         (["stray"], "'stray' belongs to no option"),
     ],
 )
@@ -95,8 +95,8 @@ def test_what_a_training_cannot_start_from_is_said_before_it_starts(launched, fo
 
 def test_a_name_beside_folders_here_is_perhaps_a_path(launched):
     told = run("train", "--model", "photos/bose", "--data", "ada/beans", "--output", "trained").stderr
-    assert "photos/bose is no folder here: it is looked for on the Hub. There is a folder photos here: check" in told
-    assert "ada/beans is no folder here: it is looked for on the Hub.\n" in told
+    assert "photos/bose is not a folder here: looking for it on the Hub. There is a folder photos here: check" in told
+    assert "ada/beans is not a folder here: looking for it on the Hub.\n" in told
     assert len(launched) == 1
 
 

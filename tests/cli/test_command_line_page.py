@@ -15,8 +15,7 @@ from commands import COMMANDS, run
 from small import NAMES, pictures
 from typer.main import get_command
 
-from shapadapter.cli import app
-from shapadapter.cli import train_command as train
+from shapadapter.cli import app, train
 
 PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text("utf-8")
 DEAR = ("demo", "export", "push")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from shapadapter import Evaluation, ShapleyConfig, ShapleyError, load
 from shapadapter.cli import app
-from shapadapter.cli.evaluate_command import evaluate_checkpoint
+from shapadapter.cli.evaluate import evaluate_checkpoint
 from shapadapter.evaluation import evaluator
 from shapadapter.evaluation.dataset import labelled_images
 from shapadapter.evaluation.plan import SALIENCY

@@ -8,7 +8,7 @@ import torch
 from small import NAMES, SMALL, processor, rows_of, wrapped
 
 from shapadapter import Evaluator, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments, evaluate
-from shapadapter.data.labels import as_model_counts
+from shapadapter.data.classes import as_model_counts
 
 datasets = pytest.importorskip("datasets")
 ORDER = ["dog", "ant", "cat", "bee"]

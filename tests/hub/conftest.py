@@ -1,16 +1,17 @@
 """A Hub of this computer, processes that talk to it, and an adapter that one of them has just fine-tuned."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
+import huggingface_hub
 import pytest
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import TOKEN, LocalHub
+from server import TOKEN, LocalHub, point_at
 from tiny import BASE, HERE, save_base
 
 
@@ -24,21 +25,21 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fresh(hub, tmp_path_factory):
-    """A function that runs a script, or code, in a process of its own with an empty cache, and fails if it does.
+    """A function that runs a script in a process of its own with an empty cache, and fails if it does.
 
-    It returns what was printed, on both channels.
+    It returns what was printed, on both channels; the libraries say all they have to say.
     """
 
     def run(script, *arguments, cwd, token=TOKEN, home=None):
         home = home or tmp_path_factory.mktemp("home")
-        code = [str(script)] if isinstance(script, Path) else ["-c", script]
-        loud = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "info", "HF_HUB_VERBOSITY": "info"}
-        environment = {**os.environ, **loud, **hub.environment(home, token)}
-        done = subprocess.run(
-            [sys.executable, *code, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        return f"{done.stdout}\n{done.stderr}"
+
+        def action():
+            for about in (huggingface_hub.utils.logging, transformers.utils.logging):
+                about.set_verbosity_info()
+            point_at(hub.url, home, monkeypatch=pytest.MonkeyPatch())
+            forks.script(script, *arguments)()
+
+        return forks.run_whole(action, cwd, **hub.environment(home, token))
 
     return run
 
@@ -60,23 +61,14 @@ def author(hub, fresh, tmp_path_factory):
 @pytest.fixture
 def online(hub, monkeypatch, tmp_path):
     """The server for this very process, with an empty cache and the owner's token."""
-    import huggingface_hub
-    from huggingface_hub import constants
-    from transformers.utils import hub as transformers_hub
-
     home = tmp_path / "home"
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    point_at(hub.url, home, monkeypatch)
     for name, value in hub.environment(home).items():
         monkeypatch.setenv(name, value)
     yield hub
     hub.broken = None
+
+
+@pytest.fixture(autouse=True)
+def _quickly(quick_evaluation):
+    """The models of these tests have 16 players."""

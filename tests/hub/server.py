@@ -3,7 +3,7 @@
     with LocalHub() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
 
-The client reads its endpoint when it is imported, so what shall talk to this server runs in a process of its own.
+The client reads its endpoint when it is imported; where it is imported already, `point_at` tells it.
 """
 
 import base64
@@ -14,8 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
 import yaml
+from huggingface_hub import constants
 from repositories import DATE, LARGE, Blob, Refusal, Repo, validated
+from transformers.utils import hub as transformers_hub
 
 OWNER, TOKEN = "ada", "hf_thisTokenIsSecretAndMustNotAppearAnywhere"
 STRANGER, STRANGERS_TOKEN = "bob", "hf_anotherOne"
@@ -87,6 +90,22 @@ class LocalHub:
         """The commits' messages, the newest first."""
         repo = self.repos[kind, name]
         return [repo.commits[sha][1] for sha in repo.history(revision)]
+
+
+def point_at(url, home, monkeypatch):
+    """Let the libraries talk to a server, with their caches in a folder; the environment is read when they are imported."""
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(Path(home) / "hub"),
+        "HF_TOKEN_PATH": str(Path(home) / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "_thread_pool", None)  # its thread is not in a fork
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from shapadapter import ShapleyConfig
 from shapadapter.hub import push, update_card
-from shapadapter.training.checkpoints import trouble_with
+from shapadapter.training.checkpoints import damage_in
 
 
 def text_of(name, revision="main") -> str:
@@ -137,7 +137,7 @@ def test_the_trainer_pushes_the_adapter_that_it_trains(online, tmp_path):
     assert json.loads(pushed["evaluation.json"])["about"] == {"checkpoint": "out", "folder": "images"}
     assert json.loads((out / "second" / "evaluation.json").read_text())["about"] == about
     update_card(out / "checkpoint-2" / "second", images=[trainer.eval_dataset[0]["image"]])
-    assert trouble_with(out / "checkpoint-2") is None
+    assert damage_in(out / "checkpoint-2") is None
     assert "](explanations/" in (out / "checkpoint-2" / "second" / "README.md").read_text()
     assert "LoRA of rank 4" in (out / "README.md").read_text()  # the other adapter's card
 

@@ -1,68 +1,69 @@
 """Credentials in HF_ENDPOINT, in names and in other people's errors are echoed nowhere."""
 
-import os
-import subprocess
-import sys
+import logging
 import time
+import traceback
 import warnings
+from functools import partial
 
+import forks
 import pytest
-from tiny import save_base
-
-from shapadapter import CheckpointError, ShapleyError
-from shapadapter.core.errors import redacted
-from shapadapter.hub.card.facts import code
-from shapadapter.hub.remote import hub_trouble, warn_of_local_base
-
-SCRIPT = """
-import logging, traceback
-logging.basicConfig(level=logging.DEBUG)
+from huggingface_hub import constants
 from peft import get_peft_model
+from server import point_at
+from tiny import save_base
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
-from shapadapter import ShapleyConfig, load
+
+from shapadapter import CheckpointError, ShapleyConfig, ShapleyError, load
 from shapadapter.cli.app import app
+from shapadapter.core.errors import redacted
 from shapadapter.hub import push
+from shapadapter.hub.card.facts import code
+from shapadapter.hub.remote import hub_trouble, warn_of_local_base
 from shapadapter.hub.space import push_space, write_space
 
-model = get_peft_model(AutoModelForImageClassification.from_pretrained("base"), ShapleyConfig(r=2))
-model.peft_config["default"].base_model_name_or_path = "ada/gone"
-model.save_pretrained("adapter")
-write_space("adapter", "space")
-name = "https://me:secret@hub.example/ada/mine"
-for road in (
-    lambda: load("ada/mine"),
-    lambda: load("ada/mine?token=secret"),
-    lambda: load(name),
-    lambda: load("adapter"),
-    lambda: load("adapter", base=name),
-    lambda: push("adapter", "ada/mine"),
-    lambda: push("adapter", name),
-    lambda: push_space("space", "ada/mine"),
-    lambda: push_space("space", name),
-):
-    try:
-        road()
-    except Exception:
-        traceback.print_exc()
-for words in (["push", "adapter", name], ["push", "adapter", "ada/mine"], ["inspect", name], ["explain", name, "x.png"]):
-    print(CliRunner().invoke(app, words).output)
-"""
+NAME = "https://me:secret@hub.example/ada/mine"
+
+
+def take_every_road(endpoint, home):
+    """All that asks the Hub, or names it, with everything that is logged."""
+    point_at(endpoint, home, pytest.MonkeyPatch())
+    constants.HF_HUB_OFFLINE = True
+    logging.basicConfig(level=logging.DEBUG, force=True)
+    model = get_peft_model(AutoModelForImageClassification.from_pretrained("base"), ShapleyConfig(r=2))
+    model.peft_config["default"].base_model_name_or_path = "ada/gone"
+    model.save_pretrained("adapter")
+    write_space("adapter", "space")
+    for road in (
+        lambda: load("ada/mine"),
+        lambda: load("ada/mine?token=secret"),
+        lambda: load(NAME),
+        lambda: load("adapter"),
+        lambda: load("adapter", base=NAME),
+        lambda: push("adapter", "ada/mine"),
+        lambda: push("adapter", NAME),
+        lambda: push_space("space", "ada/mine"),
+        lambda: push_space("space", NAME),
+    ):
+        try:
+            road()
+        except Exception:
+            traceback.print_exc()
+    for words in (
+        ("push", "adapter", NAME),
+        ("push", "adapter", "ada/mine"),
+        ("inspect", NAME),
+        ("explain", NAME, "x.png"),
+    ):
+        print(CliRunner().invoke(app, words).output)  # noqa: T201
 
 
 def test_nothing_that_is_printed_holds_them(tmp_path):
     save_base(tmp_path / "base")
-    endpoint = {"HF_ENDPOINT": "http://me:secret@127.0.0.1:9", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
-    quick = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=tmp_path,
-        env={**os.environ, **endpoint, **quick},
-        capture_output=True,
-        text=True,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    endpoint = "http://me:secret@127.0.0.1:9"
+    quick = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "", "NO_PROXY": "*"}
+    said = forks.run_whole(partial(take_every_road, endpoint, tmp_path / "home"), tmp_path, **quick)
     assert said.count("ShapleyError") >= 9
     assert "http://127.0.0.1:9" in said
     assert [

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 import shapadapter
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError
-from shapadapter.cli.evaluate_command import evaluate_checkpoint
+from shapadapter.cli.evaluate import evaluate_checkpoint
 from shapadapter.evaluation import evaluator
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

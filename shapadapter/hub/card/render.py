@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from shapadapter.core.errors import CheckpointError
 from shapadapter.core.files import write_together
-from shapadapter.explanation.storage import break_links
+from shapadapter.core.links import break_links
 from shapadapter.hub.card import metadata
 from shapadapter.hub.card import metadata as sections
 from shapadapter.hub.card.content import sections as content

@@ -10,14 +10,13 @@ from shapadapter.adapter.config import check_files
 from shapadapter.core.documents import read_json, read_tensors
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.files import write_together
+from shapadapter.core.links import refuse_links
 from shapadapter.evaluation import Evaluation
 from shapadapter.explanation.api import explain
-from shapadapter.explanation.storage import refuse_links
 from shapadapter.hub.card.facts import CONFIG, settled, weights_digest
 from shapadapter.hub.card.render import CARD, read_pictures, write_card
 from shapadapter.hub.card.results import compact
 from shapadapter.hub.load import load
-from shapadapter.training.checkpoints import resealed
 from shapadapter.visual import sample_pictures
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +80,7 @@ def update_card(
         drawn = _drawn(folder, images, processor, texts, trust_remote_code) if len(images) else ({}, [])
         pictures, record["pictures"] = drawn
     config["record"] = record
-    write_together(resealed(folder, CONFIG, json.dumps(config, indent=2, sort_keys=True).encode()))
+    write_together({folder / CONFIG: json.dumps(config, indent=2, sort_keys=True).encode()})
     write_card(folder, config, pictures=pictures, name=name)
     return folder / CARD
 

@@ -19,7 +19,7 @@ from shapadapter.adapter.registration import NAME
 from shapadapter.core import installation as installing
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError
-from shapadapter.explanation.storage import refuse_links
+from shapadapter.core.links import refuse_links
 from shapadapter.hub.card.facts import text, words
 from shapadapter.hub.card.render import card_metadata
 from shapadapter.hub.load import find_base

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from shapadapter.core.errors import ShapleyError, redacted
 from shapadapter.core.files import whole_folder
 from shapadapter.core.installation import copy_package
-from shapadapter.explanation.storage import refuse_link
+from shapadapter.core.links import refuse_link
 from shapadapter.hub.card.facts import one_line
 from shapadapter.hub.remote import HUB_ERRORS, hub_trouble
 from shapadapter.hub.space.limits import open_upload

@@ -61,7 +61,7 @@ function choose(place) {
   showMap(true);
 }
 
-/** Cells to point at and to walk through; the colours are on a canvas below them. */
+/** Cells to point at and to walk through; the colors are on a canvas below them. */
 function buildCells(rows, cols) {
   const map = byId("map");
   map.replaceChildren();
@@ -108,7 +108,7 @@ function slide() {
   const count = Math.max(1, Math.round(players * state.strongest / 100));
   const strong = new Set(size.slice(0, count)), present = new Set(order.slice(0, state.added));
   const both = new Set([...strong].filter(player => present.has(player)));
-  paint(byId("colours"), view, both);
+  paint(byId("colors"), view, both);
   cells.forEach((cell, player) => cell.classList.toggle("off", !both.has(player)));
   cover(byId("veil"), view, present);
   const contour = byId("contour"), path = count < players ? outline(strong, view.rows, view.cols) : "";

@@ -37,7 +37,7 @@ function outline(inside, rows, cols) {
   return path;
 }
 
-/** A dash on each player that clearly speaks against, as in figures: where there is no colour, red and blue are alike. */
+/** A dash on each player that clearly speaks against, as in figures: where there is no color, red and blue are alike. */
 function dashes({ rows, cols, values, limit }) {
   const drawn = values.map((value, player) => value < -data.worth * limit
     ? `M${(player % cols + 0.32).toFixed(2)} ${Math.floor(player / cols) + 0.5}h.36` : "").join("");

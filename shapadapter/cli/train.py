@@ -96,15 +96,13 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
     return hasattr(os, "killpg") or process.poll() is None
 
 
-EXAMPLE = "shapadapter train --model facebook/dinov2-small --data photos --output out"
-SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 MODULE = "shapadapter.training.script"
 
 OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder": "--data", "dataset_name": "--data"}
 """Arguments of the script that have another name here."""
 
 
-def command(
+def train(
     context: typer.Context,
     model: Annotated[
         str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
@@ -132,7 +130,7 @@ def command(
             help="Options and training arguments from a yaml file; those of the command line win.",
             callback=read_config,
             is_eager=True,
-            rich_help_panel=GENERAL,
+            **GENERAL,
         ),
     ] = None,
 ) -> None:
@@ -188,7 +186,7 @@ def _check_sources(model: str, data: str) -> None:
     for name in (model, data):
         doubt = beside(name)
         if not Path(name).is_dir() and (name == data or doubt):
-            warn(f"{name} is no folder here: it is looked for on the Hub.{doubt}")
+            warn(f"{name} is not a folder here: looking for it on the Hub.{doubt}")
 
 
 def _check_output(arguments: list[str], script: Any) -> None:
@@ -231,7 +229,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
         if name in OWN:
             raise typer.BadParameter(f"{word} is {OWN[name]} here.")
         if name not in known or not word.startswith("--"):
-            raise typer.BadParameter(unknown(name.replace("_", "-"), known | {"launch", "json"}, "There is"))
+            raise typer.BadParameter(unknown(name.replace("_", "-"), known | {"launch", "json"}))
 
     def refuse(message: str) -> None:
         """Say as typer does what argparse has to object."""

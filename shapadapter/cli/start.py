@@ -1,24 +1,50 @@
-"""`shapadapter inspect`."""
+"""`shapadapter demo` and `inspect`: what a newcomer types first."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import one_line, quiet, reporting
+from shapadapter.cli.messages import quiet, reporting
 from shapadapter.cli.options import Base, Config, Device, Json, Revision, Subfolder, TrustRemoteCode
+from shapadapter.core.phrases import one_line
 
 if TYPE_CHECKING:
     from shapadapter.hub.inspection import Inspection
 
-
-EXAMPLE = "shapadapter inspect facebook/dinov2-small"
-SHOWN = 4
+_SHOWN = 4
 """Modules that are named; json has all."""
 
 
-def command(
+def demo(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, pictures and the report.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of data, training and estimates.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smoke run under a minute; its numbers mean little.")
+    ] = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
+    hint = "What is in the output folder is whole; run the command again to start over."
+    with reporting(context, json, hint) as say:
+        for name in ("datasets", "matplotlib", "mlxtend"):
+            if find_spec(name) is None:
+                raise ImportError(f'The demo needs {name}: pip install "shapadapter[demo]"')
+        from shapadapter.demo import run
+
+        rows = run(output, seed, quick)
+        if json:
+            say({"output": str(output), "rows": {name.strip(): value for name, value in rows}}, "")
+
+
+def inspect(
     context: typer.Context,
     checkpoint: Annotated[
         str, typer.Argument(help="Adapter, or base model: a folder, or a name on the Hub.", show_default=False)
@@ -36,11 +62,11 @@ def command(
     The exit code is 1 for a model that is not supported.
     """
     with reporting(context, json) as say:
-        from shapadapter.hub.inspection import inspect
+        from shapadapter.hub import inspection
 
         quiet()
         place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
-        found = inspect(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
+        found = inspection.inspect(checkpoint, device=device, trust_remote_code=trust_remote_code, **place)
         say(found.to_dict(), as_text(found))
     if not found.supported:
         raise typer.Exit(1)
@@ -77,10 +103,10 @@ def _by(numbers: tuple[int, ...] | None) -> str:
 def _trained(found: Inspection) -> str | None:
     if found.tune is None:
         return None
-    hidden = len(found.lora_targets) - SHOWN
+    hidden = len(found.lora_targets) - _SHOWN
     more = f" and {hidden} more" if hidden > 0 else ""
     words = {
-        "lora": f"token, head, LoRA on {', '.join(found.lora_targets[:SHOWN])}{more}",
+        "lora": f"token, head, LoRA on {', '.join(found.lora_targets[:_SHOWN])}{more}",
         "frozen": "token and head",
         "full": "token, head and the whole backbone",
     }

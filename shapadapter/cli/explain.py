@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import one_line, quiet, reporting, warn
+from shapadapter.cli.messages import quiet, reporting, warn
 from shapadapter.cli.options import (
     OUTPUT,
     Base,
@@ -21,38 +21,35 @@ from shapadapter.cli.options import (
     Json,
     Revision,
     Subfolder,
+    Texts,
     TrustRemoteCode,
 )
 from shapadapter.cli.outputs import find_images, printable
+from shapadapter.core.phrases import one_line
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
 
 
-EXAMPLE = "shapadapter explain out photos --output explanations"
 FORMATS = ("png", "html", "json", "npz")
 
 
-def command(
+def explain(
     context: typer.Context,
     checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for the files; by default 'explanations', with --json none.", rich_help_panel=OUTPUT
-        ),
+        typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT),
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", rich_help_panel=OUTPUT)
+        str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", **OUTPUT)
     ] = "png,html",
     top_k: Annotated[int, typer.Option(help="How many of the likeliest classes are explained.", min=1)] = 3,
     targets: Annotated[
         list[str] | None, typer.Option(help="A class to explain instead, by name or number; may be repeated.")
     ] = None,
-    texts: Annotated[
-        list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
-    ] = None,
+    texts: Texts = None,
     refine: Annotated[
         int, typer.Option(help="Further evaluations for each image, for better maps with error bars.", min=0)
     ] = 0,
@@ -74,18 +71,24 @@ def command(
     wanted = _formats(formats)
     output = output or (None if json else Path("explanations"))
     with reporting(context, json, "The pictures written so far are whole.") as say, ExitStack() as stack:
-        from shapadapter.cli.outputs import Written
+        from shapadapter.cli.outputs import writing
         from shapadapter.hub.load import load
         from shapadapter.hub.locate import called
 
         paths = find_images(images)
         quiet()
-        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision}
-        place |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        model, processor = load(checkpoint, **place)
+        model, processor = load(
+            checkpoint,
+            subfolder=subfolder,
+            base=base,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
         name = called(checkpoint, subfolder)
-        written = stack.enter_context(Written(output, wanted, name, say.stream if json else None))
+        written = stack.enter_context(writing(output, wanted, name, say.stream if json else None))
         for path, image, found in _explained(model, processor, list(paths), batch_size, seed, asked):
             if isinstance(found, Exception):
                 trouble: str | None = written.refuse(path, found)
@@ -124,8 +127,8 @@ def _explained(
     """Each path with its image and explanation, or with what is wrong with it; never more than a batch in memory."""
     from tqdm.auto import tqdm
 
+    from shapadapter import explain as explained
     from shapadapter.core.errors import ImageError
-    from shapadapter.explanation.api import explain
 
     # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
     size = 1 if asked["refine"] else batch_size
@@ -135,12 +138,12 @@ def _explained(
             yield from ((path, None, error) for path, error in failed)
             try:
                 listed = list(opened.values())
-                together: Any = explain(model, listed, processor, seed=seed, **asked) if listed else []
+                together: Any = explained(model, listed, processor, seed=seed, **asked) if listed else []
                 yield from ((path, image, together[index]) for index, (path, image) in enumerate(opened.items()))
             except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
                 for path, image in opened.items():
                     try:
-                        yield path, image, explain(model, [image], processor, seed=seed, **asked)
+                        yield path, image, explained(model, [image], processor, seed=seed, **asked)
                     except ImageError as error:
                         yield path, image, error
             bar.update(min(size, len(paths) - start))

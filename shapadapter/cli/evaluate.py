@@ -1,4 +1,4 @@
-"""`shapadapter report`."""
+"""`shapadapter evaluate` and `shapadapter report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.evaluate_command import evaluate_checkpoint
 from shapadapter.cli.messages import quiet, reporting
 from shapadapter.cli.options import (
     OUTPUT,
@@ -32,15 +31,77 @@ from shapadapter.core.locks import alone_in
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
     from shapadapter.explanation.explanation import Explanation
-    from shapadapter.visual.page import Measures
 
-
-EXAMPLE = "shapadapter report out --data photos --output report"
-CLASSES = 5
+_CLASSES = 5
 """Of each image, the likeliest ones, on the page."""
 
 
-def command(
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    masks: Masks = None,
+    images: Measured = 32,
+    methods: Methods = "",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT),
+    ] = None,
+    subfolder: Subfolder = None,
+    base: Base = None,
+    revision: Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure a fine-tuned model and its explanations, side by side with other methods."""
+    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
+        quiet()
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
+        place: dict[str, Any] = {
+            "subfolder": subfolder,
+            "base": base,
+            "revision": revision,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        result = evaluate_checkpoint(checkpoint, data, masks, names, output, place, **settings)
+        say(result.to_dict(), result.table())
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    data: Path,
+    masks: Path | None,
+    methods: tuple[str, ...],
+    output: Path | None,
+    place: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Load an adapter, from `place` as `load` takes it, evaluate it on a folder of images, and write the results."""
+    from peft import get_peft_model_state_dict
+
+    from shapadapter.evaluation.evaluator import check_run, evaluate_folder
+    from shapadapter.explanation.game import active_layer
+    from shapadapter.hub.card.facts import weights_digest
+    from shapadapter.hub.load import load
+    from shapadapter.hub.locate import called
+
+    place = place or {}
+    shown = called(checkpoint, place.get("subfolder"))
+    check_run(data, masks, methods, output, shown)
+    model, processor = load(checkpoint, **place)
+    weights = get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
+    # By the weights a card knows whether the evaluation is of its adapter.
+    about = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(weights)}
+    return evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
+
+
+def report(
     context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
@@ -50,9 +111,9 @@ def command(
     methods: Methods = "",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
-    output: Annotated[
-        Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", rich_help_panel=OUTPUT)
-    ] = Path("report"),
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", **OUTPUT)] = Path(
+        "report"
+    ),
     subfolder: Subfolder = None,
     base: Base = None,
     revision: Revision = None,
@@ -91,8 +152,10 @@ def _page(
     """Explain some of the images, and show them below the measures, the wrong predictions first."""
     from shapadapter.data.classes import class_names
     from shapadapter.evaluation.dataset import choose, labelled_images
+    from shapadapter.evaluation.tables import blocks, summary
     from shapadapter.explanation.game import active_layer
     from shapadapter.visual import write_page
+    from shapadapter.visual.page import Measures
 
     model, processor = loaded
     rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
@@ -100,6 +163,7 @@ def _page(
     # One by one, for they may differ in size.
     explained = [(row, _explained(model, processor, row)) for row in chosen]
     explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
+    notes = (summary(result.about), *result.notes)
     return write_page(
         [explanation for _, explanation in explained],
         file,
@@ -107,7 +171,7 @@ def _page(
         table=_rows(result),
         names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
         true_labels=[row["label"] for row, _ in explained],
-        measures=_measures(result),
+        measures=Measures(blocks(result), result.curves, result.about["curves_read"], notes),
     )
 
 
@@ -115,7 +179,7 @@ def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
     """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
     from shapadapter.explanation.api import explain
 
-    found = explain(model, row["image"], processor, top_k=CLASSES)
+    found = explain(model, row["image"], processor, top_k=_CLASSES)
     shown = found.classes[0].tolist()
     if row["label"] in shown:
         return found
@@ -129,12 +193,3 @@ def _rows(result: Evaluation) -> list[tuple[str, str]]:
 
     facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
     return [(row.label, row.shown) for row in rows(facts)]
-
-
-def _measures(result: Evaluation) -> Measures:
-    """All the others, with the curves."""
-    from shapadapter.evaluation.tables import blocks, summary
-    from shapadapter.visual.page import Measures
-
-    notes = (summary(result.about), *result.notes)
-    return Measures(blocks(result), result.curves, result.about["curves_read"], notes)
