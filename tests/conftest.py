@@ -38,7 +38,7 @@ def _seeded():
 @pytest.fixture
 def quick_evaluation(monkeypatch):
     """What is evaluated costs little: the truth of 16 players is sampled, not all 65,536 coalitions, and times are taken once."""
-    monkeypatch.setattr("shapadapter.evaluation.truth.MAX_ENUMERATED_PLAYERS", 10)
+    monkeypatch.setattr("shapadapter.evaluation.faithfulness.MAX_ENUMERATED_PLAYERS", 10)
     monkeypatch.setattr("shapadapter.evaluation.cost.REPEATS", 1)
 
 

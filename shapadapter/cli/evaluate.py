@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,46 +60,11 @@ def evaluate(
 ) -> None:
     """Measure a fine-tuned model and its explanations, side by side with other methods."""
     with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
-        quiet()
-        names = tuple(name.strip() for name in methods.split(",") if name.strip())
-        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
-        place: dict[str, Any] = {
-            "subfolder": subfolder,
-            "base": base,
-            "revision": revision,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-        result = evaluate_checkpoint(checkpoint, data, masks, names, output, place, **settings)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
+        place["trust_remote_code"] = trust_remote_code
+        settings = {"images": images, "seed": seed, "batch_size": batch_size}
+        result = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)[-1]
         say(result.to_dict(), result.table())
-
-
-def evaluate_checkpoint(
-    checkpoint: str | Path,
-    data: Path,
-    masks: Path | None,
-    methods: tuple[str, ...],
-    output: Path | None,
-    place: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Evaluation:
-    """Load an adapter, from `place` as `load` takes it, evaluate it on a folder of images, and write the results."""
-    from peft import get_peft_model_state_dict
-
-    from shapadapter.evaluation.evaluator import check_run, evaluate_folder
-    from shapadapter.explanation.game import active_layer
-    from shapadapter.hub.card.facts import weights_digest
-    from shapadapter.hub.load import load
-    from shapadapter.hub.locate import called
-
-    place = place or {}
-    shown = called(checkpoint, place.get("subfolder"))
-    check_run(data, masks, methods, output, shown)
-    model, processor = load(checkpoint, **place)
-    weights = get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
-    # By the weights a card knows whether the evaluation is of its adapter.
-    about = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(weights)}
-    return evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
 
 
 def report(
@@ -127,28 +93,49 @@ def report(
     A second run with the same --output takes what has been measured from there.
     """
     with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
-        from shapadapter.hub.load import load
-        from shapadapter.hub.locate import called
-
-        quiet()
-        names = tuple(name.strip() for name in methods.split(",") if name.strip())
-        settings: dict[str, Any] = {"images": images, "seed": seed, "batch_size": batch_size}
-        place: dict[str, Any] = {
-            "subfolder": subfolder,
-            "base": base,
-            "revision": revision,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-        result = evaluate_checkpoint(checkpoint, data, masks, names, output, place, **settings)
-        loaded = load(checkpoint, **place)
-        page = _page(loaded, called(checkpoint, subfolder), data, result, output / "report.html", shown, seed)
+        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
+        place["trust_remote_code"] = trust_remote_code
+        settings = {"images": images, "seed": seed, "batch_size": batch_size}
+        measured = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)
+        page = _page(measured, data, output / "report.html", shown, seed)
+        result = measured[-1]
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
 
 
-def _page(
-    loaded: tuple[Any, Any], checkpoint: str, data: Path, result: Evaluation, file: Path, shown: int, seed: int
-) -> Path:
+def _names(methods: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in methods.split(",") if name.strip())
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    data: Path,
+    masks: Path | None = None,
+    methods: tuple[str, ...] = (),
+    output: Path | None = None,
+    place: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Any, Any, Evaluation]:
+    """Load an adapter, from `place` as `load` takes it, and evaluate it on a folder: model, processor and results."""
+    from peft import get_peft_model_state_dict
+
+    from shapadapter.evaluation.evaluator import check_run, evaluate_folder
+    from shapadapter.explanation.game import active_layer
+    from shapadapter.hub.card.facts import weights_digest
+    from shapadapter.hub.load import load
+    from shapadapter.hub.locate import called
+
+    quiet()
+    place = place or {}
+    shown = called(checkpoint, place.get("subfolder"))
+    check_run(data, masks, methods, output, shown)
+    model, processor = load(checkpoint, **place)
+    weights = get_peft_model_state_dict(model, adapter_name=str(active_layer(model).active))
+    # By the weights a card knows whether the evaluation is of its adapter.
+    about = {"checkpoint": shown, "folder": str(data), "weights": weights_digest(weights)}
+    return model, processor, evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
+
+
+def _page(measured: tuple[Any, Any, Evaluation], data: Path, file: Path, shown: int, seed: int) -> Path:
     """Explain some of the images, and show them below the measures, the wrong predictions first."""
     from shapadapter.data.classes import class_names
     from shapadapter.evaluation.dataset import choose, labelled_images
@@ -157,7 +144,7 @@ def _page(
     from shapadapter.visual import write_page
     from shapadapter.visual.page import Measures
 
-    model, processor = loaded
+    model, processor, result = measured
     rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
     chosen = [rows[index] for index in choose(len(rows), shown, seed)]
     # One by one, for they may differ in size.
@@ -167,7 +154,7 @@ def _page(
     return write_page(
         [explanation for _, explanation in explained],
         file,
-        title=f"{checkpoint} on {printable(data)}",
+        title=f"{result.about['checkpoint']} on {printable(data)}",
         table=_rows(result),
         names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
         true_labels=[row["label"] for row, _ in explained],

@@ -84,13 +84,13 @@ def test_labels_are_found_by_name(folders):
 
 
 def test_classes_are_found_in_whatever_order_the_configuration_lists_them(folders, tmp_path):
-    expected = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    expected = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     shutil.copytree(folders / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     config["id2label"] = dict(reversed(config["id2label"].items()))
     file.write_text(json.dumps(config))
-    found = evaluate_checkpoint(tmp_path / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    found = evaluate_checkpoint(tmp_path / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     assert found.task["cross_entropy"] == expected.task["cross_entropy"]
 
 
@@ -148,7 +148,7 @@ def test_an_interruption_has_its_own_code(folders, monkeypatch):
 
 
 def test_an_evaluation_goes_into_the_card_of_its_own_adapter_alone(folders, tmp_path):
-    result = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)
+    result = evaluate_checkpoint(folders / "adapter", folders / "data", None, (), None, images=1, progress=False)[-1]
     copy = shutil.copytree(folders / "adapter", tmp_path / "copy")
     assert "| Accuracy ↑ |" in update_card(copy, evaluation=result).read_text()
     tensors = load_file(copy / "adapter_model.safetensors")
