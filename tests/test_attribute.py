@@ -170,10 +170,10 @@ def test_sampling_converges_to_the_exact_values(prediction):
     direct = game(model, nine()[1], **NINE).exact().float()  # (N, K)
     assert torch.allclose(exact.attributions[1].flatten(0, 1), direct, atol=1e-5)
     for method in ("kernel_shap", "permutation"):
-        found = [attribute(model, nine(), method=method, evaluations=m, **NINE) for m in (32, 2048)]
+        found = [attribute(model, nine(), method=method, evaluations=m, **NINE) for m in (32, 1024)]
         few, many = ((e.attributions - exact.attributions).norm() / exact.attributions.norm() for e in found)
         assert many < 0.5 * few, method
-        assert many < 0.1, method
+        assert many < 0.15, method
         assert all((e.efficiency_gap < 1e-4).all() for e in found), method
 
 
@@ -191,7 +191,7 @@ def test_leave_one_out_by_hand(model):
 def test_standard_errors_of_permutations(model):
     """The error of the estimate is as large as the standard error says."""
     exact = attribute(model, nine(), method="exact", **NINE).attributions
-    found = [attribute(model, nine(), method="permutation", evaluations=160, seed=s, **NINE) for s in range(20)]
+    found = [attribute(model, nine(), method="permutation", evaluations=160, seed=s, **NINE) for s in range(10)]
     squares = torch.stack([((e.attributions - exact) / e.standard_errors).square() for e in found])
     # The square of Student's t with 9 degrees of freedom is 9 / 7 on average.
     assert 0.9 < squares.mean() < 1.8
@@ -237,7 +237,7 @@ def own_attentions(family, pixels):
         return torch.stack(plain(pixel_values=pixels, output_attentions=True).attentions).numpy()
 
 
-@pytest.mark.parametrize("family", ["vit", "deit_teacher", "dinov2_registers", "siglip", "ijepa"])
+@pytest.mark.parametrize("family", ["deit_teacher", "dinov2_registers", "siglip"])
 def test_attention_and_rollout_by_hand(family):
     model, prefix = wrap(family, trained=False), families.PREFIX[family]
     assert model.get_base_model().config._attn_implementation == "sdpa"
@@ -277,13 +277,6 @@ def test_nothing_is_collected_after_an_error(model):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("family", ["swin", "resnet"])
-@pytest.mark.parametrize("method", ATTENTION)
-def test_models_without_such_attention(family, method):
-    with pytest.raises(ShapleyError, match="'kernel_shap'"):
-        attribute(wrap(zoo.base(family)), zoo.inputs(family), method=method)
-
-
 def test_players_of_several_patches():
     fine, coarse = wrap("vit", trained=False), wrap("vit", trained=False, grid=(2, 2))
     one, other = (attribute(m, images(), method="attention").attributions for m in (fine, coarse))
@@ -314,7 +307,7 @@ def test_integrated_gradients_are_complete(family):
     colour = [0.5, -1.0, 0.25]
     model = wrap("vit" if family == "vit" else zoo.base(family), removal="pixels", fill_color=colour)
     pixels = images() if family == "vit" else zoo.inputs(family)["pixel_values"]
-    steps = 400 if family == "vit" else 1600  # a path through many kinks
+    steps = 200 if family == "vit" else 800  # a path through many kinks
     found = attribute(model, pixels, method="integrated_gradients", evaluations=steps, targets=[0, 2])
     with torch.no_grad():
         empty = model(pixel_values=torch.tensor(colour).view(1, 3, 1, 1).expand_as(pixels)).logits
@@ -470,14 +463,17 @@ def test_a_method_of_something_else(model):
 # -- other kinds of models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*VALUES, *GRADIENTS, *REFERENCES])
 @pytest.mark.parametrize("family", ["swin", "resnet"])
-def test_models_without_tokens(family, method):
+def test_models_without_tokens(family):
     model = wrap(zoo.base(family), "classifier")
-    found = attribute(model, zoo.inputs(family), method=method, evaluations=24, top_k=2)
-    assert found.attributions.shape == (2, 2, 2, 2)
-    if method in ("kernel_shap", "permutation", "exact", "equal"):
-        assert (found.efficiency_gap < 1e-4).all()
+    for method in (*VALUES, *GRADIENTS, *REFERENCES):
+        found = attribute(model, zoo.inputs(family), method=method, evaluations=24, top_k=2)
+        assert found.attributions.shape == (2, 2, 2, 2), method
+        if method in ("kernel_shap", "permutation", "exact", "equal"):
+            assert (found.efficiency_gap < 1e-4).all(), method
+    for method in ATTENTION:
+        with pytest.raises(ShapleyError, match="'kernel_shap'"):
+            attribute(model, zoo.inputs(family), method=method)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("mlxtend")
-pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tutorials" / "audit-a-cheater.md"

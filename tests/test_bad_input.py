@@ -259,7 +259,7 @@ def cuts(size):
     return [0, 1, 7, 8, 9, 100, header, size // 2, size - 4, size - 1]
 
 
-@pytest.mark.parametrize("kept", range(10))
+@pytest.mark.parametrize("kept", [0, 4, 6, 9])
 def test_a_cut_off_file(saved, tmp_path, kept):
     whole = (saved / "adapter" / "adapter_model.safetensors").read_bytes()
     folder = damaged(saved, tmp_path, whole[: cuts(len(whole))[kept]])

@@ -9,7 +9,6 @@ import pytest
 from families import build
 from PIL import Image
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 pytest.importorskip("captum")
 
@@ -26,7 +25,7 @@ from shapadapter.explanation.methods import METHODS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_evaluation")]
 
-TINY = Scale(50, 1, 1, 1, truth_images=2, truth_evaluations=64, budgets=(16, 32))
+TINY = Scale(50, 1, 1, 1, truth_images=1, truth_evaluations=64, budgets=(16, 32))
 # Of each kind one: of the adapter, of attention, of gradients, of perturbations.
 RIVALS = (rivals.DUO,)
 FEW = ("shapadapter", "attention", "gradient_x_input", "leave_one_out")

@@ -16,7 +16,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "compare-methods.md"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     pytest.importorskip("captum")
     monkeypatch.chdir(tmp_path)
     base = families.base("vit")

@@ -14,7 +14,7 @@ import shapadapter.explanation.explanation as explanation_module
 from shapadapter.core.errors import CheckpointError, ClassNotFoundError
 from shapadapter.core.files import write_together
 from shapadapter.explanation.explanation import Explanation, Prediction
-from shapadapter.explanation.storage import JSON_NAME, TENSORS_NAME
+from shapadapter.explanation.forms import JSON_NAME, TENSORS_NAME
 
 LABELS = ("zero", "one", "two", "seven", "eight")
 TENSORS = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
@@ -290,8 +290,8 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
         "shapadapter.data.classes",
         "shapadapter.core.errors",
         "shapadapter.core.grid",
-        "shapadapter.explanation.convert",
-        "shapadapter.explanation.storage",
+        "shapadapter.core.phrases",
+        "shapadapter.explanation.forms",
         "shapadapter.core.posterior",
     }
 

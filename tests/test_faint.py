@@ -47,7 +47,12 @@ def bits(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", FRESH)
+DEFAULT = ("vit", "siglip2", "swin", "resnet", "tiny MobileViT", "tiny HGNetV2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.families) for name in FRESH]
+)
 def test_a_model_is_wrapped_as_its_configuration_makes_it(name):
     model = FRESH[name]().eval()
     before = bits(model)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 
 from peft import AutoPeftModel
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, tiny_vit, trained, trainer_of

@@ -67,7 +67,7 @@ def middle(changed):
     ]
 
 
-@pytest.mark.parametrize("size", [(150, 227), (227, 150), (97, 131), (41, 30)], ids=str)
+@pytest.mark.parametrize("size", [(150, 227), (41, 30)], ids=str)
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_patch_painted_into_the_original_is_where_the_frame_says(name, size):
     processor, (height, width) = PROCESSORS[name], size

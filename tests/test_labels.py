@@ -146,8 +146,7 @@ def test_other_families_have_the_same_losses():
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-@each_kind
-@each_prediction
+@pytest.mark.parametrize(("kind", "prediction"), [("multi_label", "vote"), ("regression", "classifier")])
 def test_training_lowers_the_loss_and_finds_what_matters(tmp_path, kind, prediction):
     rows, model = Rows(kind), wrapped(kind, prediction)
     trainer = trainer_of(tmp_path, model, rows, max_steps=40)
@@ -163,9 +162,10 @@ def test_training_lowers_the_loss_and_finds_what_matters(tmp_path, kind, predict
         assert np.corrcoef(logits[:, 0], rows.labels)[0, 1] > 0.8
 
 
-@each_kind
-@each_prediction
-@pytest.mark.parametrize("form", [float, int])
+@pytest.mark.parametrize(
+    ("kind", "prediction", "form"),
+    [("multi_label", "vote", int), ("multi_label", "classifier", float), ("regression", "vote", float)],
+)
 def test_the_task_loss_of_coalitions_is_the_problems_own(tmp_path, kind, prediction, form):
     rows = Rows(kind, count=8, form=form)
     options = {"max_steps": 2, "coalition_task_weight": 0.5, "shapley_weight": 1.0}
@@ -229,7 +229,6 @@ def test_quantities_have_no_probabilities(tmp_path, prediction, problem_type):
 
 
 def test_pictures_and_pages_show_the_quantity(tmp_path):
-    pytest.importorskip("matplotlib")
     shown = explain(wrap(bare("regression")), images())
     value = f"{shown.logits[0, 0]:.2f}".replace("-", "\N{MINUS SIGN}")
     words = [text.get_text() for text in shown.figure(0).findobj(lambda part: hasattr(part, "get_text"))]

@@ -25,7 +25,6 @@ HERE = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     matching.base("clip").save_pretrained(tmp_path / "clip")

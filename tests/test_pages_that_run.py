@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
 from small import bare, pictures, processor, rows_of, wrapped
 
-pytest.importorskip("matplotlib")
 ROWS = 4
 QUICK = 'max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True'
 CLASSES = ["eight", "nine", "one", "two"]

@@ -20,7 +20,8 @@ PREDICTIONS = ("vote", "classifier")
 HALVES = (torch.bfloat16, torch.float16)
 LABELS = torch.tensor([0, 1])
 
-every_pair = pytest.mark.parametrize(("family", "prediction"), [(f, p) for f in FAMILIES for p in PREDICTIONS])
+every_family = pytest.mark.parametrize(("family", "prediction"), list(zip(FAMILIES, 2 * PREDICTIONS, strict=True)))
+two_ways = pytest.mark.parametrize(("half", "way"), [(torch.bfloat16, "autocast"), (torch.float16, "weights")])
 each_half = pytest.mark.parametrize("half", HALVES)
 each_way = pytest.mark.parametrize("way", ["autocast", "weights"])
 
@@ -50,11 +51,11 @@ def off(one, other):
     return ((one.float() - other.float()).norm() / other.float().norm()).item()
 
 
-@every_pair
+@every_family
 @each_half
 @each_way
 @torch.no_grad()
-def test_attributions_add_up_exactly(family, prediction, half, way):
+def test_attributions_add_up_exactly_and_removed_players_have_no_influence(family, prediction, half, way):
     model, precision, pixels = in_half(family, prediction, half, way)
     chosen = pairs_of(model, pixels)
     with precision():
@@ -67,11 +68,16 @@ def test_attributions_add_up_exactly(family, prediction, half, way):
     allowed = 0.1 if half == torch.bfloat16 else 0.03
     for name in ("logits", "attributions", "coalition_values"):
         assert off(output[name], exact[name]) < allowed, name
+    chosen = chosen[:, :1]
+    noisy = other_where_absent(pixels, chosen[:, 0], families.shapley(model).tiling(pixels).players)
+    with precision():
+        one, other = (model(pixel_values=each, coalitions=chosen) for each in (pixels, noisy))
+    assert torch.equal(one.coalition_values, other.coalition_values)
+    assert not torch.equal(one.logits, other.logits)
 
 
-@every_pair
-@each_half
-@each_way
+@every_family
+@two_ways
 def test_losses_and_gradients_are_full_and_finite(family, prediction, half, way):
     model, precision, pixels = in_half(family, prediction, half, way)
     chosen = pairs_of(model, pixels)
@@ -101,24 +107,9 @@ def other_where_absent(pixels, coalition, players):
     return torch.where(tiles, 30 * torch.randn(pixels.shape).to(pixels), pixels)
 
 
-@every_pair
-@each_half
-@each_way
-@torch.no_grad()
-def test_removed_players_have_no_influence(family, prediction, half, way):
-    model, precision, pixels = in_half(family, prediction, half, way)
-    chosen = pairs_of(model, pixels)[:, :1]
-    noisy = other_where_absent(pixels, chosen[:, 0], families.shapley(model).tiling(pixels).players)
-    with precision():
-        one, other = (model(pixel_values=each, coalitions=chosen) for each in (pixels, noisy))
-    assert torch.equal(one.coalition_values, other.coalition_values)
-    assert not torch.equal(one.logits, other.logits)
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@each_half
-@each_way
-def test_a_matching_model_in_half_precision(prediction, half, way):
+@two_ways
+def test_a_matching_model_in_half_precision(half, way):
+    prediction = "vote" if way == "autocast" else "classifier"
     model = matching.wrapped("clip", prediction)
     batch = {**matching.images(), **matching.tokens("clip", texts.captions(3))}
     chosen = sample_pairs(3, 16, 1, torch.Generator().manual_seed(0))
@@ -136,8 +127,7 @@ def test_a_matching_model_in_half_precision(prediction, half, way):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize(("name", "prediction"), [("bf16", "classifier"), ("fp16", "vote")])
 def test_the_trainer_trains_in_half_precision(tmp_path, name, prediction):
     parts = ["classifier"] if prediction == "classifier" else None
     model = wrapped(prediction=prediction, modules_to_save=parts)
@@ -152,14 +142,13 @@ def test_the_trainer_trains_in_half_precision(tmp_path, name, prediction):
     assert np.isfinite(numbers).all()
 
 
-@each_half
-def test_a_base_in_half_precision_trains(tmp_path, half):
-    model = wrapped(base=tiny_vit().to(half))
+def test_a_base_in_half_precision_trains(tmp_path):
+    model = wrapped(base=tiny_vit().to(torch.bfloat16))
     trainer = trainer_of(tmp_path, model, max_steps=12)
     first = trainer.evaluate()["eval_task_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_task_loss"] < 0.8 * first
     trainer.save_model(str(tmp_path / "adapter"))
-    explanation = explain(model, families.images().to(half))
+    explanation = explain(model, families.images().to(torch.bfloat16))
     assert explanation.attributions.dtype == torch.float32
     assert explanation.efficiency_gap.max() < 1e-5

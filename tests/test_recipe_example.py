@@ -10,7 +10,6 @@ import torch
 from families import images, wrap
 from test_trainer import arguments
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
 # At the end: two scripts there have the names of modules here.

@@ -10,7 +10,7 @@ import torch
 from families import images, wrap
 
 from shapadapter import Explanation, PatchGame, attribute, explain
-from shapadapter.explanation.refine import BatchGame
+from shapadapter.explanation.game import BatchGame
 
 SMALL = {"interpolate_pos_encoding": True}  # 2 x 4 players: 254 coalitions besides nobody and everybody
 TEXTS = ["a cat", "a dog", "two dogs"]

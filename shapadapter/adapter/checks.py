@@ -266,15 +266,24 @@ def check_mergeable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def rehearse_merge(model: nn.Module, names: list[str], safe: bool) -> None:
-    """Merge each layer and take that back, bit for bit, so that what cannot be merged shows before anything is."""
+def check_merge(model: nn.Module, active: list[str], asked: list[str] | None, safe: bool) -> None:
+    """Refuse what cannot be merged before anything is; `asked` has to be the active adapter, the default.
+
+    Each layer is merged and that taken back, bit for bit.
+    """
+    check_mergeable(model)
+    if asked is not None and list(asked) != active:
+        raise ShapleyError(
+            f"Only the active adapter {active} can be merged, because its head explains the merged weights; got {asked}. "
+            "Switch first: model.set_adapter(name)."
+        )
     for module in model.modules():
         if not isinstance(module, LoraLayer) or module.merged:
             continue
         with onload_layer(module):
             kept = [(p, p.data, p.data.clone()) for p in module.get_base_layer().parameters()]
             try:
-                module.merge(safe_merge=safe, adapter_names=names)
+                module.merge(safe_merge=safe, adapter_names=active)
             finally:
                 for parameter, data, values in kept:
                     parameter.data = data.copy_(values)

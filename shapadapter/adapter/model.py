@@ -18,22 +18,21 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shapadapter import __version__
-from shapadapter.adapter.card_saving import note
 from shapadapter.adapter.checks import (
     MIXED,
     check_base,
     check_fits,
     check_loaded,
-    check_mergeable,
+    check_merge,
     check_modules,
     check_one,
     check_restorable,
     check_wrappable,
-    rehearse_merge,
 )
 from shapadapter.adapter.config import ShapleyConfig
 from shapadapter.adapter.head import start_from_classifiers
 from shapadapter.adapter.layer import CHILD, ShapleyLayer
+from shapadapter.adapter.saving import describe
 from shapadapter.adapter.tuning import check_batch_independent, check_trainable, resolve_training
 from shapadapter.backbone import Anatomy, choose_removal, measure_offset, original_name, settle
 from shapadapter.core.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
@@ -124,8 +123,9 @@ class ShapleyModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layer = _layer_of(self.model)
-        names = self._check_merge(adapter_names, safe_merge) if merge else []
-        if any(layer.rules[name].prediction == "vote" for name in names):
+        if merge:
+            check_merge(self.model, layer.active_adapters, adapter_names, safe_merge)
+        if merge and any(layer.rules[name].prediction == "vote" for name in layer.active_adapters):
             warnings.warn(
                 "The adapter predicts with its projection head (prediction='vote'), which a plain model does not have: "
                 "the merged model predicts with the base model's own classifier, which was not trained. Keep the "
@@ -137,26 +137,13 @@ class ShapleyModel(LoraModel):
         delattr(self.model, CHILD)
         return plain
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
-        """Refuse what cannot be merged before anything is; else the name of the adapter to merge, the active one."""
-        check_mergeable(self.model)
-        active = _layer_of(self.model).active_adapters
-        if adapter_names is not None and list(adapter_names) != active:
-            raise ShapleyError(
-                f"Only the active adapter {active} can be merged, because its head explains the merged weights; got "
-                f"{adapter_names}. Switch first: model.set_adapter(name)."
-            )
-        rehearse_merge(self.model, active, safe_merge)
-        return active
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold LoRA into the base weights, with token and head as they are; `unmerge_adapter` takes it back.
 
         Raises:
-            ShapleyError: another adapter than the active one is named, or a convolution computes with other weights than
-                its own.
+            ShapleyError: another adapter than the active one is named, or a layer computes with other weights than its own.
         """
-        self._check_merge(adapter_names, safe_merge)
+        check_merge(self.model, _layer_of(self.model).active_adapters, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         modules = list(self.model.modules())
         merged = next((m.merged_adapters for m in modules if isinstance(m, LoraLayer) and m.merged), [])
@@ -171,8 +158,7 @@ class ShapleyModel(LoraModel):
             ShapleyError: several are named.
             ValueError: there is no adapter of this name.
         """
-        unknown = set(check_one(adapter_name)) - set(self.peft_config)
-        if unknown:
+        if unknown := set(check_one(adapter_name)) - set(self.peft_config):
             raise ValueError(f"Adapter {sorted(unknown)[0]} does not exist; there are {sorted(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode)
 
@@ -227,7 +213,7 @@ class ShapleyModel(LoraModel):
         if active and config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has decided it by the first labels.
             config.problem_type = model.config.problem_type
-        note(model, layer, config, saved)
+        describe(model, layer, config, saved)
         return saved
 
     @classmethod

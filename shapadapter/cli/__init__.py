@@ -1,5 +1,5 @@
 """The `shapadapter` command: a file for each of its commands."""
 
-from shapadapter.cli.app import app, main
+from shapadapter.cli.commands import app, main
 
 __all__ = ["app", "main"]

@@ -34,7 +34,7 @@ def demo(
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
     hint = "What is in the output folder is whole; run the command again to start over."
     with reporting(context, json, hint) as say:
-        for name in ("datasets", "matplotlib", "mlxtend"):
+        for name in ("datasets", "mlxtend"):
             if find_spec(name) is None:
                 raise ImportError(f'The demo needs {name}: pip install "shapadapter[demo]"')
         from shapadapter.demo import run

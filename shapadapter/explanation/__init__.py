@@ -1,1 +1,5 @@
-"""A wrapped model and an image as a game, and what is known of its Shapley values."""
+"""A wrapped model and images as games, and what is known of their Shapley values."""
+
+from shapadapter.explanation.explanation import Explanation, Prediction
+
+__all__ = ["Explanation", "Prediction"]

@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shapadapter.adapter import ShapleyLayer
 from shapadapter.backbone import Tiling, configured_size, evaluation_view, normalised
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError
@@ -22,8 +21,8 @@ from shapadapter.data.collator import prepare_texts, text_rules
 from shapadapter.data.frames import frames
 from shapadapter.data.images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
 from shapadapter.explanation.explanation import Explanation
-from shapadapter.explanation.game import active_layer
-from shapadapter.explanation.refine import UNTIL, BatchGame, Plan, refined
+from shapadapter.explanation.game import BatchGame, active_layer
+from shapadapter.explanation.refine import UNTIL, Plan, refined
 
 
 def explain(
@@ -44,14 +43,13 @@ def explain(
     """Predict and explain images in one forward pass each, without gradients.
 
     With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
-    standard errors: the posterior of `shapadapter.core.posterior.shapley_posterior`. From 2^N - 2 evaluations on they are the
-    Shapley values of the N players, exactly.
+    standard errors; see `shapadapter.core.posterior`. From 2^N - 2 evaluations on they are the exact Shapley values.
 
     Args:
         model: a wrapped model; its training mode is left as it was.
         images: one image or many, in a list, generator or data set: PIL images, paths, contents of files, arrays and
-            tensors from 0 to 255, rows of a data set; see `shapadapter.data.images.open_image`. Or, without a processor, prepared
-            pixel values (C, H, W) or (B, C, H, W), or all that a processor returned. Transparent parts are laid on white.
+            tensors from 0 to 255, rows of a data set; see `shapadapter.data.images.open_image`. Or, without a processor,
+            prepared pixel values (C, H, W) or (B, C, H, W), or all that a processor returned.
         processor: the image processor the model was trained with; with texts, the processor of both.
         texts: for a model that matches images with texts: what to compare the images with. They take the place of
             classes, and the logits are the similarities before softmax.
@@ -61,8 +59,7 @@ def explain(
         refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
         relative_error: with "until", an image is done when the expected L2 error of each shown map, as a share of the
             map's length, is at most this; 0.1 by default.
-        max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many images are
-            not done then.
+        max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many are not done.
         seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
@@ -70,8 +67,7 @@ def explain(
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
         ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
-        ValueError: both `top_k` and `targets` were given, `top_k` is less than 1, `refine` is not an even number, or is
-            one and `relative_error` or `max_refine` was given.
+        ValueError: arguments that exclude each other, `top_k` less than 1, or an odd `refine`.
         TypeError: an argument that neither this function nor the model's forward has.
     """
     active_layer(model)
@@ -87,10 +83,10 @@ def explain(
                 game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
                 part = refined(part, game, plan, first=sum(map(len, parts)))
             parts.append(part)
-    whole = join(parts) if plan is None else replace(join(parts), method="refined")
+    found = join(parts)
     if plan is not None and refine == UNTIL:
-        _warn_of_errors(whole, plan.relative_error, plan.totals[-1])
-    return whole
+        _warn_of_errors(found, plan.relative_error, plan.totals[-1])
+    return found
 
 
 def _warn_of_errors(explanation: Explanation, wanted: float, most: int) -> None:
@@ -106,29 +102,21 @@ def _warn_of_errors(explanation: Explanation, wanted: float, most: int) -> None:
         )
 
 
+# -- batches of images after their forward pass ------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Predicted:
-    """A batch of images after its forward pass.
+    """A batch of images after its forward pass."""
 
-    Attributes:
-        inputs: the keyword arguments of that pass, texts and options among them.
-        output: what the model returned.
-        tiling: how the players lie on the images.
-        seen: (B, H, W, 3) uint8, the part of the images that the players tile.
-        classes: (B, C) int64, the classes to show.
-        labels: the K class names.
-        likelihood: how scores become probabilities: "softmax", "sigmoid" or "none".
-        frames: (B, 6), where `seen` lies on the originals, as `shapadapter.data.frames.frames` says; None of prepared images.
-    """
-
-    inputs: dict[str, Any]
-    output: Any
-    tiling: Tiling
-    seen: Tensor
-    classes: Tensor
-    labels: tuple[str, ...]
-    likelihood: str
-    frames: Tensor | None = None
+    inputs: dict[str, Any]  # the keyword arguments of that pass, texts and options among them
+    output: Any  # what the model returned
+    tiling: Tiling  # how the players lie on the images
+    seen: Tensor  # (B, H, W, 3) uint8, the part of the images that the players tile
+    classes: Tensor  # (B, C) int64, those to show
+    labels: tuple[str, ...]  # of the K classes
+    likelihood: str  # how scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities
+    frames: Tensor | None = None  # (B, 6), of `shapadapter.data.frames.frames`; None of prepared images
 
 
 def predictions(
@@ -149,24 +137,33 @@ def predictions(
     wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
     if batch_size < 1 or (hasattr(wanted, "__len__") and not len(wanted)):
         raise ValueError(f"Expected a batch_size of at least 1 and some targets, got {batch_size} and {targets}.")
-    labels, options = _classes(model, layer, texts, processor, options)
-    chosen = None if targets is None else find_classes(labels, targets)
+    config: Any = model.config
+    if layer.anatomy.kind == "matching":
+        if texts is None:
+            raise ShapleyError("The model matches images with texts: pass texts=[...].")
+        labels = (texts,) if isinstance(texts, str) else tuple(texts)
+        options = {**options, "text_embeds": embed_texts(model, labels, processor)}
+    elif texts is not None:
+        name = type(base_of(model)).__name__
+        raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
+    else:
+        labels = class_names(config.id2label, layer.classes)
+    chosen = range(len(labels)) if targets is None else find_classes(labels, targets)
     for opened, inputs in _batches(images, processor, batch_size):
         tiling = layer.tiling(**inputs, **options)
         seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
         given = {**inputs_on(inputs, model), "return_dict": True, **options}
         output = _forward(model, given)
-        kept = columns(output.logits, chosen, top_k)
+        if top_k is None:
+            kept = torch.tensor(chosen, device=output.logits.device).expand(len(output.logits), -1)  # (B, C)
+        else:
+            kept = output.logits.topk(min(top_k, output.logits.shape[1]), dim=1).indices  # (B, C)
         places = frames(opened, processor, (seen.shape[1], seen.shape[2])) if opened else None
         yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model), places)
 
 
 def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
-    """One pass.
-
-    Raises:
-        ImageError: the model refuses images of this size.
-    """
+    """One pass; says what to do about images of a size that the model does not take."""
     try:
         return model(**given)
     except ShapleyError:
@@ -180,36 +177,27 @@ def _forward(model: nn.Module, given: dict[str, Any]) -> Any:
         ) from error
 
 
-def _classes(
-    model: nn.Module, layer: ShapleyLayer, texts: Sequence[str] | str | None, processor: Any, options: dict[str, Any]
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of the K classes, or texts, and the model's keyword arguments with the texts among them."""
+def _likelihood(model: nn.Module) -> str:
     config: Any = model.config
-    if layer.anatomy.kind != "matching":
-        if texts is not None:
-            name = type(base_of(model)).__name__
-            raise ShapleyError(f"{name} does not match images with texts; leave texts out.")
-        return class_names(config.id2label, layer.classes), options
-    if texts is None:
-        raise ShapleyError("The model matches images with texts: pass texts=[...].")
-    listed = (texts,) if isinstance(texts, str) else tuple(texts)
-    return listed, {**options, "text_embeds": embed_texts(model, listed, processor)}
+    if hasattr(model, "logit_bias") or config.problem_type == "multi_label_classification":
+        return "sigmoid"
+    single = config.problem_type is None and config.num_labels == 1
+    return "none" if single or config.problem_type == "regression" else "softmax"
+
+
+# -- what the model is given -------------------------------------------------------------------------------------------
 
 
 def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tensor:
-    """Normalised embeddings (T, P) of texts: the directions along which a matching model's attributions are read.
+    """Normalized embeddings (T, P) of texts: the directions along which a matching model's attributions are read.
 
     Raises:
         ShapleyError: there is no tokenizer, or a text is longer than the model takes.
     """
     inputs = prepare_texts(texts, processor, text_rules(model))
-    device = device_of(model)
+    device, base = device_of(model), base_of(evaluation_view(model))
     with torch.no_grad():
-        return normalised(
-            base_of(evaluation_view(model)).get_text_features(
-                **{name: value.to(device) for name, value in inputs.items()}
-            )
-        )
+        return normalised(base.get_text_features(**{name: value.to(device) for name, value in inputs.items()}))
 
 
 def base_of(model: nn.Module) -> Any:
@@ -224,11 +212,7 @@ def inputs_on(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: where its weights are or, if accelerate offloads them, where it brings them.
-
-    Raises:
-        ShapleyError: it has no weights.
-    """
+    """Where the model computes: where its weights are or, if accelerate offloads them, where it brings them."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
@@ -240,22 +224,6 @@ def device_of(model: nn.Module) -> torch.device:
         f"{type(base_of(model)).__name__} has no weights, they are on the meta device: load it, for instance by "
         "shapadapter.load(adapter)."
     )
-
-
-def _seen(pixels: Tensor, tiling: Tiling) -> Tensor:
-    """The part of the pixels (B, C, H, W) that the players tile; what lies beyond the last patch is not seen."""
-    if pixels.ndim == 3:
-        return unpatchify(pixels, tiling.cells)
-    return pixels[..., : tiling.seen[0], : tiling.seen[1]]
-
-
-def _likelihood(model: nn.Module) -> str:
-    """How scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities."""
-    config: Any = model.config
-    if hasattr(model, "logit_bias") or config.problem_type == "multi_label_classification":
-        return "sigmoid"
-    single = config.problem_type is None and config.num_labels == 1
-    return "none" if single or config.problem_type == "regression" else "softmax"
 
 
 def prepared_batches(images: Any, processor: Any | None, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -297,6 +265,16 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack(images)  # (B, C, H, W)
 
 
+# -- explanations ------------------------------------------------------------------------------------------------------
+
+
+def _seen(pixels: Tensor, tiling: Tiling) -> Tensor:
+    """The part of the pixels (B, C, H, W) that the players tile; what lies beyond the last patch is not seen."""
+    if pixels.ndim == 3:
+        return unpatchify(pixels, tiling.cells)
+    return pixels[..., : tiling.seen[0], : tiling.seen[1]]
+
+
 def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:
     """Undo the processor's arithmetic, (B, C, H, W) to (B, H, W, 3) uint8; without one, stretch each image."""
     pixels = pixels.float().cpu()[:, :3]
@@ -307,15 +285,6 @@ def as_pictures(pixels: Tensor, processor: Any | None) -> Tensor:
         scaled = unprocess(pixels, image_side(processor))
     scaled = scaled.round().clamp(0, 255).to(torch.uint8)  # (B, C, H, W)
     return scaled.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
-
-
-def columns(logits: Tensor, chosen: list[int] | None, top_k: int | None) -> Tensor:
-    """Which classes to keep for each image, (B, C) int64."""
-    batch, classes = logits.shape
-    if top_k is not None:
-        return logits.topk(min(top_k, classes), dim=1).indices
-    kept = torch.tensor(range(classes) if chosen is None else chosen, device=logits.device)
-    return kept.expand(batch, -1)
 
 
 def one_pass(batch: Predicted) -> Explanation:
@@ -343,14 +312,10 @@ def one_pass(batch: Predicted) -> Explanation:
 
 
 def join(parts: Sequence[Explanation]) -> Explanation:
-    """One explanation of the images of several.
-
-    Raises:
-        ImageError: their images differ in size, so they cannot share one grid.
-    """
+    """One explanation of the images of several, of one size."""
     sizes = sorted({tuple(part.images.shape[1:3]) for part in parts})
     if len(sizes) > 1:
         raise ImageError(f"Images of different sizes {sizes} cannot share one explanation; explain them separately.")
     names = [field.name for field in fields(Explanation) if isinstance(getattr(parts[0], field.name), Tensor)]
-    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return Explanation(**together, labels=parts[0].labels, method=parts[0].method)
+    together: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **together)

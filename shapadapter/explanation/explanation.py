@@ -1,6 +1,6 @@
 """What a model said and why, as plain data: frozen, on the CPU, saveable, needing neither model nor display."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -15,27 +15,21 @@ from shapadapter.core.grid import frame_of, laid_out
 from shapadapter.core.phrases import some
 from shapadapter.core.posterior import relative_error
 from shapadapter.data.classes import check_names, find_class
-from shapadapter.explanation.convert import as_dict, as_numpy, as_shap
-from shapadapter.explanation.storage import read_explanation, write_explanation
+from shapadapter.explanation.forms import as_dict, as_shap, read_explanation, write_explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SUM_TOLERANCE = (1e-3, 1e-5)
-"""How far a map may be from its sum by rounding, as a share of all it gives and takes, and of the logit."""
+# How far a map may be from its sum by rounding, as a share of all it gives and takes, and of the logit.
+_SUM_TOLERANCE = (1e-3, 1e-5)
+
+_OPTIONAL = ("standard_errors", "evaluations", "frames")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of one image.
-
-    Attributes:
-        label: The name of the class.
-        index: Its index among the model's K classes.
-        logit: Its logit.
-        probability: Its probability, in 0..1.
-    """
+    """One class of one image: its name, its index among the model's K classes, its logit and probability in 0..1."""
 
     label: str
     index: int
@@ -47,7 +41,8 @@ class Prediction:
 class Explanation:
     """The predictions for B images and what each player contributed to them.
 
-    For every shown class, null value + attributions = logit, with methods that share the logit out (Grad-CAM does not). All tensors are detached and on the CPU.
+    For every shown class, null value + attributions = logit, with methods that share the logit out (Grad-CAM does not).
+    All tensors are detached and on the CPU.
 
     Attributes:
         attributions: (B, rows, cols, C) float32, the contribution of each player to each shown class, in logits.
@@ -91,17 +86,20 @@ class Explanation:
                 f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
             )
         (_, *players, shown), (batch, classes), (_, *pixels, _) = shapes
-        _check("attributions", self.attributions, (batch, *players, shown), torch.float32)
-        _check("classes", self.classes, (batch, shown), torch.int64)
-        for name in ("logits", "null_values", "probabilities"):
-            _check(name, getattr(self, name), (batch, classes), torch.float32)
-        _check("images", self.images, (batch, *pixels, 3), torch.uint8)
-        if self.standard_errors is not None:
-            _check("standard_errors", self.standard_errors, (batch, *players, shown), torch.float32)
-        if self.evaluations is not None:
-            _check("evaluations", self.evaluations, (batch,), torch.int64)
-        if self.frames is not None:
-            _check("frames", self.frames, (batch, 6), torch.float64)
+        maps, scores = ((batch, *players, shown), torch.float32), ((batch, classes), torch.float32)
+        for name, (shape, dtype) in {
+            "attributions": maps,
+            "classes": ((batch, shown), torch.int64),
+            "logits": scores,
+            "null_values": scores,
+            "probabilities": scores,
+            "images": ((batch, *pixels, 3), torch.uint8),
+            "standard_errors": maps,
+            "evaluations": ((batch,), torch.int64),
+            "frames": ((batch, 6), torch.float64),
+        }.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                _check(name, getattr(self, name), shape, dtype)
         if len(self.labels) != classes:
             raise FieldError(f"Expected {classes} labels, one per logit, but got {len(self.labels)}.")
         if 0 in (*players, shown, *pixels):
@@ -120,14 +118,20 @@ class Explanation:
             chosen = slice(item % len(self), item % len(self) + 1)
         else:
             raise IndexError(f"There is no image {item} among {len(self)}.")
-        parts = {name: value[chosen] for name, value in self._tensors().items()}  # (B, ...) -> (b, ...)
-        return Explanation(**parts, labels=self.labels, method=self.method)
+        parts: dict[str, Any] = {
+            name: value[chosen] for name, value in self._tensors().items()
+        }  # (B, ...) -> (b, ...)
+        return replace(self, **parts)
 
     def __repr__(self) -> str:
         rows, cols, shown = self.attributions.shape[1:]
         gap = f", gap {self.efficiency_gap.max():.0e}" if len(self) and self.sums_to_logits else ""
         method = "" if self.method == "shapadapter" else f", {self.method}"
-        spent = f", {_counted(self.evaluations)}" if self.evaluations is not None and self.evaluations.any() else ""
+        spent = ""
+        if self.evaluations is not None and self.evaluations.any():
+            low, high = int(self.evaluations.min()), int(self.evaluations.max())
+            counted = f"{low}" if low == high else f"{low} to {high}"
+            spent = f", {counted} evaluation{'' if counted == '1' else 's'}"
         players = f"{rows}x{cols} players, {shown} of {len(self.labels)} classes"
         return f"Explanation({len(self)} images, {players}{method}{spent}{gap})"
 
@@ -151,7 +155,7 @@ class Explanation:
         """Whether null value + attributions = logit, up to rounding, for all images and shown classes."""
         size = self.attributions.double().abs().sum(dim=(1, 2))  # (B, rows, cols, C) -> (B, C)
         ends = torch.maximum(self.logits.abs(), self.null_values.abs()).gather(1, self.classes)  # (B, K) -> (B, C)
-        return bool((self._gaps() <= SUM_TOLERANCE[0] * size + SUM_TOLERANCE[1] * ends).all())
+        return bool((self._gaps() <= _SUM_TOLERANCE[0] * size + _SUM_TOLERANCE[1] * ends).all())
 
     @property
     def relative_errors(self) -> Tensor | None:
@@ -165,13 +169,7 @@ class Explanation:
         return find_class(self.labels, name_or_id)
 
     def for_label(self, name_or_id: str | int) -> Tensor:
-        """The attributions of one class.
-
-        Args:
-            name_or_id: A class name or a class index.
-
-        Returns:
-            (B, rows, cols) float32, in logits.
+        """The attributions of one class, by name or index: (B, rows, cols) float32, in logits.
 
         Raises:
             ClassNotFoundError: If the model has no such class.
@@ -189,12 +187,10 @@ class Explanation:
             level: The share of players whose Shapley value lies inside, in 0..1.
 
         Returns:
-            low (B, rows, cols) float32 and high (B, rows, cols) float32, in logits; NaN where no error is known.
+            low and high (B, rows, cols) float32, in logits; NaN where no error is known.
 
         Raises:
-            ClassNotFoundError: If the model has no such class.
-            ValueError: If the class was not computed for every image, the level is not between 0 and 1, or the
-                explanation has no standard errors.
+            ValueError: As `for_label`; or the level is not between 0 and 1, or there are no standard errors.
         """
         if self.standard_errors is None:
             raise ValueError("This explanation has no standard errors: explain again with refine=256.")
@@ -215,23 +211,18 @@ class Explanation:
                 f"Class {self.labels[index]!r} was not among the columns computed for image {some(missing)}. Explain "
                 f"again with targets=[{name_or_id!r}] or a larger top_k, or pick an image that shows it."
             )
-        column = found.int().argmax(dim=1)  # (B, C) -> (B,)
-        return values[torch.arange(len(self), device="cpu"), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+        return self._picked(values, found.int().argmax(dim=1))
 
     def _best(self, values: Tensor) -> Tensor:
         """The entries of each image's likeliest shown class, (B, rows, cols), of values (B, rows, cols, C)."""
-        column = self.logits.gather(1, self.classes).argmax(dim=1)  # (B, C) -> (B,)
-        return values[torch.arange(len(self), device="cpu"), :, :, column]  # (B, rows, cols, C) -> (B, rows, cols)
+        return self._picked(values, self.logits.gather(1, self.classes).argmax(dim=1))
+
+    def _picked(self, values: Tensor, column: Tensor) -> Tensor:
+        """One column (B,) of each image: (B, rows, cols, C) -> (B, rows, cols)."""
+        return values[torch.arange(len(self), device="cpu"), :, :, column]
 
     def top(self, k: int = 3) -> list[list[Prediction]]:
-        """The classes with the largest logits, best first.
-
-        Args:
-            k: How many per image; at most K are returned.
-
-        Returns:
-            For each image, a list of predictions.
-        """
+        """For each image the `k` classes, or all K, with the largest logits, best first."""
         best = self.logits.argsort(dim=1, descending=True, stable=True)[:, : max(k, 0)]  # (B, K) -> (B, k)
         return [
             [Prediction(self.labels[c], c, float(self.logits[b, c]), float(self.probabilities[b, c])) for c in row]
@@ -255,7 +246,6 @@ class Explanation:
         Raises:
             ClassNotFoundError: If the model has no such class.
             ValueError: If the class was not computed for this image, or the frame of the original is not known.
-            IndexError: If there is no such image.
         """
         one = self[index]
         values = one._best(one.attributions) if label is None else one.for_label(label)  # (1, rows, cols)
@@ -264,10 +254,7 @@ class Explanation:
         return laid_out(values[0].numpy(), size, box, smooth)  # (rows, cols) -> (H, W)
 
     def figure(self, index: int = 0, **options: Any) -> "Figure":
-        """Draw one image and its maps with matplotlib.
-
-        Options as in `shapadapter.visual.draw_explanation`: `labels`, `smooth`, `original`, ...
-        """
+        """Draw one image and its maps; options as in `shapadapter.visual.draw_explanation`: `labels`, `smooth`, ..."""
         from shapadapter.visual import draw_explanation
 
         return draw_explanation(self, index, **options)
@@ -280,7 +267,7 @@ class Explanation:
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """All tensors as numpy arrays, copied, by their names here: `numpy.savez("why.npz", **explanation.to_numpy())`."""
-        return as_numpy(self._tensors())
+        return {name: tensor.numpy().copy() for name, tensor in self._tensors().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """What json takes: an entry for each image, with the shown classes best first; without the pixels.
@@ -308,13 +295,8 @@ class Explanation:
     def save(self, directory: str | Path) -> Path:
         """Write the explanation as `explanation.safetensors` and `explanation.json`.
 
-        Other files of the directory stay; an explanation saved there before is replaced, once both files are complete.
-
-        Args:
-            directory: Created if missing.
-
-        Returns:
-            The directory.
+        The directory is created if missing, and returned. Other files in it stay; an explanation saved there before is
+        replaced, once both files are complete.
 
         Raises:
             FileExistsError: If a file of one of the two names is there that is not part of an explanation.
@@ -324,13 +306,7 @@ class Explanation:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Explanation":
-        """Read what `save` wrote, bit for bit.
-
-        Args:
-            directory: The directory given to `save`.
-
-        Returns:
-            The explanation.
+        """Read what `save` wrote into a directory, bit for bit.
 
         Raises:
             CheckpointError: If a file is missing, damaged, of a newer version or does not belong to the other.
@@ -351,8 +327,3 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
         raise FieldError(
             f"Expected {name} to be a detached {dtype} CPU tensor of shape {shape}, but got {type(value).__name__} {came}{grad}."
         )
-
-
-def _counted(evaluations: Tensor) -> str:
-    low, high = int(evaluations.min()), int(evaluations.max())
-    return "1 evaluation" if high == low == 1 else f"{low if low == high else f'{low} to {high}'} evaluations"

@@ -1,9 +1,12 @@
-"""A wrapped model and an image as a cooperative game: its values, and its Shapley values the slow way."""
+"""A wrapped model and images as cooperative games: values of coalitions, and Shapley values the slow way."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,10 @@ from shapadapter.core.shapley import (
     pays_for_all,
     sample_paired_coalitions,
 )
+from shapadapter.data.images import IMAGE_INPUTS
+
+_COALITIONS = 32  # of an image in a call of the model, which also evaluates the whole image each time
+_PER_IMAGE = 8  # coalitions, of all images, in a call: so many times `batch_size`. Most are much smaller than an image
 
 
 def active_layer(model: nn.Module) -> ShapleyLayer:
@@ -42,6 +49,55 @@ def active_layer(model: nn.Module) -> ShapleyLayer:
     return layers[0]
 
 
+def source_of(seed: int, *place: int) -> torch.Generator:
+    """A source of randomness of one place's own, whatever is drawn elsewhere."""
+    state = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _by_size(call: Callable[[Tensor], Tensor], coalitions: Tensor, together: int) -> Tensor:
+    """Values (b, M, K) of coalitions (b, M, N), of the same sizes in every row, so many of a row at a time.
+
+    Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
+    """
+    order = coalitions[0].sum(dim=1).argsort(stable=True)  # (M,)
+    values = torch.cat([call(coalitions[:, part]) for part in order.split(together)], dim=1)  # (b, M, K)
+    return values[:, order.argsort().to(values.device)]
+
+
+@dataclass(frozen=True)
+class BatchGame:
+    """The games of a batch of images, with values of the classes (B, C) alone.
+
+    `inputs` are keyword arguments of the wrapped model's forward for the batch, `batch_size` is images in a forward pass.
+    After each call of the model, `count` is called with the number of evaluations.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    classes: Tensor
+    batch_size: int
+    count: Callable[[int], Any] = field(default=lambda evaluations: None)
+
+    def values(self, images: Tensor, coalitions: Tensor) -> Tensor:
+        """v(S) of some images (b,), each with its coalitions (b, M, N) of the same sizes: (b, M, C) fp32, on the CPU."""
+        together = max(1, _PER_IMAGE * self.batch_size // _COALITIONS)
+        parts = zip(images.split(together), coalitions.split(together), strict=True)
+        return torch.cat([_by_size(self._caller(some), chosen, _COALITIONS) for some, chosen in parts])
+
+    def _caller(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        rows = images.to(self.classes.device)
+        inputs = {name: value[rows] if name in IMAGE_INPUTS else value for name, value in self.inputs.items()}
+
+        def call(coalitions: Tensor) -> Tensor:
+            values = self.model(**inputs, coalitions=coalitions.to(rows.device)).coalition_values  # (b, m, K)
+            self.count(coalitions.shape[0] * coalitions.shape[1])
+            shown = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, m, C)
+            return values.gather(2, shown).float().cpu()
+
+        return call
+
+
 class PatchGame:
     """The game of one image: players are its patches, v(S) the logits with only S present.
 
@@ -51,6 +107,10 @@ class PatchGame:
             (1, N, 3 * p * p).
         batch_size: coalitions evaluated at a time.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
+
+    Raises:
+        ImageError: there is more than one image.
+        ShapleyError: the model has no active adapter, or matches images with texts and got none.
     """
 
     def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int = 256, **options: Any) -> None:
@@ -76,15 +136,15 @@ class PatchGame:
 
     def values(self, coalitions: Tensor) -> Tensor:
         """v(S) of coalitions (M, N) bool: (M, K) fp32."""
-        # Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
-        order = coalitions.sum(dim=1).argsort(stable=True)  # (M,)
-        model, values = evaluation_view(self.model), []
+        model = evaluation_view(self.model)
+
+        def call(chosen: Tensor) -> Tensor:
+            chosen = chosen.to(self.pixel_values.device)  # (1, m, N)
+            output = model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
+            return output.coalition_values  # (1, m, K)
+
         with torch.inference_mode():
-            for part in order.split(self.batch_size):
-                chosen = coalitions[part][None].to(self.pixel_values.device)  # (1, m, N)
-                output = model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
-                values.append(output.coalition_values[0])  # (m, K)
-        return torch.cat(values)[order.argsort().to(self.pixel_values.device)]
+            return _by_size(call, coalitions[None], self.batch_size)[0]
 
     def exact(self) -> Tensor:
         """The Shapley values by enumeration of all 2^N coalitions, (N, K) float64; at most 16 players."""

@@ -34,17 +34,13 @@ def attention_rollout(case: Case) -> Answer:
 
 
 def _blocks(case: Case) -> list[Tensor]:
-    """Attention probabilities (B, T, T) of each block, mean of the heads.
-
-    Raises:
-        ShapleyError: the model has no attention from every token to every token.
-    """
-    seats = len(case.layer.anatomy.attentions)
+    """Attention probabilities (B, T, T) of each block, mean of the heads."""
+    blocks = len(case.layer.anatomy.attentions)
     with attention_weights() as collected:
         case.model(**case.batch.inputs)
     # With the base model's own classifier, the empty image follows.
-    weights = [found.float().mean(dim=1) for found in collected[:seats] if found is not None]
-    if not seats or len(weights) != seats:
+    weights = [found.float().mean(dim=1) for found in collected[:blocks] if found is not None]
+    if not blocks or len(weights) != blocks:
         raise ShapleyError(
             "This model does not tell the attention between all its patches. Use a method that needs none, e.g. "
             "'kernel_shap', 'leave_one_out', 'grad_cam' or 'integrated_gradients'."
@@ -107,9 +103,6 @@ def grad_cam(case: Case) -> Answer:
 
     F are the final features. Where a class token predicts, these have no part in it: then they are those that enter the
     last block.
-
-    Raises:
-        ShapleyError: the features belong to no places in the image, or have no part in the prediction.
     """
     pixels = case.pixel_values.detach().clone().requires_grad_()
     with torch.enable_grad(), _caught_features(case) as caught:
@@ -124,27 +117,25 @@ def grad_cam(case: Case) -> Answer:
 @contextmanager
 def _caught_features(case: Case) -> Iterator[list[Tensor]]:
     """Collect the features that Grad-CAM weighs, as they lie in the model, in each pass inside the context."""
-    anatomy, caught = case.layer.anatomy, []
-    if anatomy.layout == "latents" or (_class_token_predicts(case) and not anatomy.blocks):
+    anatomy, by_token, caught = case.layer.anatomy, _class_token_predicts(case), list[Any]()
+    if anatomy.layout == "latents" or (by_token and not anatomy.blocks):
         raise ShapleyError(
             "Grad-CAM needs features of places in the image that the prediction is made of, and this model has none that "
             "are known. Use another method, e.g. 'integrated_gradients' or 'kernel_shap'."
         )
 
-    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if by_token:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+        else:
+            caught.append(first_tensor(output))
 
-    def leaving(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        caught.append(first_tensor(output))
-
-    handles = []
-    for name, module in base_of(case.model).named_modules():
-        if original_name(name) == anatomy.source:
-            handles.append(
-                module.register_forward_pre_hook(entering, with_kwargs=True)
-                if _class_token_predicts(case)
-                else module.register_forward_hook(leaving)
-            )
+    modules = base_of(case.model).named_modules()
+    sources = [module for name, module in modules if original_name(name) == anatomy.source]
+    handles = [
+        (one.register_forward_pre_hook if by_token else one.register_forward_hook)(catch, with_kwargs=True)
+        for one in sources
+    ]
     try:
         yield caught
     finally:

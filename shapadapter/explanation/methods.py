@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -14,8 +13,19 @@ from torch import Tensor, nn
 from shapadapter.backbone import evaluation_view
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ShapleyError
+from shapadapter.core.phrases import did_you_mean
 from shapadapter.explanation.api import explain, join, one_pass, predictions
-from shapadapter.explanation.case import Answer, Case, centre, equal, random
+from shapadapter.explanation.case import (
+    Answer,
+    Case,
+    centre,
+    equal,
+    exact,
+    kernel_shap,
+    leave_one_out,
+    permutation,
+    random,
+)
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.gradient_methods import (
@@ -26,7 +36,6 @@ from shapadapter.explanation.gradient_methods import (
     integrated_gradients,
 )
 from shapadapter.explanation.refine import in_pairs
-from shapadapter.explanation.sampling_methods import exact, kernel_shap, leave_one_out, permutation
 
 __all__ = ["METHODS", "attribute"]
 
@@ -88,15 +97,14 @@ def attribute(
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
     Returns:
-        The same object as `explain`, with `method` and `evaluations` filled in. The evaluations are counted beyond the
-        forward pass that predicts, and a gradient counts as one. Attention, Grad-CAM, "random" and "centre" have no unit:
-        their maps do not sum to the logits.
+        As `explain`, with `method` and `evaluations` filled in, which are counted beyond the forward pass that predicts; a
+        gradient counts as one. Maps of attention, Grad-CAM, "random" and "centre" do not sum to the logits.
 
     Raises:
         ValueError: there is no such method, or it needs more evaluations or fewer players.
         ShapleyError: the model lacks what the method reads, such as attention between all patches.
         ImportError: the method needs captum.
-        ImageError, ClassNotFoundError, ShapleyError, ValueError, TypeError: as `explain`.
+        ImageError, ClassNotFoundError, TypeError: as `explain`.
     """
     _check(method, evaluations)
     active_layer(model)
@@ -104,10 +112,8 @@ def attribute(
         raise TypeError("attribute refines with method='refined', evaluations=64; refine is an argument of explain.")
     check_options(model, options, attribute)
     if method == "refined":
-        options = {**options, "refine": evaluations, "seed": seed}
-        return explain(
-            model, images, processor, texts=texts, top_k=top_k, targets=targets, batch_size=batch_size, **options
-        )
+        wanted: Any = {"texts": texts, "top_k": top_k, "targets": targets, "batch_size": batch_size}
+        return explain(model, images, processor, refine=evaluations, seed=seed, **wanted, **options)
     parts: list[Explanation] = []
     model = evaluation_view(model, private=True)  # for methods that hook modules
     layer = active_layer(model)
@@ -121,9 +127,10 @@ def attribute(
 
 def _check(method: Any, evaluations: int) -> None:
     if not callable(method) and method not in METHODS:
-        close = difflib.get_close_matches(str(method), METHODS, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"There is no method {method!r}. {hint}The methods are {', '.join(METHODS)}.")
+        hint = did_you_mean(str(method), METHODS)
+        raise ValueError(
+            " ".join(filter(None, [f"There is no method {method!r}.", hint, f"The methods are {', '.join(METHODS)}."]))
+        )
     if not isinstance(evaluations, Integral) or evaluations < 2:
         raise ValueError(f"Expected at least 2 evaluations, a whole number, got {evaluations!r}.")
     if method in _PAIRED and not in_pairs(evaluations):
@@ -153,35 +160,26 @@ def _on_grid(case: Case, maps: Tensor) -> Tensor:
 
 
 def _own(case: Case, method: OwnMethod) -> Answer:
-    """What a method of the user's says.
-
-    Raises:
-        ShapleyError: it is neither of pixels nor of players, or holds numbers that are not finite.
-    """
+    """What a method of the user's says, of pixels or of players."""
     # A copy, so that whoever asks for gradients leaves no mark on the caller's tensor.
     inputs = {**case.batch.inputs, "pixel_values": case.pixel_values.detach().clone()}
     with torch.enable_grad():
         found = method(case.model, inputs, case.batch.classes)
-    maps = found.detach() if isinstance(found, Tensor) else _as_tensor(found)
+    try:
+        maps = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found, device="cpu")
+        came = str(tuple(maps.shape))
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        maps, came = torch.empty(0, device="cpu"), type(found).__name__
     images, shown = case.batch.classes.shape
     grid = case.batch.tiling.players
     pixels = tuple(case.pixel_values.shape[-2:]) if case.pixel_values.ndim == 4 else tuple(case.batch.seen.shape[1:3])
-    if maps is not None and not bool(maps.isfinite().all()):
+    if not maps.isfinite().all():
         raise ShapleyError("Expected the method to return finite numbers, but some are NaN or infinite.")
-    if maps is not None and tuple(maps.shape) == (images, *grid, shown):
+    if tuple(maps.shape) == (images, *grid, shown):
         return Answer(maps.flatten(1, 2), None)
-    if maps is not None and tuple(maps.shape) == (images, *pixels, shown):
+    if tuple(maps.shape) == (images, *pixels, shown):
         return Answer(case.from_pixels(maps), None)
     raise ShapleyError(
         f"Expected the method to return ({images}, {grid[0]}, {grid[1]}, {shown}), a number for each image, player and "
-        f"class, or ({images}, {pixels[0]}, {pixels[1]}, {shown}), one for each pixel, got "
-        f"{type(found).__name__ if maps is None else tuple(maps.shape)}."
+        f"class, or ({images}, {pixels[0]}, {pixels[1]}, {shown}), one for each pixel, got {came}."
     )
-
-
-def _as_tensor(found: Any) -> Tensor | None:
-    """Numbers as a tensor, None if they are none."""
-    try:
-        return torch.as_tensor(found, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shapadapter.core.posterior import Posterior, exact_posterior, shapley_posterior
 from shapadapter.core.shapley import (
@@ -18,50 +17,32 @@ from shapadapter.core.shapley import (
     sample_in_turns,
     sample_sizes,
 )
-from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.explanation.explanation import Explanation
+from shapadapter.explanation.game import BatchGame, source_of
 
 UNTIL = "until"
 
-RELATIVE_ERROR, MAX_REFINE = 0.1, 4096
-"""What "until" aims at, and the most evaluations it spends on an image, unless told."""
+# What "until" aims at, and the most evaluations it spends on an image, unless told.
+_RELATIVE_ERROR, _MAX_REFINE = 0.1, 4096
 
-FIRST_ROUND = 64
-"""Evaluations of the first round of "until"; each later round adds half of what was spent before."""
+# Evaluations of the first round of "until"; each later round adds half of what was spent before.
+_FIRST_ROUND = 64
 
-COALITIONS = 32
-"""Coalitions of an image in a call of the model, which also evaluates the whole image each time."""
-
-ROWS = 8
-"""Coalitions, of all images, in a call: so many times `batch_size`. Most of them are much smaller than an image."""
-
-
-REPEATS = 4
-"""With few players, how many times as many coalitions as a round evaluates are drawn, at most: repeats cost nothing."""
+# With few players, how many times as many coalitions as a round evaluates are drawn, at most: repeats cost nothing.
+_REPEATS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many evaluations each image gets.
+    """How many evaluations each image gets."""
 
-    Attributes:
-        totals: evaluations spent on an image after each round, increasing and even.
-        relative_error: an image whose shown classes all have at most this error is done.
-        seed: of the coalitions.
-    """
-
-    totals: tuple[int, ...]
-    relative_error: float
-    seed: int
+    totals: tuple[int, ...]  # evaluations spent on an image after each round, increasing and even
+    relative_error: float  # an image whose shown classes all have at most this error is done
+    seed: int  # of the coalitions
 
     @classmethod
     def of(cls, refine: int | str, relative_error: float | None, max_refine: int | None, seed: int) -> Plan | None:
-        """The plan that arguments of `explain` ask for, None without refinement.
-
-        Raises:
-            ValueError: an odd or negative number of evaluations, a relative error that is not positive, or one that
-                nothing would look at.
-        """
+        """The plan that arguments of `explain` ask for, None without refinement; refuses what it cannot follow."""
         if refine != UNTIL and not in_pairs(refine):
             raise ValueError(
                 f"refine must be an even number of evaluations, 0 or more, or {UNTIL!r}, for coalitions come in pairs; got "
@@ -71,8 +52,8 @@ class Plan:
             if relative_error is not None or max_refine is not None:
                 raise ValueError(f"relative_error and max_refine are for refine={UNTIL!r}; got refine={refine!r}.")
             return cls((refine,), 0.0, seed) if refine else None
-        wanted = RELATIVE_ERROR if relative_error is None else relative_error
-        most = MAX_REFINE if max_refine is None else max_refine
+        wanted = _RELATIVE_ERROR if relative_error is None else relative_error
+        most = _MAX_REFINE if max_refine is None else max_refine
         if not (most and in_pairs(most)):
             raise ValueError(
                 f"With refine={UNTIL!r} max_refine must be an even number of evaluations, 2 or more; got "
@@ -80,25 +61,10 @@ class Plan:
             )
         if not wanted > 0:
             raise ValueError(f"Expected a positive relative_error, such as 0.1, got {relative_error}.")
-        totals = [min(FIRST_ROUND, most)]
+        totals = [min(_FIRST_ROUND, most)]
         while totals[-1] < most:
             totals.append(min(totals[-1] + max(2, totals[-1] // 4 * 2), most))
         return cls(tuple(totals), wanted, seed)
-
-    def coalitions(self, turn: int, images: list[int], players: int) -> Tensor:
-        """The new coalitions (b, m, N) of a round.
-
-        The sizes are the same for all images, so that coalitions of one size are a rectangular batch. Each image draws
-        from a source of its own, so that it does not matter with which others it is explained.
-        """
-        count = self.totals[turn] - (self.totals[turn - 1] if turn else 0)
-        sizes = sample_sizes(players, count // 2, self.source(turn, 0))  # (m / 2,)
-        return torch.stack([sample_in_turns(players, sizes, self.source(turn, 1 + image)) for image in images])
-
-    def source(self, turn: int, place: int) -> torch.Generator:
-        """A source of randomness of one round and place: 0 for what all images share, 1 + an image's number for its own."""
-        state = np.random.SeedSequence(self.seed, spawn_key=(turn, place)).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
 
 
 def in_pairs(count: Any) -> bool:
@@ -106,123 +72,73 @@ def in_pairs(count: Any) -> bool:
     return isinstance(count, int | np.integer) and not isinstance(count, bool) and bool(count >= 0 and count % 2 == 0)
 
 
-@dataclass(frozen=True)
-class BatchGame:
-    """The games of a batch of images.
-
-    Attributes:
-        model: a wrapped model.
-        inputs: keyword arguments of its forward for the batch.
-        classes: (B, C), the classes whose values are asked for.
-        batch_size: images in a forward pass.
-        count: called with the number of evaluations after each call of the model.
-    """
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    classes: Tensor
-    batch_size: int
-    count: Callable[[int], Any] = field(default=lambda evaluations: None)
-
-    def values(self, images: Tensor, coalitions: Tensor) -> Tensor:
-        """v(S) of some images (b,), each with its coalitions (b, m, N) of the same sizes: (b, m, C) fp32, on the CPU."""
-        order = coalitions[0].sum(dim=1).argsort(stable=True)  # (m,): by size
-        together = max(1, ROWS * self.batch_size // COALITIONS)
-        parts = [
-            torch.cat([self._call(some, chosen[:, columns]) for columns in order.split(COALITIONS)], dim=1)
-            for some, chosen in zip(images.split(together), coalitions.split(together), strict=True)
-        ]
-        return torch.cat(parts)[:, order.argsort()]
-
-    def _call(self, images: Tensor, coalitions: Tensor) -> Tensor:
-        device = self.classes.device
-        rows = images.to(device)
-        inputs = {name: value[rows] if name in IMAGE_INPUTS else value for name, value in self.inputs.items()}
-        values = self.model(**inputs, coalitions=coalitions.to(device)).coalition_values  # (b, m, K)
-        self.count(coalitions.shape[0] * coalitions.shape[1])
-        shown = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, m, C)
-        return values.gather(2, shown).float().cpu()
-
-
 def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -> Explanation:
     """The explanation of a batch after more evaluations.
 
-    Args:
-        explanation: what one forward pass says.
-        game: of the same images.
-        plan: how many evaluations.
-        first: the number of its first image among all that are explained; coalitions depend on it.
+    `first` is the number of its first image among all that are explained: each image draws coalitions from a source of
+    its own, so that it does not matter with which others it is explained.
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
     batch, players = prior.shape[:2]
     ends = torch.stack([explanation.null_values, explanation.logits], dim=1)  # (B, 2, K)
-    ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C)
+    ends = ends.gather(2, explanation.classes[:, None].expand(-1, 2, -1))  # (B, 2, C): of nobody and of everybody
     if pays_for_all(plan.totals[0], players):
-        found = _enumerated(game, torch.arange(batch, device="cpu"), ends, players)
+        found = enumerated(game, torch.arange(batch, device="cpu"), ends, players)
         mean, error, spent = found.mean, found.standard_error, torch.full((batch,), 2**players - 2, device="cpu")
     elif plan.relative_error and players <= MAX_ENUMERATED_PLAYERS:
-        alone = [_sparing(game, image, prior[image], ends[image], plan, first + image) for image in range(batch)]
+        alone = [_each_once(game, image, prior[image], ends[image], plan, first + image) for image in range(batch)]
         mean, error = (torch.stack([getattr(one, part) for one, _ in alone]) for part in ("mean", "standard_error"))
         spent = torch.tensor([evaluations for _, evaluations in alone], device="cpu")
     else:
-        mean, error, spent = _sampled(game, prior, ends, plan, first)
+        mean, error, spent = _in_rounds(game, prior, ends, plan, first)
     grid = explanation.attributions.shape[1:3]
     maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
-    return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent)
+    return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent, method="refined")
 
 
-def _sampled(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and error (B, N, C) after as many rounds as each image takes, and what it has spent (B,).
+def enumerated(game: BatchGame, images: Tensor, ends: Tensor, players: int) -> Posterior:
+    """The Shapley values (b, N, C) of some images (b,), from all coalitions and the ends (b, 2, C)."""
+    proper = all_coalitions(players)[1:-1].expand(len(images), -1, -1)  # (b, 2**N - 2, N)
+    values = torch.cat([ends[:, :1], game.values(images, proper), ends[:, 1:]], dim=1)  # (b, 2**N, C)
+    found = exact_posterior(values.transpose(0, 1))  # (N, b, C)
+    return Posterior(found.mean.transpose(0, 1), found.standard_error.transpose(0, 1))
 
-    Args:
-        game: of B images.
-        prior: (B, N, C), predicted Shapley values.
-        ends: (B, 2, C), the values of nobody and of everybody.
-        plan: how many evaluations.
-        first: the number of the first image.
-    """
+
+def _in_rounds(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and error (B, N, C) after as many rounds as each image takes, and what it has spent (B,)."""
     batch, players, shown = prior.shape
     mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
     spent = torch.zeros(batch, dtype=torch.int64, device="cpu")
     # Of the images that are not done yet, (b,): their coalitions and values so far.
     images = torch.arange(batch, device="cpu")
-    coalitions, values = (
-        torch.empty(batch, 0, players, dtype=torch.bool, device="cpu"),
-        torch.empty(batch, 0, shown, device="cpu"),
-    )
+    coalitions = torch.empty(batch, 0, players, dtype=torch.bool, device="cpu")
+    values = torch.empty(batch, 0, shown, device="cpu")
     for turn, total in enumerate(plan.totals):
-        new = plan.coalitions(turn, (first + images).tolist(), players)  # (b, m, N)
+        # The sizes are the same for all images, so that coalitions of one size are a rectangular batch.
+        sizes = sample_sizes(players, (total - coalitions.shape[1]) // 2, source_of(plan.seed, turn, 0))  # (m / 2,)
+        numbers = (first + images).tolist()
+        new = torch.stack([sample_in_turns(players, sizes, source_of(plan.seed, turn, 1 + n)) for n in numbers])
         coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
         values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
         found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
         mean[images], error[images], spent[images] = found.mean, found.standard_error, total
-        open_ = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
-        images, coalitions, values = images[open_], coalitions[open_], values[open_]
+        unsure = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
+        images, coalitions, values = images[unsure], coalitions[unsure], values[unsure]
         if not len(images):
             break
     return mean, error, spent
 
 
-def _sparing(
+def _each_once(
     game: BatchGame, image: int, prior: Tensor, ends: Tensor, plan: Plan, number: int
 ) -> tuple[Posterior, int]:
-    """`_sampled` for one image of few players, whose coalitions are soon drawn again: each is evaluated once.
+    """`_in_rounds` for one image of few players, whose coalitions are soon drawn again: each is evaluated once.
 
     In the first round that could pay for every coalition, those that are left are evaluated: the values are exact then.
-
-    Args:
-        game: of the batch.
-        image: its place in the batch.
-        prior: (N, C), predicted Shapley values.
-        ends: (2, C), the values of nobody and of everybody.
-        plan: how many evaluations.
-        number: the image's among all that are explained.
-
-    Returns:
-        The posterior, and the evaluations spent.
+    Of a prior (N, C) and ends (2, C); the posterior, and the evaluations spent.
     """
     players = len(prior)
-    every, source = all_coalitions(players), plan.source(0, 1 + number)  # (2**N, N)
+    every, source = all_coalitions(players), source_of(plan.seed, 0, 1 + number)  # (2**N, N)
     table = prior.new_zeros(2**players, prior.shape[1])  # (2**N, C): v(S) by the row of S in `every`
     table[0], table[-1] = ends
     known, drawn = {0, 2**players - 1}, list[int]()
@@ -242,23 +158,14 @@ def _sparing(
 def _drawn(players: int, count: int, known: set[int], source: torch.Generator) -> list[int]:
     """Rows of `all_coalitions`, drawn in pairs until `count` are new, or until the few that are would take too long."""
     rows, new = list[int](), set[int]()
-    for _ in range(REPEATS):
-        sizes = sample_sizes(players, max(count, FIRST_ROUND) // 2, source)  # (m / 2,)
+    bits = torch.arange(players, device="cpu")
+    for _ in range(_REPEATS):
+        sizes = sample_sizes(players, max(count, _FIRST_ROUND) // 2, source)  # (m / 2,)
         coalitions = sample_in_turns(players, sizes, source)  # (m, N)
-        pairs = (
-            (coalitions.long() << torch.arange(players, device="cpu")).sum(dim=1).unflatten(0, (-1, 2))
-        )  # (m / 2, 2)
+        pairs = (coalitions.long() << bits).sum(dim=1).unflatten(0, (-1, 2))  # (m / 2, 2)
         for pair in pairs.tolist():
             if len(new) == count:
                 return rows
             rows += pair
             new.update(set(pair) - known)
     return rows
-
-
-def _enumerated(game: BatchGame, images: Tensor, ends: Tensor, players: int) -> Posterior:
-    """The Shapley values (b, N, C) of some images (b,), given the values of nobody and of everybody (b, 2, C)."""
-    proper = all_coalitions(players)[1:-1].expand(len(images), -1, -1)  # (b, 2**N - 2, N)
-    values = torch.cat([ends[:, :1], game.values(images, proper), ends[:, 1:]], dim=1)  # (b, 2**N, C)
-    found = exact_posterior(values.transpose(0, 1))  # (N, b, C)
-    return Posterior(found.mean.transpose(0, 1), found.standard_error.transpose(0, 1))

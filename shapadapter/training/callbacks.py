@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class LossMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an attempt of `auto_find_batch_size` left behind."""
         self.sums["train"], self.skipped, self._finite, self._lost = {}, Skipped(), None, None
-        self.trainer.objective.draws.restart("train", "mix")
+        self.trainer.objective.restart("train", "mix")
 
     @torch.no_grad()
     def add_batch(
@@ -114,10 +113,12 @@ class LossMonitor(TrainerCallback):
         accelerator, names = self.trainer.accelerator, sorted(sums)
         parts = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
         found = {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+        if "logit_spread" in found:
+            self._warn_of_collapse(found.pop("logit_spread"))
         skips = self.trainer.args.corrupt_images == "skip"
         return {**found, "skipped_images": self.skipped.total(mode, accelerator)} if skips else found
 
-    def warn_of_collapse(self, spread: float) -> None:
+    def _warn_of_collapse(self, spread: float) -> None:
         """Warn once, after the warm-up, if the logits hardly vary between images."""
         args, state = self.trainer.args, self.trainer.state
         warmed_up = args.shapley_weight > 0 and state.global_step >= args.shapley_warmup * state.max_steps
@@ -194,14 +195,9 @@ class AttributionMaps(TrainerCallback):
     Args:
         trainer: whose model, collator and reports are used.
         images: how many images.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
 
     def __init__(self, trainer: Trainer, images: int) -> None:
-        if find_spec("matplotlib") is None:
-            raise ImportError('log_attributions draws with matplotlib: pip install "shapadapter[plot]"')
         self.trainer = trainer
         self.images = images
 

@@ -28,26 +28,6 @@ _DRAWN = {"eval": 0, "train": 1, "mix": 2}
 _OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
 
 
-class Draws:
-    """Keys of what is drawn for micro-batches, by seed, step, micro-step and rank alone: a resumed run repeats them."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[int, int]] = {}  # by kind: the step, and the number in it
-
-    def key(self, kind: str, args: ShapleyTrainingArguments, step: int) -> tuple[int, ...]:
-        """Of the next draw of a kind: the coalitions of "train" and "eval", or "mix"."""
-        step = 0 if kind == "eval" else step
-        last, number = self._last.get(kind, (step, -1))
-        number = number + 1 if last == step else 0
-        self._last[kind] = step, number
-        return args.seed, _DRAWN[kind], step, number, args.process_index
-
-    def restart(self, *kinds: str) -> None:
-        """Begin a training or an evaluation."""
-        for kind in kinds:
-            self._last.pop(kind, None)
-
-
 @dataclass(frozen=True)
 class Shares:
     """How much a micro-batch counts, so that each known label, and each image, has the same say.
@@ -72,7 +52,8 @@ class Objective:
     """
 
     def __init__(self, trainer: Any, soft_task: SoftTask | None) -> None:
-        self.trainer, self.soft_task, self.draws = trainer, soft_task, Draws()
+        self.trainer, self.soft_task = trainer, soft_task
+        self._drawn: dict[str, tuple[int, int]] = {}  # by kind: the step, and the number of the last draw in it
 
     def weights(self, training: bool) -> dict[str, float]:
         """The weights of the terms, by their names in the logs; in an evaluation those after the warm-up."""
@@ -95,7 +76,7 @@ class Objective:
         if labelled is None:
             return {"return_loss": True, **inputs}, Shares(share, share, float(read))
         say, known, labels = share, float(read), inputs.get("labels")
-        if labels is None and training and trainer.votes:
+        if labels is None and training and labelled.needed(trainer.layer):
             raise labelled.missing([name for name in inputs if name != "coalitions"])
         if labels is not None:
             if getattr(trainer.data_collator, "labels", None) is None:  # of another collator
@@ -107,12 +88,24 @@ class Objective:
                 whole = known + (images - read) * inputs["labels"][0].numel() if in_step is None else in_step
                 say = known / torch.as_tensor(whole, device=known.device).clamp(min=1e-3)
         if training and max(trainer.args.mixup_alpha, trainer.args.cutmix_alpha) > 0:
-            inputs = mixed(inputs, trainer.args, trainer.layer, self.key("mix"))
+            tiling, alphas = trainer.layer.tiling(**inputs), (trainer.args.mixup_alpha, trainer.args.cutmix_alpha)
+            mix = draw_mix(len(inputs["pixel_values"]), tiling.players, alphas, self.key("mix"))
+            if labels is not None:
+                inputs = {**inputs, "labels": mix_labels(inputs["labels"], mix, trainer.layer.classes)}
+            inputs = {**inputs, "pixel_values": mix_pictures(inputs["pixel_values"], mix, tiling)}
         return inputs, Shares(share, say, known)
 
     def key(self, kind: str) -> tuple[int, ...]:
-        """Of the next draw: see `Draws`."""
-        return self.draws.key(kind, self.trainer.args, self.trainer.state.global_step)
+        """Of the next draw, by seed, step, micro-step and rank alone: a resumed run repeats it."""
+        step = 0 if kind == "eval" else self.trainer.state.global_step
+        last, number = self._drawn.get(kind, (step, -1))
+        self._drawn[kind] = step, number + 1 if last == step else 0
+        return self.trainer.args.seed, _DRAWN[kind], *self._drawn[kind], self.trainer.args.process_index
+
+    def restart(self, *kinds: str) -> None:
+        """Begin a training or an evaluation."""
+        for kind in kinds:
+            self._drawn.pop(kind, None)
 
     def coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         """Coalitions (B, 2 * pairs, N) of the images of a batch."""
@@ -184,9 +177,6 @@ def refilled(values: Tensor | None, rows: int) -> Tensor | None:
     return values[torch.arange(rows, device=values.device).clamp(max=len(values) - 1)]
 
 
-# -- the task loss ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class SoftTask:
     """Cross-entropy with weighted classes and soft labels.
@@ -227,7 +217,7 @@ def _as_shares(labels: Tensor, classes: int) -> Tensor:
 def soft_task(
     args: ShapleyTrainingArguments,
     layer: ShapleyLayer,
-    problem: str | None,
+    rules: LabelRules | None,
     dataset: Any,
     names: Mapping[int, str] | None,
     own_loss: Any,
@@ -240,8 +230,7 @@ def soft_task(
     asked = [name for name in _OPTIONS if getattr(args, name)]
     if not asked:
         return None
-    what = " and ".join(asked)
-    other = None
+    what, problem, other = " and ".join(asked), rules and rules.problem, None
     if layer.anatomy.kind == "matching":
         other = "a model that matches images with texts"
     elif problem == "multi_label_classification":
@@ -306,9 +295,6 @@ def class_weights(
     return torch.from_numpy(counts.sum() / (classes * counts)).float()
 
 
-# -- mixup and cutmix ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Mix:
     """How the images of one micro-batch are mixed.
@@ -360,11 +346,3 @@ def mix_labels(labels: Tensor, mix: Mix, classes: int) -> Tensor:
     """What is in the mixed images: class indices (B,) to shares (B, K)."""
     shares = _as_shares(labels, classes)  # (B, K)
     return mix.share * shares + (1 - mix.share) * shares[mix.partners.to(labels.device, non_blocking=True)]
-
-
-def mixed(inputs: dict[str, Any], args: ShapleyTrainingArguments, layer: ShapleyLayer, key: tuple[int, ...]) -> Any:
-    """A micro-batch with mixed images (B, C, H, W), and labels (B, K) in the place of (B,) if it has labels."""
-    tiling, labels = layer.tiling(**inputs), inputs.get("labels")
-    mix = draw_mix(len(inputs["pixel_values"]), tiling.players, (args.mixup_alpha, args.cutmix_alpha), key)
-    soft = {} if labels is None else {"labels": mix_labels(labels, mix, layer.classes)}
-    return {**inputs, "pixel_values": mix_pictures(inputs["pixel_values"], mix, tiling), **soft}

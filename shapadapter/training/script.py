@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# No `from __future__ import annotations`: HfArgumentParser reads the fields' types.
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,11 +23,11 @@ from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
 from shapadapter.core.files import naming
 from shapadapter.core.phrases import some
+from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.folders import fifth, image_folder, in_words, list_folder, no_classes
 from shapadapter.data.images import open_image
+from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
-from shapadapter.hub.load import find_base, load_processor
-from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first, running_alone
 from shapadapter.training.trainer import ShapleyTrainer
@@ -36,11 +35,7 @@ from shapadapter.visual import gallery
 
 
 def check_model(name: str) -> None:
-    """Refuse what is no base model.
-
-    Raises:
-        ShapleyError: it can only be a folder and is none, or it is an adapter.
-    """
+    """Refuse what is no base model: a path to no folder, or an adapter."""
     folder = Path(name)
     if not folder.is_dir():
         _refuse_path(name)
@@ -59,62 +54,38 @@ def check_model(name: str) -> None:
 
 
 def check_data(name: str) -> None:
-    """Refuse what can only be a folder and is none, and a folder that leaves open what its classes are.
-
-    Raises:
-        ShapleyError: it is one of these.
-    """
-    if not Path(name).is_dir():
+    """Refuse a path to no folder, and a folder that leaves open what its classes are."""
+    if Path(name).is_dir():
+        list_folder(Path(name))
+    else:
         _refuse_path(name)
-        return
-    list_folder(Path(name))
 
 
 def check_output(folder: Path, resumed: str | None, overwrite: bool) -> bool:
-    """Refuse to start a training where another one has left an adapter or checkpoints.
+    """Refuse to start a training where another one has left an adapter or checkpoints, unless it may go.
 
-    Args:
-        folder: of the training.
-        resumed: what it is to go on from, if anything: a path, "True", or "last".
-        overwrite: whether what is there may go.
-
-    Returns:
-        Whether the training starts from nothing.
-
-    Raises:
-        ShapleyError: there is something, and nobody said that it may go.
+    `resumed` is what to go on from, if anything: a path, "True", or "last". Returns whether the training starts from nothing.
     """
     checkpoints = newest_first(folder)
     if resumed not in (None, "False", "false") and (resumed != "last" or checkpoints):
         return False
     left = [path for path in (folder / CONFIG_NAME, *checkpoints) if path.exists()]
-    there = left[0].name if left else None
-    if there is not None and not overwrite:
+    if left and not overwrite:
         raise ShapleyError(
-            f"{folder} holds an earlier training ({there}). Go on with it by --resume-from-checkpoint last, choose another "
+            f"{folder} holds an earlier training ({left[0].name}). Go on with it by --resume-from-checkpoint last, choose another "
             "folder, or pass --overwrite to lose it."
         )
     return True
 
 
 def beside(name: str) -> str:
-    """Where to look, for a name that is taken for one on the Hub, though its first part is a folder here; or nothing."""
+    """Where to look for a name that is taken for one on the Hub, though its first part is a folder here; or nothing."""
     parent = Path(name).parent
     return f" There is a folder {parent} here: check the path." if parent.name and parent.is_dir() else ""
 
 
 def columns(features: Mapping[str, Any], label: str | None, name: str | None, folder: str | None) -> tuple[str, str]:
-    """The columns of images and of classes.
-
-    Args:
-        features: of the data set.
-        label: the column of classes, if it was named.
-        name: of the data set.
-        folder: with the images, instead of a name.
-
-    Raises:
-        ShapleyError: one is missing.
-    """
+    """The columns of images and of classes (`label`, if it was named) of a data set or a folder."""
     images = [one for one, feature in features.items() if isinstance(feature, Image)]
     classes = [one for one, feature in features.items() if isinstance(feature, ClassLabel)]
     if folder is not None and (not images or not classes):
@@ -129,12 +100,6 @@ def columns(features: Mapping[str, Any], label: str | None, name: str | None, fo
             f"Expected {wanted} (Image and ClassLabel of datasets), got {sorted(features)} from {name}."
         )
     return images[0], label or classes[0]
-
-
-def not_loaded(name: str, error: BaseException) -> ShapleyError | None:
-    """What an error of loading a model from the Hub means, or None if the error is of another kind."""
-    trouble = None if Path(name).is_dir() else hub_trouble(error, name)
-    return None if trouble is None else ShapleyError(f"{name} is no folder here. {trouble}{beside(name)}")
 
 
 def _refuse_path(name: str) -> None:
@@ -187,7 +152,7 @@ def load_images(
         corrupt_images: "skip" passes over files in the folder that are no images, "fail" refuses them.
 
     Raises:
-        ShapleyError: the folder is none of images in classes, or there is no such split or column.
+        ShapleyError: it is no folder of images in classes, or there is no such split or column.
     """
     splits = _chosen(args, corrupt_images)
     alone: list[str] = []
@@ -262,10 +227,11 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
             ignore_mismatched_sizes=True,
         )
     except HUB_ERRORS as error:
-        trouble = not_loaded(args.model_name_or_path, error)
-        if trouble is None:
+        name = args.model_name_or_path
+        reason = None if Path(name).is_dir() else hub_trouble(error, name)
+        if reason is None:
             raise
-        raise trouble from error
+        raise ShapleyError(f"{name} is no folder here. {reason}{beside(name)}") from error
     # A checkpoint with as many other classes would leave a classifier that is not new.
     trained = True if args.prediction == "classifier" else None
     config = ShapleyConfig(r=args.lora_rank, prediction=args.prediction, tune=args.tune, train_classifier=trained)
@@ -279,11 +245,7 @@ def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
 
 
 def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
-    """Refuse a fresh training in the folder of another one; with `--overwrite` delete the other's checkpoints.
-
-    Raises:
-        ShapleyError: there is one, and neither `--overwrite` nor `--resume_from_checkpoint` was given.
-    """
+    """Refuse a fresh training in the folder of another one; with `--overwrite` delete the other's checkpoints."""
     folder = Path(str(training_args.output_dir))
     fresh = check_output(folder, training_args.resume_from_checkpoint, args.overwrite)
     if fresh and training_args.should_save:
@@ -307,17 +269,16 @@ def finish(trainer: ShapleyTrainer, training: dict[str, float], test: Dataset | 
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         explanation.save_html(folder / "explanations.html")
-        with suppress(ImportError):  # without matplotlib there is the page
-            gallery(explanation).savefig(folder / "attributions.png")
+        gallery(explanation).savefig(folder / "attributions.png")
 
 
 def main(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
     """Train, save, evaluate, explain; while no other run writes into the same folder."""
     with running_alone(training_args, str(training_args.output_dir)):
-        _run(args, training_args)
+        _train(args, training_args)
 
 
-def _run(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
+def _train(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
     check_model(args.model_name_or_path)
     set_seed(training_args.seed)  # adapter and classifier start from random numbers
     with training_args.main_process_first(desc="loading the images"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from shapadapter.training.arguments import ShapleyTrainingArguments, check_setti
 from shapadapter.training.callbacks import TASK, AttributionMaps, LossMonitor
 from shapadapter.training.checkpoints import Checkpoints, running_alone
 from shapadapter.training.objective import Objective, placed, refilled, soft_task, without_repeats
-from shapadapter.training.publish import PushingTrainer
-from shapadapter.training.record import CardingTrainer
+from shapadapter.training.record import RecordingTrainer
 from shapadapter.training.validation import LabelledData, as_model_reads, check_classes, mean_color, warn_of_crops
 
 
-class ShapleyTrainer(CardingTrainer, PushingTrainer):
+class ShapleyTrainer(RecordingTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; what `model_init` makes is a wrapped model as well. A data set with `image` and
@@ -49,7 +47,7 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
     among the `eval_*`: `evaluator=Evaluator(images=16)` and `metric_for_best_model="eval_error"` keep the checkpoint that
     explains best. Every process measures the same images of the whole set and finds the same numbers.
 
-    Private methods of `Trainer` that are overridden, since it has no public place for this:
+    Private methods of `Trainer` that are overridden:
 
     | method | why |
     | --- | --- |
@@ -82,7 +80,7 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
         self.evaluator = evaluator
         self.checkpoints, self.monitor = Checkpoints(self), LossMonitor(self)
-        self._first: Any = None  # the model of `model_init` that the settings are checked with, until it is asked for
+        self._first: Any = None  # model of `model_init` that the settings are checked with, until it is asked for
         given, maker = model, kwargs.get("model_init")
         if model is None and maker is not None:
             (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
@@ -102,8 +100,7 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
                 check_classes(kwargs.get(name), self.layer.classes)
             kwargs[name] = as_model_reads(kwargs.get(name), self.labelled, several=name == "eval_dataset")
         check_setting(model, self.layer, args, data is not None)
-        problem = rules.problem if rules else None
-        task = soft_task(args, self.layer, problem, kwargs["train_dataset"], names, own_loss)
+        task = soft_task(args, self.layer, rules, kwargs["train_dataset"], names, own_loss)
         if args.corrupt_images == "skip":
             check_skipping(kwargs["data_collator"])
         kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_known(kwargs["compute_metrics"])
@@ -122,27 +119,25 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         """`Trainer`'s, of which every model has to be wrapped; it gets the names of the classes, too."""
-        model: Any = self._first or super().call_model_init(trial)
-        self._first = None
+        model, self._first = self._first or super().call_model_init(trial), None
         self.layer = active_layer(model)
         if self.labelled is not None:
             self.labelled.give_names(model, self.layer)
         return model
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast around each step, where accelerate puts none around the model's forward."""
-        # Without the cache: what it keeps of a weight is of no use once FSDP has given the weight back.
-        if self.is_fsdp_enabled:
+        if (
+            self.is_fsdp_enabled
+        ):  # without the cache: what it keeps of a weight is of no use once FSDP took the weight back
             return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         return super().autocast_smart_context_manager(cache_enabled)
-
-    # -- data --------------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer`'s loader; classes are found by name."""
         named = isinstance(eval_dataset, str)  # one of several, which are counted as the model does
-        several: Any = self.eval_dataset
-        data = several[eval_dataset] if named else as_model_reads(eval_dataset, self.labelled, several=True)
+        own: Any = self.eval_dataset
+        data = own[eval_dataset] if named else as_model_reads(eval_dataset, self.labelled, several=True)
         self._check_labels(data)
         return super().get_eval_dataloader(eval_dataset if named else data)
 
@@ -156,16 +151,10 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
         if self.labelled is not None:
             self.labelled.check(dataset, self.data_collator)
 
-    @property
-    def votes(self) -> bool:
-        """Whether the prediction is learned from labels alone."""
-        name = self.layer.active
-        return not self.matching and name is not None and self.layer.rules[name].prediction == "vote"
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """`Trainer`'s, with the number of labels by which each micro-batch of this step divides its task loss.
+        """`Trainer`'s, with the mean number of known labels of the step's micro-batches, over all processes.
 
-        It is their mean over the micro-batches of all processes, so that each label that is known has the same say.
+        By it each micro-batch divides its task loss, so that each label has the same say.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.labelled is None or not batches:
@@ -183,8 +172,6 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
 
-    # -- the loss ----------------------------------------------------------------------------------------------------
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -193,7 +180,6 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
-        mode = "train" if model.training else "eval"
         inputs, shares = self.objective.prepared(inputs, model.training, num_items_in_batch)
         if inputs.get("coalitions") is None:
             inputs = {**inputs, **placed(self._draw_coalitions(inputs, model.training), self.args.device)}
@@ -204,6 +190,7 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
         outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
         counts = shares.images > 0 and self.counting
+        mode = "train" if model.training else "eval"
         self.monitor.add_batch(mode, outputs, inputs["coalitions"], terms, shares.known, counts)
         weights = self.objective.weights(model.training)
         says = {name: shares.labels if name in TASK else shares.images for name in terms}
@@ -223,54 +210,47 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the mean of each term since the last log."""
         if "loss" in logs and self.monitor.sums["train"]:
-            means = self.monitor.means("train")
-            if "logit_spread" in means:
-                self.monitor.warn_of_collapse(means.pop("logit_spread"))
-            logs = {**logs, **means, "shapley_weight": self.objective.weights(training=True)["shapley_loss"]}
+            weight = self.objective.weights(training=True)["shapley_loss"]
+            logs = {**logs, **self.monitor.means("train"), "shapley_weight": weight}
         super().log(logs, *args, **kwargs)
 
-    # -- training ----------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """`Trainer`'s training, after a look at the data, from a whole checkpoint.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
             trial: as for `Trainer`.
-            args: as for `Trainer`.
-            kwargs: as for `Trainer`.
+            ignore_keys_for_eval: as for `Trainer`.
 
         Raises:
             CheckpointError: the checkpoint is not whole, or with True none is.
             ShapleyError: another run is writing into the same folder, or the data cannot be trained on.
         """
         if torch.is_inference_mode_enabled():
-            raise ShapleyError(
-                "There is no training in inference mode, which keeps no gradients: call train() outside of it."
-            )
+            raise ShapleyError("There are no gradients in inference mode: call train() outside of it.")
         if self.train_dataset is not None:
             self._look_at_data()
         with running_alone(self.args, self._get_output_dir(trial)):
-            return super().train(self.checkpoints.chosen(resume_from_checkpoint), trial, *args, **kwargs)
+            return super().train(self.checkpoints.chosen(resume_from_checkpoint), trial, ignore_keys_for_eval)
 
     def _look_at_data(self) -> None:
         """Refuse what cannot be trained on, and measure the color of absent pixels where that is the data's mean."""
         self._check_labels(self.train_dataset)
         if self.args.eval_strategy != "no":
             self._check_labels(self.eval_dataset)
-        if self.votes and type(self.data_collator) is ImageCollator:
-            self.labelled.check_known(self.train_dataset)  # type: ignore[union-attr]
+        if (
+            self.labelled is not None
+            and self.labelled.needed(self.layer)
+            and type(self.data_collator) is ImageCollator
+        ):
+            self.labelled.check_known(self.train_dataset)
         rows = self._guarded(self.train_dataset)
         if isinstance(rows, GuardedRows) and self.args.corrupt_images == "fail":
             rows.look(self.args.process_index, self.args.world_size)
         name = self.layer.active or ""
         config = self.accelerator.unwrap_model(self.model).peft_config.get(name)
-        if (
-            config is not None
-            and config.removal == "pixels"
-            and config.fill != "learned"
-            and config.fill_color is None
-        ):
+        means = config is not None and config.removal == "pixels" and config.fill != "learned"
+        if means and config.fill_color is None:
             config.fill_color = mean_color(rows, self.data_collator)
             self.layer.read_rules(name, config)
         if self.is_world_process_zero():
@@ -302,8 +282,6 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
             dataset.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
     @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -327,8 +305,6 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         super()._load_best_model()
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -355,7 +331,7 @@ class ShapleyTrainer(CardingTrainer, PushingTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
-        self.objective.draws.restart("eval")
+        self.objective.restart("eval")
         self.monitor.sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         found = self.monitor.means("eval")

@@ -76,6 +76,10 @@ class LabelledData:
             config.label2id = {name: index for index, name in self.names.items()}
             model.peft_config[layer.active].id2label = dict(self.names)
 
+    def needed(self, layer: ShapleyLayer) -> bool:
+        """Whether the active adapter learns its prediction from labels alone."""
+        return layer.active is not None and layer.rules[layer.active].prediction == "vote"
+
     def check(self, dataset: Any, collator: Any) -> None:
         """Refuse a data set, or one of several, in whose labels there is anything else, as far as they can be read.
 
@@ -249,8 +253,6 @@ def _columns_of(dataset: Any) -> list[str] | None:
         return list(as_row(dataset[0]))
     return None
 
-
-# -- images ----------------------------------------------------------------------------------------------------------
 
 # Images that are looked at: for the crops, and for the colour, whose mean is then within a few hundredths of a standard
 # deviation of that of all.

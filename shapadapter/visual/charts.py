@@ -63,55 +63,46 @@ def _styles(methods: Sequence[str]) -> dict[str, Style]:
 # -- curves of an evaluation, on a page and as a figure ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve of a page: the area below it as text, its path and that of its band, and how it is drawn."""
-
-    method: str
-    area: str
-    path: str
-    band: str
-    color: str
-    width: float
-    dashes: str
+_WIDTH, _HEIGHT = 300, 160
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One drawing of a page: heading, what is below, its curves, and its lowest and highest number."""
+def page_charts(curves: Curves) -> list[dict[str, Any]]:
+    """The insertion and the deletion curves of an evaluation, of N + 1 points each, those that there are.
 
-    title: str
-    below: str
-    lines: Sequence[Line]
-    low: str
-    high: str
-    width: int = 300
-    height: int = 160
-
-
-def page_charts(curves: Curves) -> list[Chart]:
-    """The insertion and the deletion curves of an evaluation, of N + 1 points each, those that there are."""
+    Of each the heading, what is below, the lowest and highest number, and its lines: the area below a curve as text, its
+    path, that of its band, and how it is drawn.
+    """
     kinds = ("insertion", "deletion")
     return [_page_chart(kind, curves) for kind in kinds if any(kind in lines for lines in curves.values())]
 
 
-def _page_chart(kind: str, curves: Curves) -> Chart:
+def _page_chart(kind: str, curves: Curves) -> dict[str, Any]:
     found = {method: lines[kind] for method, lines in curves.items() if kind in lines}
     ends = [end for points in found.values() for point in points for end in _ends(point)]
     low, high = min(*ends, 0.0), max(ends)
     spread = (high - low) or 1.0
-    looks, lines = _styles(list(curves)), list[Line]()
+    looks, lines = _styles(list(curves)), list[dict[str, Any]]()
     for method, points in found.items():
         lows, means, highs = (
             [1 - (value - low) / spread for value in side] for side in zip(*map(_ends, points), strict=True)
         )
         width = 1.6 if lines else 2.4  # the first one is the one that the page is about
-        dashes = " ".join(f"{width * length:.1f}" for length in looks[method].dashes) or "none"
         area = (sum(point.mean for point in points) - (points[0].mean + points[-1].mean) / 2) / (len(points) - 1)
         enough = all(point.count >= _ENOUGH for point in points)
-        band = f"M{_path(lows)}L{_path(highs, back=True)}Z" if enough else ""
-        lines.append(Line(method, f"{area:.2f}", f"M{_path(means)}", band, looks[method].color, width, dashes))
-    return Chart(*_PANELS[kind], lines=lines, low=f"{low:.2g}", high=f"{high:.2g}")
+        lines.append(
+            {
+                "method": method,
+                "area": f"{area:.2f}",
+                "path": f"M{_path(means)}",
+                "band": f"M{_path(lows)}L{_path(highs, back=True)}Z" if enough else "",
+                "color": looks[method].color,
+                "width": width,
+                "dashes": " ".join(f"{width * length:.1f}" for length in looks[method].dashes) or "none",
+            }
+        )
+    title, below = _PANELS[kind]
+    size, numbers = {"width": _WIDTH, "height": _HEIGHT}, {"low": f"{low:.2g}", "high": f"{high:.2g}"}
+    return {"title": title, "below": below, "lines": lines, **numbers, **size}
 
 
 def _ends(point: Interval) -> tuple[float, float, float]:
@@ -123,7 +114,7 @@ def _ends(point: Interval) -> tuple[float, float, float]:
 def _path(heights: Sequence[float], back: bool = False) -> str:
     """Points through heights from 0, the top, to 1; the second half of a band goes back."""
     last = max(len(heights) - 1, 1)
-    points = [f"{place / last * Chart.width:.1f} {height * Chart.height:.1f}" for place, height in enumerate(heights)]
+    points = [f"{place / last * _WIDTH:.1f} {height * _HEIGHT:.1f}" for place, height in enumerate(heights)]
     return "L".join(reversed(points) if back else points)
 
 

@@ -102,9 +102,7 @@ def draw_contrast(
         A figure that belongs to no window.
 
     Raises:
-        ClassNotFoundError: If the model has no such class.
-        ValueError: If a class was not computed for this image, both are the same, or a number is not finite.
-        IndexError: If there is no such image.
+        ValueError: If both classes are the same; and what `draw_explanation` raises.
     """
     first, second = columns(explanation, index, labels=[label, other], max_classes=2)
     if first.index == second.index:
@@ -172,10 +170,7 @@ def draw_comparison(
         A figure that belongs to no window.
 
     Raises:
-        ClassNotFoundError: If the model has no such class.
-        ValueError: If there is no explanation, they are of different images, the class was not computed by each, or a
-            number is not finite.
-        IndexError: If there is no such image.
+        ValueError: If there is no explanation, or they are of different images; and what `draw_explanation` raises.
     """
     if not explanations:
         raise ValueError("There is no explanation to draw.")
@@ -221,9 +216,7 @@ def draw_strip(
     height: int = _HEIGHT,
     original: Any | None = None,
 ) -> Image.Image:
-    """Draw one image, and beside it the maps of its likeliest shown classes, which share their colors.
-
-    Patches that speak against a class bear a dash, so that a print in gray can be read.
+    """Draw one image, and beside it the maps of its likeliest shown classes, which share their colors, as a small picture.
 
     Args:
         explanation: Any explanation.

@@ -37,13 +37,9 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 
 
 def symmetric_limit(values: npt.ArrayLike) -> float:
-    """The number that gets the full color, on both sides of zero.
+    """The number that gets the full color, on both sides of zero: the largest absolute value, of any shape.
 
-    Args:
-        values: Numbers of any shape, at least one: those of all maps that are to be compared by eye.
-
-    Returns:
-        The limit, not negative; 0 if all values are.
+    Those of all maps that are to be compared by eye belong in it.
 
     Raises:
         ValueError: If there is no value, or one is NaN or infinite.
@@ -55,14 +51,9 @@ def symmetric_limit(values: npt.ArrayLike) -> float:
 
 
 def signed_colors(values: npt.ArrayLike, limit: float) -> Bytes:
-    """Color signed numbers: the sign gives the hue, the size the opacity.
+    """Color numbers (...) as RGBA (..., 4) uint8, not premultiplied: the sign gives the hue, the size the opacity.
 
-    Args:
-        values: (...) numbers.
-        limit: The absolute value that is fully opaque, and above which nothing changes. With 0, all is transparent.
-
-    Returns:
-        (..., 4) uint8 RGBA, not premultiplied.
+    The absolute value `limit` is fully opaque, and above it nothing changes. With 0, all is transparent.
 
     Raises:
         ValueError: If a value is NaN or infinite, or the limit is negative.

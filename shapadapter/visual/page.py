@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -33,38 +33,19 @@ _MOST_IMAGES = 500  # a page with more would be slow to open and to search
 _SCRIPTS = ("numbers.js", "map.js", "buildup.js", "inspector.js", "gallery.js", "start.js")
 
 
-class Table(Protocol):
-    """A table of an evaluation, such as `shapadapter.evaluation.tables.Block`."""
-
-    @property
-    def title(self) -> str:
-        """What it is about."""
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """Heads of the columns after the first."""
-
-    @property
-    def rows(self) -> Sequence[tuple[str, Sequence[str]]]:
-        """A name, and a cell for each column."""
-
-    @property
-    def note(self) -> str:
-        """How to read it."""
-
-
 @dataclass(frozen=True)
 class Measures:
     """What an evaluation found, to stand above the images.
 
     Attributes:
-        tables: Of its measures, shown on request.
+        tables: Of its measures, shown on request, each with a `title`, heads of its `columns`, `rows` of a name and cells,
+            and a `note` on how to read it, such as `shapadapter.evaluation.tables.Block`.
         curves: `Evaluation.curves`, of which insertion and deletion are drawn.
         curves_read: What these curves follow, such as "probability".
         notes: Sentences: what was measured, and what to be careful with.
     """
 
-    tables: Sequence[Table] = ()
+    tables: Sequence[Any] = ()
     curves: Mapping[str, Mapping[str, Sequence[Interval]]] = field(default_factory=dict)
     curves_read: str = "probability"
     notes: Sequence[str] = ()
@@ -119,9 +100,9 @@ def write_page(
         measures=measures,
         charts=page_charts(measures.curves) if measures else (),
         images=images,
-        known=any(image.data["right"] is not None for image in images),
+        known=any(image["data"]["right"] is not None for image in images),
         data={
-            "images": [image.data for image in images],
+            "images": [image["data"] for image in images],
             "red": RED,
             "blue": BLUE,
             "worth": WORTH_A_SIGN,
@@ -147,18 +128,10 @@ def _check(count: int, names: Sequence[str] | None, true_labels: Sequence[str | 
         )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One image of a page: its picture inside a link, names for the gallery, and plain data for the script."""
-
-    source: str
-    name: str
-    predicted: str
-    true: str
-    data: dict[str, Any]
-
-
-def _entry(explanation: Explanation, index: int, max_classes: int, name: str, true: str | int | None) -> _Entry:
+def _entry(
+    explanation: Explanation, index: int, max_classes: int, name: str, true: str | int | None
+) -> dict[str, Any]:
+    """One image of a page: its picture inside a link, words for the gallery, and `data` for the script."""
     one = explanation[index]
     right = None if true is None else explanation.class_index(true)
     shown = columns(explanation, index, max_classes=max_classes)
@@ -167,26 +140,28 @@ def _entry(explanation: Explanation, index: int, max_classes: int, name: str, tr
     best, label = one.top(1)[0][0], None if right is None else one_line(explanation.labels[right])
     stands = likelihood(best.probability, best.logit)
     pixels = explanation.images[index].numpy()  # (H, W, 3)
-    return _Entry(
-        source=_data_uri(pixels),
-        name=one_line(name),
-        predicted=f"{one_line(best.label)} ({stands})",
-        true=label or "",
-        data={
-            "name": one_line(name),
-            "width": pixels.shape[1],
-            "height": pixels.shape[0],
-            "limit": symmetric_limit(np.stack([column.values.numpy() for column in shown])),  # (k, rows, cols) -> one
-            # What a gallery sorts by and searches in; None for what is not known.
-            "predicted": one_line(best.label),
-            "stands": stands,
-            "confidence": float(f"{best.probability:.4g}") if np.isfinite(best.probability) else None,
-            "right": None if right is None else best.index == right,
-            "true": label,
-            "gap": float(one.efficiency_gap[0]),
-            "classes": [{**_class(one, column), "true": column.index == right} for column in shown],
-        },
-    )
+    data = {
+        "name": one_line(name),
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+        "limit": symmetric_limit(np.stack([column.values.numpy() for column in shown])),  # (k, rows, cols) -> one
+        # What a gallery sorts by and searches in; None for what is not known.
+        "predicted": one_line(best.label),
+        "stands": stands,
+        "confidence": float(f"{best.probability:.4g}") if np.isfinite(best.probability) else None,
+        "right": None if right is None else best.index == right,
+        "true": label,
+        "gap": float(one.efficiency_gap[0]),
+        "classes": [{**_class(one, column), "true": column.index == right} for column in shown],
+    }
+    predicted = f"{data['predicted']} ({stands})"
+    return {
+        "source": _data_uri(pixels),
+        "name": data["name"],
+        "predicted": predicted,
+        "true": label or "",
+        "data": data,
+    }
 
 
 def _class(one: Explanation, column: Column) -> dict[str, Any]:

@@ -23,43 +23,24 @@ _TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 
 @dataclass(frozen=True)
 class Column:
-    """One class of one image, ready to be drawn.
+    """One class of one image, ready to be drawn."""
 
-    Attributes:
-        index: The class index.
-        label: The class name on one line.
-        probability: Such as `p=0.83`; of a quantity its value.
-        total: The method, if it is another one, and the sum of its attributions, such as `Σφ=+4.10`.
-        sum: The sum of its attributions alone, such as `+4.10`.
-        check: Lines: the sum of null value and attributions, then the logit and the distance between them; neither where
-            the attributions do not sum to the logits; the relative error where it is known.
-        values: (rows, cols) float32, the attributions, in logits if they sum to them.
-        errors: (rows, cols) float32, their standard errors; None without them, or where not all are finite.
-    """
-
-    index: int
-    label: str
-    probability: str
-    total: str
-    sum: str
+    index: int  # of the class
+    label: str  # its name on one line
+    probability: str  # such as `p=0.83`; of a quantity its value
+    total: str  # the method, if it is another one, and the sum, such as `Σφ=+4.10`
+    sum: str  # of the attributions alone, such as `+4.10`
+    # Lines: null value plus attributions, then the logit and the distance between them; neither where the attributions do
+    # not sum to the logits; then the relative error where it is known.
     check: str
-    values: Tensor
-    errors: Tensor | None = None
+    values: Tensor  # (rows, cols) float32, the attributions, in logits if they sum to them
+    errors: Tensor | None = None  # (rows, cols) float32, their standard errors, where all are known and finite
 
 
 def columns(
     explanation: Explanation, index: int, *, labels: Sequence[str | int] | None = None, max_classes: int
 ) -> list[Column]:
-    """What to show for one image, a column per class.
-
-    `labels` are class names or indices in the order wanted; None takes the shown classes, at most `max_classes`, largest
-    logit first.
-
-    Raises:
-        ClassNotFoundError: If the model has no such class.
-        ValueError: If a class was not computed for this image, no class is left, or a number is not finite.
-        IndexError: If there is no such image.
-    """
+    """What to show for one image, a column per class; without `labels` the shown classes with the largest logits."""
     one = explanation[index]
     if labels is None:
         shown = one.classes[0]  # (1, C) -> (C,)
@@ -138,11 +119,9 @@ def adding_up(
     """Write a start, what is added and the end so that the printed numbers add up, to the digit.
 
     Start and end are rounded, and what is added is the difference of the printed ones: at most one unit of the last
-    decimal from its own value. With second numbers everything is the first minus the second, again as printed.
-
-    Returns:
-        The start, what is added with its sign, what comes out, and the end; of `decimals` where these say something,
-        else of two digits and an exponent.
+    decimal from its own value. With second numbers everything is the first minus the second, again as printed. Returns
+    the start, what is added with its sign, what comes out, and the end; of `decimals` where these say something, else of
+    two digits and an exponent.
     """
     largest = max(map(abs, (*starts, *totals, *ends)))
     power = 0 if largest == 0 or 10**-decimals <= largest < 1e5 else math.floor(math.log10(largest))

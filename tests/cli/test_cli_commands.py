@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 import torch
 from commands import error_of, run
 from small import pictures, processor
@@ -16,6 +13,7 @@ from transformers import GPT2Config, GPT2Model
 from shapadapter import UnsupportedModelError, load
 from shapadapter.backbone import selftest
 from shapadapter.cli import share as space
+from shapadapter.export import ExportReport
 
 
 def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
@@ -77,7 +75,7 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     assert "--base nowhere/at/all is no folder" in lost.stderr
 
 
-def test_export_prints_how_far_it_differs(tmp_path):
+def test_export_prints_how_far_it_differs(tmp_path, monkeypatch):
     arguments = ("export", "out", tmp_path / "program", "--to", "torch", "--images", "photos/ant")
     assert "largest difference" in run(*arguments).stdout
     program = torch.export.load(tmp_path / "program" / "model.pt2").module()
@@ -86,11 +84,16 @@ def test_export_prints_how_far_it_differs(tmp_path):
     torch.testing.assert_close(program(pixel_values=pixels)["logits"], model(pixel_values=pixels).logits)
     told = error_of("export", "out", tmp_path / "no", "--to", "torch", "--images", "../shapez")
     assert told == "Error: Cannot read image '../shapez': No such file or directory"
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    given = []
+
+    def onnx(model, folder, **options):
+        given.append((folder, sorted(options)))
+        return ExportReport(folder / "model.onnx", {"logits": 1e-6}, 2, 18, {"model.onnx": 1})
+
+    monkeypatch.setattr("shapadapter.export.export_onnx", onnx)
     found = json.loads(run("export", "out", tmp_path / "onnx", "--images", "photos/ant", "--json").stdout)
-    assert max(found["differences"].values()) < 1e-4
-    assert Path(found["path"]).is_file()
+    assert found["path"] == str(tmp_path / "onnx" / "model.onnx")
+    assert given == [(tmp_path / "onnx", ["images", "processor", "texts"])]
 
 
 def test_a_space_is_a_folder(tmp_path):

@@ -7,13 +7,10 @@ import shutil
 import weakref
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-pytest.importorskip("matplotlib")
-
 import families
 import matching
+import numpy as np
+import pytest
 from commands import error_of, run
 from PIL import Image
 from small import pictures

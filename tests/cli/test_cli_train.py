@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 
 import datasets
 from commands import error_of, run

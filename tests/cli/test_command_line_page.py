@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
 from commands import COMMANDS, run

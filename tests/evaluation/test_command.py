@@ -21,8 +21,6 @@ from shapadapter.evaluation.dataset import labelled_images
 from shapadapter.evaluation.plan import SALIENCY
 from shapadapter.hub import update_card
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -20,7 +20,6 @@ HERE = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     bare().save_pretrained("base")

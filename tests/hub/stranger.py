@@ -4,14 +4,12 @@ import re
 import sys
 
 import numpy as np
-import onnxruntime
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoImageProcessor, pipeline
+from transformers import pipeline
 
 import shapadapter
-from shapadapter.export import export_onnx
 
 NAME, AUTHORS = sys.argv[1], np.load(sys.argv[2])
 PICTURES = [Image.fromarray(pixels) for pixels in AUTHORS["images"]]
@@ -51,12 +49,3 @@ agree("the pipeline", logits, maps, tolerance=1e-5)
 plain = pipeline("image-classification", model=NAME)(PICTURES)
 assert [image[0]["label"] for image in plain] == [image[0].label for image in expected.top(1)]
 print("agrees image-classification")
-
-report = export_onnx(model, "onnx", images=PICTURES, processor=processor)
-session = onnxruntime.InferenceSession(str(report.path))
-pixels = AutoImageProcessor.from_pretrained("onnx")(PICTURES, return_tensors="np")["pixel_values"]
-names = [output.name for output in session.get_outputs()]
-found = dict(zip(names, session.run(names, {"pixel_values": pixels}), strict=True))
-agree("ONNX", found["logits"], found["attributions"].reshape(maps.shape), tolerance=1e-4)
-total = found["null_values"] + found["attributions"].sum(axis=1)
-assert np.abs(total - found["logits"]).max() <= 1e-4

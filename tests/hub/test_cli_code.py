@@ -61,7 +61,6 @@ def trace(request, online, tmp_path, monkeypatch):
     indirect=["trace"],
 )
 def test_code_runs_only_where_that_is_typed(trace, command):
-    pytest.importorskip("matplotlib")
     refused = run(command, *COMMANDS[command], code=1)
     assert "Read it, and if you trust it, --trust-remote-code." in refused.stderr
     assert not refused.stdout

@@ -19,7 +19,6 @@ def run(*arguments, code=0):
 
 
 def test_pushed_by_one_command_and_read_by_others(folders, online, tmp_path):  # noqa: F811
-    pytest.importorskip("matplotlib")
     name = f"{OWNER}/by-command"
     words = ("push", folders / "own", name, "--base-repo", f"{OWNER}/base-by-command", "--private", "--json")
     assert json.loads(run(*words).stdout) == {"url": f"{online.url}/{name}"}

@@ -26,7 +26,7 @@ def code():
 
 
 def test_every_block_runs(online, tmp_path, monkeypatch, code):
-    for name in ("onnx", "onnxscript", "onnxruntime", "gradio", "matplotlib"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "gradio"):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     save_base("base", seed=5)
