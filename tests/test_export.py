@@ -27,10 +27,9 @@ from shapadapter import (
     export_onnx,
     export_program,
 )
-from shapadapter.export import formats as onnx_module
-from shapadapter.export import formats as program_module
+from shapadapter.export import formats
 from shapadapter.export.deployed import OUTPUTS
-from shapadapter.export.parity import new_folder
+from shapadapter.export.formats import _new_folder
 
 needs_onnx = pytest.mark.skipif(
     any(util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -232,7 +231,7 @@ def test_a_difference_above_the_tolerance_leaves_nothing_behind(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_found_out(tmp_path, monkeypatch):
-    trace = program_module._traced
+    trace = formats._traced
 
     def wrong(job):
         with torch.no_grad():
@@ -241,7 +240,7 @@ def test_a_file_that_computes_something_else_is_found_out(tmp_path, monkeypatch)
             share.weight.mul_(1.01)  # the attributions change, their sum does not
         return trace(job)
 
-    monkeypatch.setattr(program_module, "_traced", wrong)
+    monkeypatch.setattr(formats, "_traced", wrong)
     with pytest.raises(ExportError, match=r"differs by .* in attributions"):
         export_program(families.wrap("vit"), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +261,7 @@ def test_a_file_for_one_batch_size_alone_is_found_out(tmp_path, monkeypatch):
     def fixed(job):
         return torch.export.export(job.deployed, (), {"pixel_values": job.two_images()})
 
-    monkeypatch.setattr(program_module, "_traced", fixed)
+    monkeypatch.setattr(formats, "_traced", fixed)
     with pytest.raises(ExportError, match="cannot run a batch of 1"):
         export_program(families.wrap("vit"), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
     assert list(tmp_path.iterdir()) == []
@@ -289,10 +288,10 @@ def test_what_cannot_be_traced_is_named(tmp_path, monkeypatch):
 def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
     names, folder = ("model.pt2", "config.json"), tmp_path / "a" / "program"
     for content in ("old", "new"):
-        with new_folder(folder, names) as place:
+        with _new_folder(folder, names) as place:
             (place / "model.pt2").write_text(content)
             assert not folder.exists() or (folder / "model.pt2").read_text() == "old"
-    with pytest.raises(ZeroDivisionError), new_folder(folder, names) as place:
+    with pytest.raises(ZeroDivisionError), _new_folder(folder, names) as place:
         (place / "model.pt2").write_text(str(1 / 0))
     assert [path.name for path in folder.parent.iterdir()] == ["program"]
     assert [path.read_text() for path in folder.iterdir()] == ["new"]
@@ -333,7 +332,7 @@ def test_what_is_refused(export, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_module, "find_spec", lambda name: None if name == "onnxruntime" else True)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else True)
     with pytest.raises(ImportError, match=r'needs onnxruntime: pip install "shapadapter\[onnx\]"'):
         export_onnx(families.wrap("vit"), tmp_path / "onnx", images=pictures(1), processor=PROCESSOR)
 

@@ -26,7 +26,7 @@ def recall_at_k(similarity: Tensor, k: int, matches: Tensor | None = None) -> Te
     Args:
         similarity: (Q, C) scores of C candidates for Q queries, any floating type and unit; higher is nearer.
             Image-to-text retrieval takes `logits_per_image`, text-to-image its transpose.
-        k: How many candidates each query may look at, at least 1.
+        k: how many candidates each query may look at, at least 1.
         matches: (Q, C) bool, which candidates are right for a query. By default candidate i belongs to query i,
             and no other. A query without a match finds none.
 
@@ -34,8 +34,8 @@ def recall_at_k(similarity: Tensor, k: int, matches: Tensor | None = None) -> Te
         () share of the queries in 0 .. 1.
 
     Raises:
-        ValueError: If `k` is below 1, `similarity` is no filled matrix, `matches` is not bool or of another shape, or
-            it is missing although there are not as many candidates as queries.
+        ValueError: `k` is below 1, `similarity` is no filled matrix, `matches` is not bool or of another shape, or it is
+            missing although there are not as many candidates as queries.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
@@ -165,19 +165,12 @@ def retrieval_after_deletion(
             start += len(own)
     similarity = torch.cat(parts, dim=1)  # (conditions, B, T)
     matches = torch.tensor([[one == other for other in texts] for one in texts], device="cpu")  # (B, T)
-    rows = [
-        _row(condition, k, scores, matches)
-        for condition, scores in zip(conditions, similarity, strict=True)
-        for k in ks
-    ]
+    rows = []
+    for (share, order), scores in zip(conditions, similarity, strict=True):
+        for k in ks:
+            found, back = recall_at_k(scores, k, matches), recall_at_k(scores.t(), k, matches.t())
+            rows.append(RetrievalRow(share, order if share else "none", k, float(found), float(back)))
     return Retrieval(tuple(rows), len(texts))
-
-
-def _row(condition: tuple[float, str], k: int, similarity: Tensor, matches: Tensor) -> RetrievalRow:
-    """Both recalls of one condition, from similarities and matches (B, T)."""
-    share, order = condition
-    image_to_text, text_to_image = recall_at_k(similarity, k, matches), recall_at_k(similarity.t(), k, matches.t())
-    return RetrievalRow(share, order if share else "none", k, float(image_to_text), float(text_to_image))
 
 
 def _check(model: nn.Module, images: Any, texts: list[str], deleted: Sequence[float], ks: Sequence[int]) -> None:
@@ -198,16 +191,7 @@ def _similarities(
     conditions: list[tuple[float, str]],
     generator: torch.Generator,
 ) -> Tensor:
-    """Similarity of a batch of images to all texts in each condition, (conditions, B, T).
-
-    Args:
-        model: a wrapped matching model.
-        inputs: of B images.
-        directions: (T, P) normalised embeddings of all texts.
-        own: (B,) the text of each image.
-        conditions: share and order of deletion.
-        generator: of the random order.
-    """
+    """Similarity of B images, each with `own` text (B,), to all texts (T, P) in each condition: (conditions, B, T)."""
     output = model(**inputs, text_embeds=directions[own], return_dict=True)
     attributions = output.attributions.diagonal(dim1=0, dim2=2).t()  # (B, N, B) -> (N, B) -> (B, N)
     ranks = attributions.argsort(dim=1, descending=True).argsort(dim=1).cpu()  # (B, N), 0 for the largest

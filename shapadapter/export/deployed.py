@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,7 @@ OUTPUTS = ("logits", "attributions", "null_values")
 
 
 class Deployed(nn.Module):
-    """A model that takes pixels and returns tensors by name.
-
-    Args:
-        model: the base model with its adapter, in eval mode.
-        options: keyword arguments of its forward that are fixed.
-        text_embeds: (T, P), the texts of a matching model.
-    """
+    """A model in eval mode that takes pixels and returns tensors by name; texts (T, P) and options are fixed."""
 
     def __init__(self, model: nn.Module, options: dict[str, Any], text_embeds: Tensor | None) -> None:
         super().__init__()
@@ -46,9 +40,13 @@ class Deployed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Logits (B, K), attributions (B, N, K) and null values (B, K) of images (B, C, H, W)."""
-        texts = {} if self.text_embeds is None else {"text_embeds": self.text_embeds}
-        output = self.model(pixel_values=pixel_values, return_dict=True, **texts, **self.options)
+        output = self.output(pixel_values)
         return {name: getattr(output, name) for name in OUTPUTS}
+
+    def output(self, pixel_values: Tensor) -> Any:
+        """All that the model says of images (B, C, H, W)."""
+        texts = {} if self.text_embeds is None else {"text_embeds": self.text_embeds}
+        return self.model(pixel_values=pixel_values, return_dict=True, **texts, **self.options)
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Job:
         pixels: (B, C, H, W), the images on which it is traced and compared.
         expected: what the user's own model says of them, by output.
         labels: the K names of the classes.
-        about: words that travel in the file: the names of the classes, (rows, cols) of the players, (height, width) of the
-            part of the image that they tile.
+        about: written into the file: the names of the classes, (rows, cols) of the players, (height, width) of the part of
+            the image that they tile.
     """
 
     deployed: Deployed
@@ -88,16 +86,15 @@ def prepare(
     texts: Sequence[str] | str | None,
     options: dict[str, Any],
 ) -> Job:
-    """Copy a wrapped model, note what it says of the images, and make the copy easy to trace.
-
-    Raises:
-        ImageError: the images cannot be read, or come with more than pixels.
-        ShapleyError: the model has no active adapter, is quantised, or misses texts.
-        TypeError: an argument that neither `function` nor the model's forward has.
-    """
+    """Copy a wrapped model, note what it says of the images, and make the copy easy to trace."""
     layer = active_layer(model)
     check_options(model, options, function)
-    _refuse_quantised(model)
+    quantised = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    if quantised:
+        raise UnsupportedModelError(
+            f"The weights {quantised[0]} are quantised, which cannot be exported. Load the base model in full precision and "
+            "the adapter on it, then export."
+        )
     pixels = _pixels(images, processor)
     labels, embeds = _classes(model, layer, texts, processor)
     copied = copy.deepcopy(base_of(model)).cpu().float().eval().requires_grad_(False)
@@ -106,8 +103,12 @@ def prepare(
     with torch.no_grad():
         parts = [deployed(part) for part in pixels.split(8)]
         expected = {name: torch.cat([part[name] for part in parts]) for name in OUTPUTS}
-        _know_the_empty_value(deployed, pixels[:1])
-    _merge(copied)
+        _fix_null_value(deployed, pixels[:1])
+    with suppress(ShapleyError):  # where the sum of the weights does not compute the sum of the layers
+        check_mergeable(copied)
+        for module in copied.modules():
+            if isinstance(module, LoraLayer):
+                module.merge()
     about = {
         "shapadapter_version": __version__,
         "labels": json.dumps(labels),
@@ -116,15 +117,6 @@ def prepare(
         "prediction": layer.rules[str(layer.active)].prediction,
     }
     return Job(deployed, pixels, expected, labels, about)
-
-
-def _refuse_quantised(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_quantised(parameter):
-            raise UnsupportedModelError(
-                f"The weights {name} are quantised, which cannot be exported. Load the base model in full precision and "
-                "the adapter on it, then export."
-            )
 
 
 def _pixels(images: Any, processor: Any) -> Tensor:
@@ -159,29 +151,15 @@ def _classes(
     return listed, embed_texts(model, listed, processor)
 
 
-def _know_the_empty_value(deployed: Deployed, image: Tensor) -> None:
+def _fix_null_value(deployed: Deployed, image: Tensor) -> None:
     """Note v(empty), which no pixel enters: a second pass of the base model in the graph would compute it each time."""
     layer = active_layer(deployed.model)
     name = str(layer.active)
-    if layer.rules[name].prediction != "classifier":
-        return
-    texts = {} if deployed.text_embeds is None else {"text_embeds": deployed.text_embeds}
-    output = deployed.model(pixel_values=image, return_dict=True, **texts, **deployed.options)
-    embeds = getattr(output, "null_embeds", None)
-    layer.rules[name] = replace(
-        layer.rules[name], empty=output.null_values if embeds is None else embeds
-    )  # (1, K or P)
-
-
-def _merge(model: nn.Module) -> None:
-    """Fold LoRA into the weights of a copy, where the sum of the weights computes the sum of the layers."""
-    try:
-        check_mergeable(model)
-    except ShapleyError:
-        return
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
+    if layer.rules[name].prediction == "classifier":
+        output = deployed.output(image)
+        embeds = getattr(output, "null_embeds", None)
+        empty = output.null_values if embeds is None else embeds  # (1, K or P)
+        layer.rules[name] = replace(layer.rules[name], empty=empty)
 
 
 def first_line(error: BaseException) -> str:

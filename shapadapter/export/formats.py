@@ -1,11 +1,15 @@
-"""The files of an export: ONNX, through the exporter of transformers, or a program of `torch.export`."""
+"""The files of an export: ONNX, through the exporter of transformers, or a program of `torch.export`; both compared."""
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,60 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from shapadapter.core.errors import ExportError
-from shapadapter.export.deployed import Job, first_line, prepare, quiet
-from shapadapter.export.parity import COMPANIONS, ExportReport, compare, new_folder, sizes, write_companions
+from shapadapter.core.files import whole_folder
+from shapadapter.data.images import image_side
+from shapadapter.export.deployed import OUTPUTS, Job, first_line, prepare, quiet
 
-_FILE = "model.onnx"
-_FILES = (_FILE, f"{_FILE}.data", "export.json", *COMPANIONS)
+_ONNX, _PROGRAM = "model.onnx", "model.pt2"
+_COMPANIONS = ("config.json", "preprocessor_config.json")
+
+_TESTED = (2, 13)
+"""The release of torch that programs were tested with."""
+
+_BATCHES = (1, 2, 3)
+"""Sizes of the batches that are compared; the model was traced with two images."""
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
+
+# What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
+_WITHOUT_EFFECT = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+)
+
+_Run = Callable[[Tensor], Mapping[str, Tensor]]
+"""An exported model, from images (B, C, H, W) to its outputs by name."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An exported model, compared with the one it came from.
+
+    Attributes:
+        path: the model's file.
+        differences: by output, the largest difference of any number, in logits.
+        images: how many real images were compared.
+        opset: the version of ONNX's operators, None for a program of `torch.export`.
+        sizes: bytes of each file, by name.
+    """
+
+    path: Path
+    differences: dict[str, float]
+    images: int
+    opset: int | None
+    sizes: dict[str, int]
+
+    def __str__(self) -> str:
+        kind = "torch.export program" if self.opset is None else f"ONNX, opset {self.opset}"
+        size = sum(self.sizes.values()) / 1e6
+        largest = ", ".join(f"{name} {difference:.1e}" for name, difference in self.differences.items())
+        images = f"{self.images} image" + ("" if self.images == 1 else "s")
+        batches = f"batches of {_BATCHES[0]} to {_BATCHES[-1]}"
+        return f"{self.path} ({kind}, {size:.1f} MB)\nlargest difference on {images}, {batches}: {largest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as what json can hold."""
+        return {**vars(self), "path": str(self.path)}
 
 
 def export_onnx(
@@ -64,23 +117,117 @@ def export_onnx(
         DiskFullError: there is no room for it; what was there is unchanged.
         ImportError: a package is missing or too old.
     """
-    _need_packages()
-    job = prepare(model, export_onnx, images, processor, texts, options)
-    with new_folder(folder, _FILES) as place:
-        opset = _write(job, place, opset)
-        write_companions(place, job, processor)
-        differences = compare(_runner(place / _FILE), job, tolerance, len(job.pixels))
-        written = sizes(place)
-    return ExportReport(Path(folder) / _FILE, differences, len(job.pixels), opset, written)
-
-
-def _need_packages() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: pip install "shapadapter[onnx]"')
+    job = prepare(model, export_onnx, images, processor, texts, options)
+    with _new_folder(folder, (_ONNX, f"{_ONNX}.data", "export.json", *_COMPANIONS)) as place:
+        opset = _write_onnx(job, place, opset)
+        return _report(job, place, _in_onnxruntime(place / _ONNX), Path(folder) / _ONNX, opset, processor, tolerance)
 
 
-def _write(job: Job, place: Path, opset: int | None) -> int:
+def export_program(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    images: Any,
+    processor: Any | None = None,
+    texts: Sequence[str] | str | None = None,
+    tolerance: float = 1e-4,
+    **options: Any,
+) -> ExportReport:
+    """Write a wrapped model as a program of `torch.export` that predicts and explains, and compare the two.
+
+    `torch.export.load(path).module()` takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the
+    processor makes, and returns a dict of `logits` (B, K), `attributions` (B, N, K) and `null_values` (B, K). It needs
+    PyTorch and nothing else. Arguments and errors are those of `export_onnx`; the model's file is `model.pt2`.
+    """
+    job = prepare(model, export_program, images, processor, texts, options)
+    with _new_folder(folder, (_PROGRAM, *_COMPANIONS)) as place:
+        with quiet():
+            # By way of memory: torch ends the whole process where a disk is full.
+            content = io.BytesIO()
+            torch.export.save(_traced(job), content, extra_files={"shapadapter.json": json.dumps(job.about)})
+            (place / _PROGRAM).write_bytes(content.getbuffer())
+            program = torch.export.load(place / _PROGRAM).module()
+
+        def run(pixels: Tensor) -> Mapping[str, Tensor]:
+            return program(pixel_values=pixels)
+
+        return _report(job, place, run, Path(folder) / _PROGRAM, None, processor, tolerance)
+
+
+# -- the folder and the comparison -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _new_folder(folder: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
+    """A folder to write to, which takes its name at the end, in place of an older export with the files `names`."""
+    final = Path(folder).resolve()
+    foreign = [final.name] if final.is_file() else []
+    if final.is_dir():
+        foreign = sorted(path.name for path in final.iterdir() if path.name not in names)
+    if foreign:
+        raise FileExistsError(f"{folder} holds {foreign[0]}, which is no part of an export: choose a new folder.")
+    with whole_folder(Path(folder)) as place:
+        yield place
+
+
+def _report(
+    job: Job, place: Path, run: _Run, path: Path, opset: int | None, processor: Any, tolerance: float
+) -> ExportReport:
+    """Compare what was written at `place`, and add the model's config and the settings of the processor."""
+    config: Any = copy.deepcopy(job.deployed.model.config)
+    config.id2label = dict(enumerate(job.labels))
+    config.label2id = {label: index for index, label in enumerate(job.labels)}
+    config.architectures = [type(job.deployed.model).__name__]
+    config.save_pretrained(place)
+    if processor is not None:
+        image_side(processor).save_pretrained(place)
+    differences = _compare(run, job, tolerance)
+    sizes = {file.name: file.stat().st_size for file in sorted(place.iterdir())}
+    return ExportReport(path, differences, len(job.pixels), opset, sizes)
+
+
+def _compare(run: _Run, job: Job, tolerance: float) -> dict[str, float]:
+    """The largest difference of each output between an exported model and the user's own, on batches of several sizes."""
+    largest, count = dict.fromkeys(OUTPUTS, 0.0), len(job.pixels)
+    order = torch.arange(max(count, sum(_BATCHES)), device="cpu") % count
+    sizes = itertools.cycle(_BATCHES)
+    while len(order):
+        size = next(sizes)
+        part, order = order[:size], order[size:]
+        try:
+            with torch.no_grad():
+                found = run(job.pixels[part])
+        except Exception as error:  # of many kinds, by what runs the file
+            raise ExportError(
+                f"The exported model cannot run a batch of {len(part)}: {first_line(error)}. Nothing was written."
+            ) from error
+        for name, values in found.items():
+            expected = job.expected[name][part]
+            if values.shape != expected.shape:
+                raise ExportError(
+                    f"The exported model returns {name} of shape {tuple(values.shape)} for a batch of {len(part)}, "
+                    f"expected {tuple(expected.shape)}. Nothing was written."
+                )
+            difference = float((values.double() - expected.double()).abs().max())
+            largest[name] = max(largest[name], math.inf if math.isnan(difference) else difference)
+    for name, difference in largest.items():
+        allowed = tolerance * max(1.0, float(job.expected[name].abs().max()))
+        if difference > allowed:
+            raise ExportError(
+                f"The exported model differs by {difference:.1e} in {name}, more than tolerance={tolerance:g} allows "
+                f"({allowed:.1e} for numbers of this size). Nothing was written. If you can live with that difference, "
+                "raise the tolerance."
+            )
+    return largest
+
+
+# -- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def _write_onnx(job: Job, place: Path, opset: int | None) -> int:
     """Trace the model and write its files; returns the version of ONNX's operators."""
     from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
 
@@ -108,7 +255,7 @@ def _write(job: Job, place: Path, opset: int | None) -> int:
     return written
 
 
-def _runner(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+def _in_onnxruntime(path: Path) -> _Run:
     """The written file in onnxruntime."""
     import onnxruntime
 
@@ -119,77 +266,13 @@ def _runner(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
-        """The outputs for images (B, C, H, W), by name."""
         found: list[Any] = session.run(names, {"pixel_values": np.ascontiguousarray(pixels.numpy())})
         return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
     return run
 
 
-TESTED = (2, 13)
-"""The release of torch that programs were tested with."""
-
-_FILE_OF_PROGRAM = "model.pt2"
-_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
-
-# What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
-_WITHOUT_EFFECT = (
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-)
-
-
-def export_program(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    images: Any,
-    processor: Any | None = None,
-    texts: Sequence[str] | str | None = None,
-    tolerance: float = 1e-4,
-    **options: Any,
-) -> ExportReport:
-    """Write a wrapped model as a program of `torch.export` that predicts and explains, and compare the two.
-
-    `torch.export.load(path).module()` takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the
-    processor makes, and returns a dict of `logits` (B, K), `attributions` (B, N, K) and `null_values` (B, K). It needs
-    PyTorch and nothing else.
-
-    Args:
-        model: a wrapped model.
-        folder: where to write `model.pt2`, `config.json` with the names of the classes, and `preprocessor_config.json`. An
-            older export there is replaced.
-        images: real images, as `shapadapter.explain` takes them, to compare the two models on.
-        processor: the image processor the model was trained with; with texts, the processor of both.
-        texts: for a model that matches images with texts: the texts the program compares images with.
-        tolerance: the largest difference allowed, in logits, or as a share of an output's largest number if that is
-            more than 1.
-        **options: further keyword arguments of the model's forward, fixed in the program.
-
-    Returns:
-        Where the file is, how large it is, and how far it differs.
-
-    Raises:
-        ExportError: the model cannot be traced, or the program differs by more than `tolerance`. Nothing is written then.
-        UnsupportedModelError: the base model is quantised.
-        ImageError: the images cannot be read, or are of several sizes.
-        ShapleyError: texts or an active adapter are missing.
-        FileExistsError: the folder holds other files.
-        DiskFullError: there is no room for it; what was there is unchanged.
-    """
-    job = prepare(model, export_program, images, processor, texts, options)
-    with new_folder(folder, (_FILE_OF_PROGRAM, *COMPANIONS)) as place:
-        with quiet():
-            # By way of memory: torch ends the whole process where a disk is full.
-            content = io.BytesIO()
-            torch.export.save(_traced(job), content, extra_files={"shapadapter.json": json.dumps(job.about)})
-            (place / _FILE_OF_PROGRAM).write_bytes(content.getbuffer())
-            run = torch.export.load(place / _FILE_OF_PROGRAM).module()
-        write_companions(place, job, processor)
-        with torch.no_grad():
-            differences = compare(lambda pixels: run(pixel_values=pixels), job, tolerance, len(job.pixels))
-        written = sizes(place)
-    return ExportReport(Path(folder) / _FILE_OF_PROGRAM, differences, len(job.pixels), None, written)
+# -- torch.export ----------------------------------------------------------------------------------------------------
 
 
 def _traced(job: Job) -> torch.export.ExportedProgram:
@@ -203,26 +286,17 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
             strict=False,
         )
     except Exception as error:  # of many kinds, from many layers
-        raise ExportError(job.refused("torch.export", error) + _older()) from error
+        tested, older = ".".join(map(str, _TESTED)), ""
+        # torch 2.6 cannot trace them.
+        if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _TESTED:
+            older = f' Tested with torch {tested}, got {torch.__version__}: pip install "torch>={tested}"'
+        raise ExportError(job.refused("torch.export", error) + older) from error
     if job.deployed.text_embeds is not None:
         program = program.run_decompositions({})  # without operations in place, which would keep the text tower alive
     graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop("stack_trace", None)
     return _without_unused(program)
-
-
-def _older() -> str:
-    """What to try where torch is older than the one that the programs were tested with; torch 2.6 cannot trace them."""
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return (
-        ""
-        if release >= TESTED
-        else (
-            f" Tested with torch {'.'.join(map(str, TESTED))}, got {torch.__version__}: "
-            f'pip install "torch>={".".join(map(str, TESTED))}"'
-        )
-    )
 
 
 def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2Model
 from shapadapter import UnsupportedModelError, load
 from shapadapter.backbone import selftest
 from shapadapter.cli import share as space
-from shapadapter.export.parity import ExportReport
+from shapadapter.export import ExportReport
 
 
 def test_inspect_an_adapter_a_base_and_what_is_not_supported(tmp_path):
