@@ -14,8 +14,14 @@ from shapadapter.core.installation import find_moved, follow
 
 __version__ = "0.1.0.dev0"
 
-# They register the PEFT method and the pipeline. PEFT and transformers take seconds: `--help` need not wait for them.
-follow({"peft": f"{__name__}.adapter", "transformers.pipelines": f"{__name__}.hub.tasks"})
+# They register the PEFT method, the pipeline, and what writes cards. PEFT and transformers take seconds: `--help` need not wait for them.
+follow(
+    {
+        "peft": f"{__name__}.adapter",
+        "transformers.pipelines": f"{__name__}.hub.tasks",
+        f"{__name__}.adapter": f"{__name__}.hub.card",
+    }
+)
 
 # Modules that the documentation of 0.1 named, by their names of that time.
 find_moved(

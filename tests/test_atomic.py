@@ -24,7 +24,7 @@ from shapadapter.core import files as atomic
 from shapadapter.core.errors import DiskFullError
 from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
 from shapadapter.evaluation.records import Records
-from shapadapter.hub.card.update import update_card
+from shapadapter.hub.card.renewal import update_card
 from shapadapter.hub.space import write_space
 from shapadapter.visual import draw_explanation
 

@@ -5,17 +5,21 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from shapadapter.hub.card.facts import Facts, settled
-from shapadapter.hub.card.render import untouched, updated, write_card
+from shapadapter.adapter.saving import record_for, write_pictures
+from shapadapter.hub.card import content
+from shapadapter.hub.card.document import edited, renewed, untouched
+from shapadapter.hub.card.facts import Facts
+from shapadapter.hub.card.renewal import write_card
 
 EVIL = (
     "<script>alert(1)</script> [click](http://evil.test) ![see](http://evil.test/x.png) `code` ``more`` | bar \\| \n"
-    "---\nlicense: evil\n# head\n<!-- shapadapter:end summary -->\n{{ 7*7 }} {% raw %} &lt;b&gt; <img src=x onerror=alert(1)> "
+    "---\nlicense: evil\n# head\n<!-- shapadapter:end card -->\n{{ 7*7 }} {% raw %} &lt;b&gt; <img src=x onerror=alert(1)> "
     "http://evil.test *bold* _it_ ~~no~~ $x$ \u202egnp.exe \udc80"
 )
 EVALUATION = {
@@ -80,6 +84,10 @@ def facts(config=None, name="ada/leaves", **changes) -> Facts:
     return Facts(config, name, None, ["explanation-1.png"])
 
 
+def updated(card, facts, tags=()) -> str:
+    return renewed(card, content.markdown(facts), content.metadata(facts), tags)
+
+
 def metadata_of(card) -> dict:
     block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1]
     assert ModelCard(card).data.to_dict() is not None
@@ -87,7 +95,7 @@ def metadata_of(card) -> dict:
 
 
 def section(card, name) -> str:
-    return re.search(rf"<!-- shapadapter:begin {name} .*?<!-- shapadapter:end {name} -->", card, re.DOTALL)[0]
+    return re.search(rf"^## {name}\n.*?(?=^## |\Z)", card, re.DOTALL | re.MULTILINE)[0]
 
 
 # -- what it says ----------------------------------------------------------------------------------------------------
@@ -241,10 +249,10 @@ def test_hostile_words_do_nothing(tmp_path):
         allowed = {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "strong", "code", "pre", "ul", "li"}
         assert page.tags <= allowed | {"details", "summary", "img", "a", "em"}, page.tags
         assert page.addresses == {"explanations/explanation-1.png"}, page.addresses
-        columns = {line.count("|") for line in section(card, "results").split("\n") if line.startswith("|")}
+        columns = {line.count("|") for line in section(card, "Results").split("\n") if line.startswith("|")}
         assert columns <= {4, 6}  # no bar of theirs ends a cell
         assert updated(card, Facts({**config, "record": shown}, EVIL, None, ["explanation-1.png"])) is not None
-        assert len(re.findall("shapadapter:begin", card)) == 9
+        assert len(re.findall("shapadapter:begin", card)) == 1
         code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
         compile(code, "snippet", "exec")
 
@@ -276,48 +284,81 @@ def test_a_spoilt_record_cannot_stop_a_save(first):
 LATER = {"evaluation": {**EVALUATION, "task": {"accuracy": [0.5, 0.4, 0.6, 99]}}}
 
 
-def test_an_edited_section_stays_and_the_others_are_renewed():
+def test_words_around_the_block_stay_where_they_are():
     card = updated(None, facts())
-    edited = card.replace("## Data\n", "## Our leaves\n").replace("# leaves", "# Leaves by Ada")
-    again = updated(edited, facts(**LATER, data={"name": "others"}))
-    assert "## Our leaves" in again
-    assert "# Leaves by Ada" in again
-    assert "`AI-Lab/beans`" in section(again, "data")
+    mine = (
+        card.replace("<!-- shapadapter:begin", "My own words.\n\n<!-- shapadapter:begin") + "\n## Thanks\n\nTo all.\n"
+    )
+    again = updated(mine, facts(**LATER))
+    assert "My own words.\n\n<!-- shapadapter:begin" in again
+    assert again.endswith("\n## Thanks\n\nTo all.\n")
     assert "| Accuracy ↑ | 0.500 (0.400 to 0.600) | 99 |" in again
     assert "0.917" not in again
     assert not untouched(again)
+    assert not edited(again)
 
 
-def test_a_deleted_section_does_not_come_back_and_words_around_stay():
-    card = updated(None, facts())
-    card = card.replace(section(card, "training"), "").replace(
-        "<!-- shapadapter:begin usage", "My own words.\n\n<!-- shapadapter:begin usage"
-    )
-    card = card.replace(section(card, "pictures"), "")
-    again = updated(f"{card}\n## Thanks\n\nTo all.\n", facts(**LATER))
-    assert "## Training" not in again
-    assert "## What it sees" not in again
-    assert "My own words.\n\n<!-- shapadapter:begin usage" in again
-    assert "## Thanks\n\nTo all." in again
-    assert again.count("## Use\n") == 1
-
-
-def test_a_section_that_had_nothing_to_say_fills_in_later():
-    card = updated(None, Facts({**CONFIG, "record": {**RECORD, "evaluation": None, "pictures": None}}, "ada/leaves"))
-    assert "## What it sees" not in card
-    again = updated(card, facts())
-    assert again.index("## What it sees") < again.index("## Use")
+def test_an_edited_block_is_the_user_s_until_it_is_emptied(tmp_path):
+    card = updated(None, facts()).replace("## Data\n", "## Our leaves\n")
+    assert updated(card, facts(**LATER)) != updated(None, facts(**LATER))
+    (tmp_path / "README.md").write_text(card)
+    with pytest.warns(UserWarning, match="between the marks .* was edited and is left as it is"):
+        again = write_card(tmp_path, {**CONFIG, "record": {**RECORD, **LATER}})
+    assert "## Our leaves" in again
     assert "0.917" in again
+    emptied = re.sub(r"(begin card \w+ -->\n).*(<!-- shapadapter:end)", r"\1\2", again, flags=re.DOTALL)
+    (tmp_path / "README.md").write_text(f"{emptied}\nTo all.\n")
+    again = write_card(tmp_path, {**CONFIG, "record": {**RECORD, **LATER}})
+    assert "0.917" not in again
+    assert "0.500 (0.400 to 0.600)" in again
+    assert again.endswith("To all.\n")
+
+
+def test_a_deleted_block_does_not_come_back():
+    card = updated(None, facts())
+    mine = f"{card[: card.index('<!--')]}# Mine\n"
+    assert updated(mine, facts(**LATER)).endswith("---\n\n# Mine\n")
 
 
 @pytest.mark.parametrize("damage", ["end", "sign"])
-def test_a_broken_mark_makes_a_section_the_user_s(damage):
+def test_a_broken_mark_makes_the_block_the_user_s(damage):
     card = updated(None, facts())
-    mark = "<!-- shapadapter:end data -->" if damage == "end" else section(card, "data").split("\n")[0]
+    mark = "<!-- shapadapter:end card -->" if damage == "end" else re.search("<!-- shapadapter:begin.*?-->", card)[0]
     again = updated(card.replace(mark, ""), facts(data={"name": "others"}))
     assert "`AI-Lab/beans`" in again
     assert again.count("## Data") == 1
     assert "0.917" in again
+
+
+# Of an earlier version, which had a pair of marks for each section, and its note of the metadata at the end.
+SAVED_BEFORE = (Path(__file__).parent / "fixtures" / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_saved_before_becomes_one_block():
+    assert untouched(SAVED_BEFORE)
+    card = updated(f"{SAVED_BEFORE}\nMy words.\n", facts())
+    assert card.count("<!-- shapadapter:begin") == card.count("<!-- shapadapter:end") == 1
+    assert card.count("<!-- shapadapter:metadata") == 1
+    assert re.search(r"<!-- shapadapter:end card -->\s+My words\.\s*$", card)
+    assert [card.count(f"## {name}\n") for name in ("Use", "Results", "Citation")] == [1, 1, 1]
+    assert "0.917" in card
+    assert updated(card, facts()) == card
+    assert metadata_of(card)["base_model"] == "google/vit-base-patch16-224"
+    assert untouched(updated(SAVED_BEFORE, facts()))
+
+
+def test_an_edited_section_of_a_card_saved_before_stays():
+    mine = SAVED_BEFORE.replace("## Data\n", "## Our leaves\n").replace(
+        "<!-- shapadapter:begin usage", "Words.\n\n<!-- shapadapter:begin usage"
+    )
+    card = updated(mine, facts())
+    assert "## Our leaves" in card
+    assert "Words." in card
+    assert "shapadapter:begin data" not in card
+    again = updated(card, facts(**LATER))
+    assert "## Our leaves" in again
+    assert "Words." in again
+    assert "0.500 (0.400" in again
 
 
 def test_line_ends_of_windows_stay_and_are_no_edit():
@@ -391,11 +432,11 @@ def test_an_empty_form_is_no_card():
 
 
 def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
-    for content in (b"---\nlicense: [mit\n---\n# Mine\n", b"---\n- a\n---\n", b"\xff\xfe# Mine"):
-        (tmp_path / "README.md").write_bytes(content)
+    for given in (b"---\nlicense: [mit\n---\n# Mine\n", b"---\n- a\n---\n", b"\xff\xfe# Mine"):
+        (tmp_path / "README.md").write_bytes(given)
         with pytest.warns(UserWarning, match="is left as it is"):
             assert write_card(tmp_path, CONFIG) is None
-        assert (tmp_path / "README.md").read_bytes() == content
+        assert (tmp_path / "README.md").read_bytes() == given
 
 
 def test_tags_that_were_asked_for_stay_on_later_saves():
@@ -415,7 +456,8 @@ def test_only_pictures_that_exist_are_shown(tmp_path):
     (tmp_path / "explanations").mkdir()
     (tmp_path / "explanations" / "explanation-9.png").write_bytes(b"old")
     (tmp_path / "explanations" / "mine.png").write_bytes(b"mine")
-    card = write_card(tmp_path, config, pictures={"explanation-1.png": b"png", "../out.png": b"png"})
+    write_pictures(tmp_path, {"explanation-1.png": b"png", "../out.png": b"png"}, config["record"])
+    card = write_card(tmp_path, config)
     assert re.findall(r"\]\((explanations/.*?)\)", card) == ["explanations/explanation-1.png"]
     assert {path.name for path in (tmp_path / "explanations").iterdir()} == {"explanation-1.png", "mine.png"}
     assert not (tmp_path / "out.png").exists()
@@ -434,10 +476,10 @@ def test_a_crash_leaves_the_old_card(tmp_path, monkeypatch):
 
 def test_results_belong_to_weights(tmp_path):
     record = {"evaluation": EVALUATION, "training": {"steps": 3}, "weights": "a"}
-    assert settled(record, "a", tmp_path) == record
-    assert settled(record, None, tmp_path) == record
-    assert settled(record, "b", tmp_path) == {"training": {"steps": 3}, "weights": "b", "changed": True}
+    assert record_for(record, "a", tmp_path) == record
+    assert record_for(record, None, tmp_path) == record
+    assert record_for(record, "b", tmp_path) == {"training": {"steps": 3}, "weights": "b", "changed": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"record": record}))
     # What was added to the folder since these weights were saved there stays; of other weights it does not.
-    assert settled({"training": {"steps": 4}}, "a", tmp_path) == {**record, "training": {"steps": 4}}
-    assert settled({"training": {"steps": 4}}, "b", tmp_path) == {"training": {"steps": 4}, "weights": "b"}
+    assert record_for({"training": {"steps": 4}}, "a", tmp_path) == {**record, "training": {"steps": 4}}
+    assert record_for({"training": {"steps": 4}}, "b", tmp_path) == {"training": {"steps": 4}, "weights": "b"}

@@ -1,16 +1,13 @@
 """Cards of others that are made to stop their reader: they cost little time, and stay as they are."""
 
-import json
 import time
 
 import pytest
 from spaces import write_checkpoint
 
 from shapadapter.hub import update_card
-from shapadapter.hub.card import metadata
-from shapadapter.hub.card import metadata as sections
-from shapadapter.hub.card.facts import Facts
-from shapadapter.hub.card.render import card_metadata, read_card, updated
+from shapadapter.hub.card.document import renewed, untouched
+from shapadapter.hub.card.renewal import card_metadata, read_card
 from shapadapter.hub.space import write_space
 
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
@@ -70,6 +67,7 @@ def test_anchors_are_no_bomb(checkpoint):
         "<!-- shapadapter:begin summary 0123456789ab -->\nx\n" * (COUNT // 6),
         "<!-- shapadapter:begin summary 0123456789ab -->\n" + "<!-- shapadapter:end other -->\n" * (COUNT // 4),
         "<!-- shapadapter:begin " + "a" * 8 * COUNT,
+        "<!-- shapadapter:begin card 0123456789ab -->\n" * (COUNT // 6) + "<!-- shapadapter:end card -->\n",
         "---\n" * COUNT,
         "### Framework versions\n" * (COUNT // 3),
     ],
@@ -79,8 +77,8 @@ def test_text_that_begins_and_does_not_end_takes_no_time(checkpoint, text):
     card.write_text(f"# Mine\n{text}")
     begin = time.monotonic()
     update_card(checkpoint)
-    sections.untouched(text)
-    metadata.note(text, {})
+    untouched(text)
+    renewed(text, "", {})
     assert time.monotonic() - begin < 5
     assert text.strip() in card.read_text()
 
@@ -96,14 +94,13 @@ def test_a_card_of_a_gigabyte_is_not_read(checkpoint):
     card.unlink()
 
 
-def test_sections_are_renewed_as_ever(checkpoint):
-    """What stands between markers is ours as long as nobody touched it, comments of others in it included."""
-    (checkpoint / "README.md").unlink(missing_ok=True)
+def test_comments_of_others_in_the_block_are_edits(checkpoint):
+    card = checkpoint / "README.md"
+    card.unlink(missing_ok=True)
     update_card(checkpoint)
-    card = (checkpoint / "README.md").read_text()
-    config = json.loads((checkpoint / "adapter_config.json").read_text())
-    edited = card.replace("## Training", "## Training <!-- mine -->\n<!-- two\nlines -->")
-    renewed = updated(edited, Facts({**config, "r": 77}, "adapter"))
-    assert "LoRA of rank 77" in renewed
-    assert "## Training <!-- mine -->\n<!-- two\nlines -->" in renewed
-    assert sections.untouched(metadata.split(card)[1])
+    assert untouched(card.read_text())
+    edited = card.read_text().replace("## Training", "## Training <!-- mine -->\n<!-- two\nlines -->")
+    card.write_text(edited)
+    with pytest.warns(UserWarning, match="was edited"):
+        update_card(checkpoint)
+    assert card.read_text() == edited

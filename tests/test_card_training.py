@@ -16,10 +16,9 @@ from test_trainer import images, tiny_vit, trainer_of, wrapped
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from shapadapter import ShapleyError, evaluate
-from shapadapter.adapter import card_saving as cards
+from shapadapter.adapter.saving import read_config, replace_function, weights_digest
 from shapadapter.hub import update_card
-from shapadapter.hub.card.facts import read_config, weights_digest
-from shapadapter.hub.card.render import untouched
+from shapadapter.hub.card.document import untouched
 from shapadapter.training.checkpoints import damage_in
 
 NAMES = {0: "red <b>", 1: "green | x", 2: "blue"}
@@ -174,7 +173,7 @@ def test_saving_the_same_weights_again_keeps_what_was_added(run, evaluation):
 def test_other_weights_have_other_results(run, tmp_path):
     _, place = run
     loaded = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(place / "base"), place / "out")
-    assert loaded.peft_config["default"].pictures
+    assert loaded.peft_config["default"].source == place / "out"
     with torch.no_grad():
         next(p for name, p in loaded.named_parameters() if "lora_shapley" in name).add_(0.1)
     loaded.save_pretrained(tmp_path)
@@ -202,7 +201,7 @@ def test_nobody_s_images_are_shown_if_that_is_not_wished(tmp_path):
 def test_images_that_cannot_be_explained_do_not_stop_a_save(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
     trainer.eval_dataset = [{"image": "nowhere.png", "label": 0}]
-    with pytest.warns(UserWarning, match="its card has no pictures"):
+    with pytest.warns(UserWarning, match="The card has no pictures"):
         trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -235,8 +234,7 @@ def test_every_road_has_the_card_and_what_the_user_changed_stays(tmp_path):
         assert f'shapadapter.load("{road}")' in card
         (folder / "README.md").write_text(card.replace("library_name", "license: mit\nlibrary_name") + "\nWords.\n")
         model.save_pretrained(folder)
-        assert card_of(folder).rstrip().endswith("-->")
-        assert "Words." in card_of(folder)
+        assert card_of(folder).rstrip().endswith("-->\n\nWords.")
         assert ModelCard(card_of(folder)).data.license == "mit"
     assert "mine" in ModelCard(card_of(tmp_path / "peft")).data.tags
     assert not untouched(card_of(tmp_path / "peft"))
@@ -256,7 +254,7 @@ def test_a_release_without_a_private_name_costs_no_more_than_a_card():
     class Own:
         pass
 
-    cards.wrap_method(Own, "_upload_modified_files", print)
+    replace_function(Own, "_upload_modified_files", print)
     assert not hasattr(Own, "_upload_modified_files")
 
 

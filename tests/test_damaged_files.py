@@ -23,7 +23,7 @@ from shapadapter.core.documents import Between, FileName, fault, read_json
 from shapadapter.core.errors import FieldError
 from shapadapter.core.statistics import Interval
 from shapadapter.evaluation.records import Records
-from shapadapter.hub.card.update import update_card
+from shapadapter.hub.card.renewal import update_card
 from shapadapter.training.checkpoints import damage_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

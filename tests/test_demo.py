@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.demo.models import claim, whole_folder
+from shapadapter.core.files import whole_folder
+from shapadapter.demo.models import claim
 
 
 def write(folder, text):

@@ -26,9 +26,10 @@ from transformers import AutoModel
 import shapadapter
 from shapadapter import ImageError, ShapleyConfig, ShapleyError, explain, load
 from shapadapter.core import installation as installing
+from shapadapter.hub import space as space_room
+from shapadapter.hub import upload
 from shapadapter.hub.space import limits as uploads
 from shapadapter.hub.space import push_space, write_space
-from shapadapter.hub.space import write as writing
 from shapadapter.hub.space.answers import (
     View,
     class_list,
@@ -166,7 +167,7 @@ def test_written_again_it_keeps_what_is_not_ours(checkpoint, picture, tmp_path, 
         raise OSError("The disk is full.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_copy_examples", broken)
+        patch.setattr(space_room.installation, "copy_package", broken)
         with pytest.raises(OSError, match="full"):
             write_space(checkpoint, folder, title="Other", copy_base=True)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
@@ -188,7 +189,7 @@ def test_what_cannot_become_a_space_is_refused(checkpoint, picture, tmp_path):
         ((checkpoint, foreign), {}, "not a Space of ours"),
         ((checkpoint, text), {}, "not a Space of ours"),
         ((pickled, space), {}, "no adapter_model.safetensors"),
-        ((tmp_path, space), {}, "no adapter of shapadapter"),
+        ((tmp_path, space), {}, "holds no adapter"),
         (("./nowhere", space), {}, "There is no folder ./nowhere"),
         (("one/two/three", space), {}, "There is no folder one/two/three"),
         ((checkpoint, space), {"revision": "main"}, "is a folder here"),
@@ -208,8 +209,6 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
     import server
     from huggingface_hub import HfApi, constants
 
-    from shapadapter.hub.space import write as pushing
-
     folder = write_space(checkpoint, tmp_path / "space", copy_base=True)
     (folder / "notes.txt").write_text("mine")
     (folder / "__pycache__").mkdir()
@@ -219,7 +218,8 @@ def test_push_sends_the_space_and_nothing_else(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with server.LocalHub() as hub:
-        monkeypatch.setattr(pushing, "HfApi", functools.partial(HfApi, endpoint=hub.url))
+        for module in (space_room, upload):
+            monkeypatch.setattr(module, "HfApi", functools.partial(HfApi, endpoint=hub.url))
         address = push_space(folder, f"{server.OWNER}/birds", private=True, token=server.TOKEN)
         push_space(folder, f"{server.OWNER}/birds", token=server.TOKEN)  # once more is no error
         repo = hub.repos["space", f"{server.OWNER}/birds"]

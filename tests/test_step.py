@@ -9,6 +9,7 @@ from families import wrap
 from test_trainer import fixed_batch, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.core.errors import ImageError
 from shapadapter.core.losses import coalition_sums, expected_square, shapley_loss, shapley_loss_of_sums
 from shapadapter.core.shapley import sample_pairs
@@ -194,6 +195,17 @@ def test_attention_is_called_once_in_a_block_and_without_a_mask(monkeypatch):
     model(pixel_values=families.images(2), coalitions=pairs, coalition_sizes=(5, 11))
     # The token reads class token and patches, and nobody reads it; a mask would keep flash attention away.
     assert called == [*[(18, 17, None)] * 2, *[(6, 6, None)] * 2, *[(12, 12, None)] * 2]
+
+
+def test_coalitions_evaluated_a_few_at_a_time():
+    model, inputs = wrap("vit").eval(), {"pixel_values": families.images(2)}
+    coalitions = torch.rand(2, 7, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.inference_mode():
+        expected = model(**inputs, coalitions=coalitions).coalition_values
+        every = evaluate_coalitions(model, inputs, coalitions, per_call=3)
+        first = evaluate_coalitions(model, inputs, coalitions, per_call=3, read=lambda values: values[..., 0])
+    torch.testing.assert_close(every, expected)
+    torch.testing.assert_close(first, expected[..., 0])
 
 
 @pytest.mark.parametrize("sizes", [(5,), (5, 11, 5, 11)])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faithfulness import faithfulness
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForImageClassification,
@@ -41,7 +42,6 @@ from transformers import (
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
 from shapadapter.demo.models import Prepared, Scale, accuracy
-from shapadapter.demo.scorecard import faithfulness
 
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
 VIT = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192, "patch_size": 16}

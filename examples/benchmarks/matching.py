@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faithfulness import faithfulness
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import Dataset
@@ -31,7 +32,6 @@ from shapadapter.core.losses import contrastive_loss
 from shapadapter.data.collator import ImageCollator, text_rules
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
 from shapadapter.demo.models import Scale
-from shapadapter.demo.scorecard import faithfulness
 from shapadapter.explanation.api import embed_texts
 
 TEMPLATES = ("a photo of the digit {}", "the number {}", "a bright {} in the dark", "handwritten {}")

@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from faithfulness import energy_in_masks, faithfulness
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.demo.digits import build_digits
 from shapadapter.demo.models import FULL, pretrain, tune
-from shapadapter.demo.scorecard import faithfulness, localisation
 from shapadapter.explanation.api import explain
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             explanation = explain(model, images, processor, batch_size=100)
             pixels = processor(images[: FULL.truth_images], return_tensors="pt")["pixel_values"]
             errors = faithfulness(model, pixels, FULL, seed=0)
-            rows.append((accuracy, errors["one pass"], errors["512"], localisation(explanation, masks)[0]))
+            rows.append((accuracy, errors["one pass"], errors["512"], energy_in_masks(explanation, masks)))
         cells = [f"{mean(c):.3f} ± {stdev(c):.3f}" if len(c) > 1 else f"{c[0]:.3f}" for c in zip(*rows, strict=True)]
         print(f"| {'with' if token else 'without'} | {' | '.join(cells)} |", flush=True)
 

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
+from shapadapter.core.files import whole_folder
 from shapadapter.demo.digits import build_digits
-from shapadapter.demo.models import Prepared, Scale, pretrain, tune, whole_folder
+from shapadapter.demo.models import Prepared, Scale, pretrain, tune
 
 RECIPE: dict[str, dict[str, Any]] = {
     "demo": {  # the numbers of shapadapter.demo.models.tune, which trains ours

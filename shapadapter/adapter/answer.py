@@ -96,7 +96,8 @@ def answer(game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequen
     call = game.call
     states = getattr(output, "hidden_states", None)
     if states is not None and token_in_sequence:  # it stands at index 0 inside the blocks
-        tokens = call.tokens if call.pixel_values.ndim == 4 else call.pixel_values.shape[1]
+        cells = call.tiling.cells[0] * call.tiling.cells[1]
+        tokens = game.anatomy.prefix + cells if call.pixel_values.ndim == 4 else call.pixel_values.shape[1]
         states = tuple(s[:, 1:] if s.ndim == 3 and s.shape[1] == tokens + 1 else s for s in states)  # (B, T, D)
     return ShapleyOutput(
         loss=None if call.labels is None else task_loss(game.model, call.labels, full),
@@ -139,36 +140,40 @@ def task_loss(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _attribute(
-    call: ModelCall, evidence: Evidence, full: Tensor, null: Tensor, seen: Callable[[Tensor], Tensor] = Tensor.float
+    call: ModelCall,
+    evidence: Evidence,
+    full: Tensor,
+    null: Tensor,
+    to_classes: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> dict[str, Any]:
     """The attributions, which share out `full` - `null`, (B, K) each, by the names of the output's fields.
 
     They are what a player's cells contribute, moved to the efficiency plane (`project_on_efficiency`). The gradient
     stays in that plane: the Shapley value is the minimiser of the Shapley loss among attributions of a given sum, and a
-    gradient that moved the sum would make the prediction easier to explain instead of explaining it. `seen` is the linear
-    map from contributions (..., P) to classes (..., K), where these are not the same.
+    gradient that moved the sum would make the prediction easier to explain instead of explaining it. `to_classes` is the
+    linear map from contributions (..., P) to classes (..., K), where these are not the same.
     """
     full, null = full.detach().float(), null.detach()
 
     def attributions() -> Tensor:
         """Every player's share, (B, N, K)."""
         raw = call.tiling.attributions(evidence.contributions())  # (B, cells, P) -> (B, N, P)
-        return project_on_efficiency(seen(raw), full, null)  # (B, N, K)
+        return project_on_efficiency(to_classes(raw), full, null)  # (B, N, K)
 
     if call.coalitions is None or call.return_attributions:
         return {"attributions": attributions()}
-    missing = full - null - seen(evidence.total())  # (B, P) -> (B, K)
+    missing = full - null - to_classes(evidence.total())  # (B, P) -> (B, K)
     present = call.coalitions.float().mean(dim=2, keepdim=True)  # (B, M, N) -> (B, M, 1), the share of players
-    sums = seen(evidence.sums(call.tiling.cell_weights(call.coalitions)))  # (B, M, cells) -> (B, M, P) -> (B, M, K)
+    sums = evidence.sums(call.tiling.cell_weights(call.coalitions))  # (B, M, cells) -> (B, M, P)
     with torch.no_grad():
         square = expected_square(attributions())  # (B,)
-    return {"coalition_attributions": sums + present * missing[:, None], "expected_square": square}
+    return {"coalition_attributions": to_classes(sums) + present * missing[:, None], "expected_square": square}
 
 
 def _match(
     game: CoalitionGame, evidence: Evidence, full: Tensor, null: Tensor, values: Tensor | None, output: Any
 ) -> MatchingOutput:
-    """Everything in the space of embeddings, seen along the texts where there are any."""
+    """The output in the space of embeddings and, where there are texts, along them."""
     call, texts, model = game.call, game.call.texts, game.model
     assert texts is not None
     embeds: dict[str, Any] = {"image_embeds": full, "null_embeds": null}
@@ -181,16 +186,16 @@ def _match(
     directions = output.text_embeds if texts.embeds is None else texts.embeds  # (T, P)
     logits, empty = similarity(model, full, directions), similarity(model, null, directions)  # (B, T)
 
-    def seen(part: Tensor) -> Tensor:
+    def to_classes(part: Tensor) -> Tensor:
         """Differences of embeddings (..., P) along the texts, (..., T)."""
         return similarity(model, part, directions, difference=True)
 
     if call.return_attributions:
-        along = seen(embeds["embedding_attributions"])  # (B, N, T)
+        along = to_classes(embeds["embedding_attributions"])  # (B, N, T)
         # Once more: the scale, 100 in a trained CLIP, has multiplied the rounding errors.
         attributed: dict[str, Any] = {"attributions": project_on_efficiency(along, logits.detach(), empty.detach())}
     else:
-        attributed = _attribute(call, evidence, logits, empty, seen)
+        attributed = _attribute(call, evidence, logits, empty, to_classes)
     return MatchingOutput(
         loss=texts.loss_of(model, logits),
         logits=logits,

@@ -78,7 +78,6 @@ class ModelCall:
 
     pixel_values: Tensor  # (B, C, H, W), or patches (B, N, 3 * p * p)
     tiling: Tiling  # how the players lie on the images
-    tokens: int  # T, the length of the base model's token sequence, if it has one
     labels: Tensor | None
     texts: Texts | None  # what a matching model compares the images with
     coalitions: Tensor | None  # (B, M, N) bool, True = present
@@ -121,7 +120,6 @@ class ModelCall:
         return cls(
             pixel_values=pixel_values,
             tiling=tiling,
-            tokens=anatomy.prefix + tiling.cells[0] * tiling.cells[1],
             labels=options.pop("labels", None),
             texts=texts,
             coalitions=coalitions,

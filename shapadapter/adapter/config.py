@@ -18,14 +18,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import nn
 
 from shapadapter.adapter.head import new_leaves
+from shapadapter.adapter.saving import prepare_libraries, record_for, save_card
 from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
 from shapadapter.core.links import break_links, refuse_links
-from shapadapter.hub.card.facts import code, one_line, settled
-from shapadapter.hub.card.render import read_pictures, write_card
-from shapadapter.hub.remote import PROCESSOR_FILES
+from shapadapter.core.remote import CARD, PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]
 
@@ -55,7 +54,7 @@ _PEFT_FIELDS: dict[str, Any] = {
     "qalora_group_size": Count,
 }
 
-WRITTEN = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+WRITTEN = (CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 """Names of files that are written when an adapter and its processor are saved."""
 
 MEGATRON = "megatron.core"
@@ -145,9 +144,9 @@ class ShapleyConfig(LoraConfig):
         PEFT always hands the content of a file over as keywords, with `peft_type` among them.
         """
         if "peft_type" in kwargs and (unknown := sorted(set(kwargs) - {one.name for one in fields(cls)})):
-            versions = [one_line(kwargs.get(name), 20) for name in ("shapadapter_version", "peft_version")]
+            versions = [shown(kwargs.get(name)) for name in ("shapadapter_version", "peft_version")]
             raise CheckpointError(
-                f"adapter_config.json holds {', '.join(code(name, 40) for name in unknown[:5])}, which ShapleyConfig does not "
+                f"adapter_config.json holds {', '.join(shown(name) for name in unknown[:5])}, which ShapleyConfig does not "
                 f"know with PEFT {metadata.version('peft')}. It was written by shapadapter {versions[0]} and PEFT "
                 f"{versions[1]}: if they are newer, pip install --upgrade shapadapter peft; else delete it from the file."
             )
@@ -159,8 +158,11 @@ class ShapleyConfig(LoraConfig):
             self.id2label = {_as_index(index): label for index, label in self.id2label.items()}
         self.check()
         super().__post_init__()
-        # For the card, and not part of the file: pictures by name, and what the model says of itself when it is saved.
-        self.pictures: dict[str, bytes] = {}
+        prepare_libraries()
+        # For the card, and not part of the file: new pictures while they are saved, the folder with those that there are,
+        # and what is known of the model when it is saved.
+        self.pictures: Mapping[str, bytes] = {}
+        self.source: Path | None = None
         self.model_tags: list[str] = []
         self.weights: str | None = None
         self.written_card: tuple[Path, str] | None = None
@@ -215,7 +217,7 @@ class ShapleyConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             config.saved = check_weights(folder / SAFETENSORS_WEIGHTS_NAME, config)
-            config.pictures = read_pictures(folder, config.to_dict())
+            config.source = folder
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -226,18 +228,13 @@ class ShapleyConfig(LoraConfig):
         """
         self.check()
         break_links(Path(save_directory), WRITTEN)
-        self.record = settled(self.record, self.weights, Path(save_directory))
         folder = Path(save_directory)
+        self.record = record_for(self.record, self.weights, folder)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as place:
             super().save_pretrained(place, **kwargs)
             write_together({folder / CONFIG_NAME: (Path(place) / CONFIG_NAME).read_bytes()})
-        self.write_card(save_directory)
-
-    def write_card(self, folder: str | Path) -> None:
-        """Write, or renew, the model card in the adapter's folder; see `shapadapter.card`."""
-        text = write_card(Path(folder), self.to_dict(), pictures=self.pictures, tags=self.model_tags)
-        self.written_card = None if text is None else (Path(folder).resolve(), text)
+        save_card(self, folder)
 
     def leaves(self, width: int, classes: int, channels: int = 3) -> dict[str, nn.Module | nn.Parameter]:
         """New parameters of an adapter, by leaf, for features of `width` numbers."""

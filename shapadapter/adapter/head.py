@@ -60,8 +60,8 @@ class ProjectionHead:
     between players and never adds to their sum. Were there an additive path from the token, the prediction would flow
     through it past the players, and the attributions would go flat.
 
-    Where no token travels through the blocks, it reads the cells here, by attention. Where features have no place in
-    the image, each cell first gathers its feature from the latents, by attention from its position.
+    Where the token does not stand in the sequence of the blocks, it reads the cells here, by attention. Where features
+    have no place in the image, each cell first gathers its feature from the latents, by attention from its position.
     """
 
     norm: nn.Module  # layer norm of cells' features (D)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shapadapter import __version__
-from shapadapter.adapter.card_saving import note
 from shapadapter.adapter.checks import (
     MIXED,
     check_base,
@@ -33,6 +32,7 @@ from shapadapter.adapter.checks import (
 from shapadapter.adapter.config import ShapleyConfig
 from shapadapter.adapter.head import start_from_classifiers
 from shapadapter.adapter.layer import CHILD, ShapleyLayer
+from shapadapter.adapter.saving import describe
 from shapadapter.adapter.tuning import check_batch_independent, check_trainable, resolve_training
 from shapadapter.backbone import Anatomy, choose_removal, measure_offset, original_name, settle
 from shapadapter.core.errors import CheckpointError, FieldError, ShapleyError, UnsupportedModelError
@@ -213,7 +213,7 @@ class ShapleyModel(LoraModel):
         if active and config.problem_type is None and layer.anatomy.kind != "matching":
             # Where it was left open, transformers has decided it by the first labels.
             config.problem_type = model.config.problem_type
-        note(model, layer, config, saved)
+        describe(model, layer, config, saved)
         return saved
 
     @classmethod

@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
-from typing import Any
-
-import peft.peft_model
-import transformers.modeling_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
-from torch import Tensor
 
-from shapadapter.core.files import whole_file
 from shapadapter.core.installation import check_overrides
-
-_WRITER = "safe_save_file"
-
-
-def install() -> None:
-    """Let both write the weights of Shapley adapters as whole files; a second call changes nothing."""
-    for module in (peft.peft_model, transformers.modeling_utils):
-        theirs = getattr(module, _WRITER, None)
-        if theirs is not None and not hasattr(theirs, "_of_shapadapter"):
-            setattr(module, _WRITER, _whole(theirs))
-
-
-def _whole(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(theirs)
-    def save(tensors: dict[str, Tensor], filename: Any, *args: Any, **kwargs: Any) -> None:
-        """The wrapped function; a file that cannot be finished leaves the one before it as it was."""
-        if not any("lora_shapley" in name for name in tensors):
-            theirs(tensors, filename, *args, **kwargs)
-            return
-        with whole_file(Path(filename)) as temporary:
-            theirs(tensors, temporary, *args, **kwargs)
-
-    save._of_shapadapter = True  # type: ignore[attr-defined]
-    return save
-
 
 NAME = "SHAPLEY"
 
@@ -53,14 +19,10 @@ def register() -> None:
         ImportError: PEFT has no longer what the adapter overrides.
     """
     _extend_enum()
-    from shapadapter.adapter import card_saving as cards
-    from shapadapter.adapter import registration as saving
     from shapadapter.adapter.config import ShapleyConfig, check_files_when_read
     from shapadapter.adapter.layer import ShapleyLayer
     from shapadapter.adapter.model import ShapleyModel
 
-    cards.install()
-    saving.install()
     check_files_when_read()
     if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
         check_overrides(ShapleyModel, ShapleyLayer)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from shapadapter.backbone.families import Profile
@@ -113,7 +112,8 @@ def check_options(model: nn.Module, options: Iterable[str], function: Callable[.
     Raises:
         TypeError: nobody would look at an argument; names what may have been meant.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Not by its class: the import of PEFT is followed by that of the adapter, which is above this room.
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     own, forward = _named_parameters(function), _named_parameters(base.forward)
     known = {*forward, *_OURS, *_PASSED_ON, *(("text_embeds",) if hasattr(base, "get_text_features") else ())}
     for name in options:

@@ -118,9 +118,9 @@ def evaluate_checkpoint(
     """Load an adapter, from `place` as `load` takes it, and evaluate it on a folder: model, processor and results."""
     from peft import get_peft_model_state_dict
 
+    from shapadapter.adapter.saving import weights_digest
     from shapadapter.evaluation.evaluator import check_run, evaluate_folder
     from shapadapter.explanation.game import active_layer
-    from shapadapter.hub.card.facts import weights_digest
     from shapadapter.hub.load import load
     from shapadapter.hub.locate import called
 

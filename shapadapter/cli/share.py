@@ -86,7 +86,7 @@ def card(
 ) -> None:
     """Write the model card of an adapter, with results and pictures; what you wrote in it stays."""
     with reporting(context, json) as say:
-        from shapadapter.hub.card.update import update_card
+        from shapadapter.hub.card.renewal import update_card
 
         quiet()
         found = list(find_images(images)) if images else None

@@ -1,11 +1,10 @@
-"""Handwritten digits in cluttered colour scenes: the demo's data, small enough for a laptop and with a known truth.
+"""Handwritten digits in cluttered color scenes: the demo's data, small enough for a laptop and with a known truth.
 
-Each scene is one real MNIST digit, drawn large in a bright colour on a 64 x 64 image of gradients, blobs and fragments
+Each scene is one real MNIST digit, drawn large in a bright color on a 64 x 64 image of gradients, blobs and fragments
 of other digits. The pixels of the digit are known, so that one can check where an explanation looks.
 """
 
 import functools
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ FRAGMENT_SIZE = 9  # pixels, each way: a piece of a stroke, never a digit
 BLOBS = 3
 DARK = 60  # brightest background, of 255
 DIM = 90  # brightest blob
-BRIGHT = 140  # least channel of a digit's colour, the largest being 255
+BRIGHT = 140  # least channel of a digit's color, the largest being 255
 CHUNK = 500  # scenes composed at a time, to bound the memory
 TEST_SHARE = 5  # one digit of five is for testing
 
@@ -39,7 +38,7 @@ class DigitScenes:
     """Scenes with their labels and with the pixels that belong to the digit.
 
     Attributes:
-        images: Colour scenes, uint8 (count, 64, 64, 3).
+        images: Color scenes, uint8 (count, 64, 64, 3).
         labels: The digit in each scene, int64 (count,).
         masks: True where the digit is, bool (count, 64, 64).
         digits: Which of the 5,000 source digits each scene shows, int64 (count,).
@@ -66,7 +65,7 @@ class DigitScenes:
 
         chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
         features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(NAMES))})
-        images = [{"bytes": _png(self.images[index]), "path": None} for index in chosen]
+        images = [Image.fromarray(self.images[index]) for index in chosen]  # stored as PNG
         return Dataset.from_dict({"image": images, "label": self.labels[chosen].tolist()}, features=features)
 
 
@@ -78,7 +77,7 @@ def build_digits(seed: int, count: int = 5000, placements: int = 1) -> DigitScen
     Args:
         seed: Decides which digits are for testing and how every scene looks.
         count: Number of digits, at most 5,000; all classes are equally frequent when it is a multiple of 50.
-        placements: Number of scenes for each training digit, each with another place, size, colour and clutter.
+        placements: Number of scenes for each training digit, each with another place, size, color and clutter.
 
     Returns:
         `count * 4/5 * placements` training scenes followed by `count / 5` test scenes.
@@ -135,14 +134,14 @@ def _compose(pool: Floats, chosen: Ints, rng: np.random.Generator) -> tuple[NDAr
         for _ in range(FRAGMENTS):
             _add_fragments(scenes, pool[rng.integers(len(pool), size=len(scenes))], rng)
         ink = _place_digits(pool[chosen[part]], rng)
-        _paint(scenes, ink, _bright_colours(len(scenes), rng))
+        _paint(scenes, ink, _bright_colors(len(scenes), rng))
         images[part] = np.rint(scenes)
         masks[part] = ink > 0.5
     return images, masks
 
 
 def _backgrounds(count: int, rng: np.random.Generator) -> Floats:
-    """Draw dark colour gradients with soft blobs on them, (count, 64, 64, 3) in 0..255."""
+    """Draw dark color gradients with soft blobs on them, (count, 64, 64, 3) in 0..255."""
     axis = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
     slope = 0.5 + (np.sin(angle) * axis[:, None] + np.cos(angle) * axis) / np.sqrt(2)  # (count, 64, 64) in 0..1
@@ -175,21 +174,15 @@ def _add_fragments(scenes: Floats, digits: Floats, rng: np.random.Generator) -> 
     where = rng.integers(0, SIZE - FRAGMENT_SIZE + 1, (2, count, 1)) + np.arange(FRAGMENT_SIZE)  # (axis, count, size)
     rows, columns = where[0][:, :, None], where[1][:, None, :]
     tiles = scenes[np.arange(count)[:, None, None], rows, columns]  # (count, size, size, 3), a copy
-    _paint(tiles, ink, _bright_colours(count, rng))
+    _paint(tiles, ink, _bright_colors(count, rng))
     scenes[np.arange(count)[:, None, None], rows, columns] = tiles
 
 
 def _resample(digits: Floats, origin: NDArray[np.floating], scale: NDArray[np.floating], size: int) -> Floats:
     """Enlarge digits by linear interpolation, as one product with a matrix on either side.
 
-    Args:
-        digits: Ink, (count, 28, 28).
-        origin: Row and column of the digit at the first pixel of the result, (2, count).
-        scale: Pixels of the result for one of the digit, (count,).
-        size: Side of the result.
-
-    Returns:
-        Ink (count, size, size); 0 beyond the digit's own frame.
+    Ink (count, 28, 28) to (count, size, size), 0 beyond the digit's own frame. `origin` (2, count) is the row and column of
+    the digit at the first pixel of the result, `scale` (count,) how many pixels of the result are one of the digit.
     """
     position = origin[:, :, None] + np.arange(size) / scale[:, None]  # (axis, count, size)
     distance = np.abs(position[..., None] - np.arange(digits.shape[-1]))  # (axis, count, size, 28)
@@ -197,26 +190,19 @@ def _resample(digits: Floats, origin: NDArray[np.floating], scale: NDArray[np.fl
     return weights[0] @ digits @ weights[1].transpose(0, 2, 1)
 
 
-def _paint(scenes: Floats, ink: Floats, colours: NDArray[np.floating]) -> None:
-    """Lay one colour on each scene, as opaque as the ink says, in place."""
-    scenes += ink[..., None] * (colours[:, None, None, :].astype(np.float32) - scenes)
+def _paint(scenes: Floats, ink: Floats, colors: NDArray[np.floating]) -> None:
+    """Lay one color on each scene, as opaque as the ink says, in place."""
+    scenes += ink[..., None] * (colors[:, None, None, :].astype(np.float32) - scenes)
 
 
-def _bright_colours(count: int, rng: np.random.Generator) -> NDArray[np.floating]:
-    """Draw colours that stand out from every background: one channel full, none dark."""
-    colours = rng.uniform(BRIGHT, 255, (count, 3))
-    colours[np.arange(count), rng.integers(3, size=count)] = 255
-    return colours
+def _bright_colors(count: int, rng: np.random.Generator) -> NDArray[np.floating]:
+    """Draw colors that stand out from every background: one channel full, none dark."""
+    colors = rng.uniform(BRIGHT, 255, (count, 3))
+    colors[np.arange(count), rng.integers(3, size=count)] = 255
+    return colors
 
 
 def _extent(profile: Floats) -> Ints:
     """Return the first and the last place with ink, (2, count), of each profile (count, 28)."""
     inked = profile > 0.1
     return np.stack([inked.argmax(axis=1), inked.shape[1] - 1 - inked[:, ::-1].argmax(axis=1)])
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode an image without loss."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png", compress_level=1)
-    return buffer.getvalue()

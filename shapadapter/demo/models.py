@@ -29,17 +29,13 @@ from shapadapter.core.files import whole_folder
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes
 from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments
 
-__all__ = ["claim", "whole_folder"]
-
 MARKER = ".shapadapter-demo"
+PATCH = 8  # pixels, each way
+SAVED = 100  # test images that are saved as files
 
 
 def claim(folder: Path) -> None:
-    """Make an output folder, or take one that an earlier run has made.
-
-    Raises:
-        ShapleyError: the folder holds something else, which could be overwritten.
-    """
+    """Make an output folder, or take one that an earlier run has made; refuse another's, which could be overwritten."""
     marker = folder / MARKER
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise ShapleyError(f"{folder} is not empty and was not made by the demo. Choose another --output.")
@@ -49,32 +45,19 @@ def claim(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the full and the quick demo do.
+    """What the full and the quick demo do."""
 
-    Attributes:
-        digits: source digits; a fifth of them is for testing.
-        placements: scenes for each training digit.
-        pretrain_epochs: epochs of ordinary training of the base model.
-        tune_epochs: epochs of fine-tuning with the Shapley objective.
-        truth_images: test images whose attributions are compared with the truth.
-        truth_evaluations: coalitions evaluated for each of them.
-        budgets: evaluations given to KernelSHAP for comparison.
-    """
-
-    digits: int
-    placements: int
+    digits: int  # source digits; a fifth of them is for testing
+    placements: int  # scenes for each training digit
     pretrain_epochs: float
     tune_epochs: float
-    truth_images: int
-    truth_evaluations: int
-    budgets: tuple[int, ...] = (128, 512)
+    truth_images: int  # test images whose attributions are compared with the truth
+    truth_evaluations: int  # coalitions evaluated for each of them
+    budgets: tuple[int, ...] = (128, 512)  # evaluations given to KernelSHAP for comparison
 
 
 FULL = Scale(digits=5000, placements=4, pretrain_epochs=6, tune_epochs=1.5, truth_images=8, truth_evaluations=4096)
 QUICK = Scale(digits=500, placements=1, pretrain_epochs=2, tune_epochs=1, truth_images=2, truth_evaluations=1024)
-
-
-SAVED = 100
 
 
 def save_pictures(scenes: DigitScenes, output: Path) -> None:
@@ -86,9 +69,6 @@ def save_pictures(scenes: DigitScenes, output: Path) -> None:
                 place = folder / NAMES[scenes.labels[index]]
                 place.mkdir(exist_ok=True)
                 Image.fromarray(pictures[index]).save(place / f"{number}.png")
-
-
-PATCH = 8
 
 
 class Prepared(Dataset[dict[str, Any]]):

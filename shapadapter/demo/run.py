@@ -10,22 +10,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.core.errors import CheckpointError
-from shapadapter.core.files import write_together
+from shapadapter.core.files import whole_folder, write_together
 from shapadapter.core.locks import alone_in
 from shapadapter.demo.digits import DigitScenes, build_digits
-from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pictures, tune, whole_folder
-from shapadapter.demo.scorecard import as_text, cost_of_explaining, faithfulness, localisation
+from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pictures, tune
+from shapadapter.evaluation import evaluate
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import gallery, write_page
 
 SHOWN = 6
+
+# What another program does with a saved adapter; the processor is the base model's.
+_RELOAD = """
+import sys
+from pathlib import Path
+from peft import AutoPeftModel
+from transformers import AutoImageProcessor
+from shapadapter import explain
+
+adapter, pretrained, images, result = sys.argv[1:]
+model, processor = AutoPeftModel.from_pretrained(adapter), AutoImageProcessor.from_pretrained(pretrained)
+explain(model, sorted(Path(images).glob("*.png")), processor).save(result)
+"""
 
 
 def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str]]:
@@ -51,17 +63,25 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     print("2/6  The user's pretrained model: a small ViT, trained the ordinary way")
     base_accuracy = pretrain(scenes, output / "pretrained", scale, seed)
     print("3/6  Loaded from disk, wrapped, fine-tuned with the Shapley objective")
-    model, accuracy = tune(train, test, output / "pretrained", output / "adapter", scale, seed)
+    model, _ = tune(train, test, output / "pretrained", output / "adapter", scale, seed)
     print("4/6  The adapter is loaded again in a new process")
-    explanation = _explain_test(model, scenes, output)
-    _check_reload(explanation[:SHOWN], scenes, output)
+    processor = AutoImageProcessor.from_pretrained(output / "pretrained")
+    shown = scenes.split()[1][:SHOWN]
+    explanation = explain(model, [Image.fromarray(scenes.images[index]) for index in shown], processor)
+    _check_reload(explanation, output)
     print("5/6  Compared with the truth")
-    rows = _measure(model, explanation, scenes, (base_accuracy, accuracy), (output, scale, seed))
+    rows = [("accuracy of the base model", f"{base_accuracy:.3f}"), *_measure(model, processor, scenes, scale, seed)]
+    report: dict[str, Any] = {"seed": seed, "rows": rows}
+    write_together({output / "table.json": json.dumps(report, indent=2).encode()})
     if scale is QUICK:
         print("     A smoke run: these numbers mean little.")
-    print(as_text(rows))
+    width = max(len(name) for name, _ in rows)
+    line = "-" * (width + 2 + max(len(value) for _, value in rows))
+    print("\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line]))
     print("6/6  Pictures")
-    _draw(explanation[:SHOWN], scenes.labels[scenes.split()[1]][:SHOWN].tolist(), rows, output)
+    gallery(explanation).savefig(output / "attributions.png")
+    labels = scenes.labels[shown].tolist()
+    write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=labels)
     save_pictures(scenes, output)
     print(
         f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {output / 'attributions.png'}\n  {output / 'report.html'}"
@@ -73,23 +93,13 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     return rows
 
 
-def _test_images(scenes: DigitScenes) -> list[Image.Image]:
-    return [Image.fromarray(scenes.images[index]) for index in scenes.split()[1]]
-
-
-def _explain_test(model: PeftModel, scenes: DigitScenes, output: Path) -> Explanation:
-    processor = AutoImageProcessor.from_pretrained(output / "pretrained")
-    return explain(model, _test_images(scenes), processor, batch_size=100)
-
-
-def _check_reload(expected: Explanation, scenes: DigitScenes, output: Path) -> None:
+def _check_reload(expected: Explanation, output: Path) -> None:
     """Let a new process load the adapter and explain; its numbers must be the same."""
-    with whole_folder(output / "explanation") as folder, TemporaryDirectory() as temporary:
-        images = Path(temporary)
-        for number, image in enumerate(_test_images(scenes)[: len(expected)]):
-            image.save(images / f"{number}.png")
-        arguments = [output / "adapter", output / "pretrained", images, folder]
-        subprocess.run([sys.executable, "-m", "shapadapter.demo.reload", *map(str, arguments)], check=True)
+    with whole_folder(output / "explanation") as folder, TemporaryDirectory() as images:
+        for number, pixels in enumerate(expected.images):
+            Image.fromarray(pixels.numpy()).save(Path(images) / f"{number}.png")
+        places = [output / "adapter", output / "pretrained", images, folder]
+        subprocess.run([sys.executable, "-c", _RELOAD, *map(str, places)], check=True)
         again = Explanation.load(folder)
     gap = (again.attributions - expected.attributions).abs().max().item()
     if gap > 1e-5:
@@ -97,42 +107,39 @@ def _check_reload(expected: Explanation, scenes: DigitScenes, output: Path) -> N
     print(f"     same attributions, largest difference {gap:.0e}")
 
 
-def _measure(
-    model: PeftModel,
-    explanation: Explanation,
-    scenes: DigitScenes,
-    accuracies: tuple[float, float],
-    settings: tuple[Path, Scale, int],
-) -> list[tuple[str, str]]:
-    output, scale, seed = settings
-    processor = AutoImageProcessor.from_pretrained(output / "pretrained")
-    pixels = processor(_test_images(scenes)[:100], return_tensors="pt")["pixel_values"]  # (100, C, H, W)
-    errors = faithfulness(model, pixels[: scale.truth_images], scale, seed)
-    inside, area = localisation(explanation, torch.from_numpy(scenes.masks[scenes.split()[1]]))
-    ratio = cost_of_explaining(model, pixels)
-    players = explanation.attributions.shape[1:3].numel()
-    rows = [
-        ("accuracy of the base model", f"{accuracies[0]:.3f}"),
-        ("accuracy of the adapted model", f"{accuracies[1]:.3f}"),
-        ("largest efficiency gap |null + sum - logit|", f"{explanation.efficiency_gap.max().item():.0e}"),
-        (f"relative L2 error on {scale.truth_images} images: one forward pass", f"{errors['one pass']:.2f}"),
-        *((f"... KernelSHAP, {_spent(budget, players)}", f"{errors[str(budget)]:.2f}") for budget in scale.budgets),
-        ("... the reference that they are compared with", f"{errors['truth']:.2f}"),
-        ("positive attribution inside the digit", f"{inside:.0%}"),
-        ("... by chance: the digit's share of the image", f"{area:.0%}"),
-        ("time to predict and explain / to predict (LoRA merged)", f"{ratio:.2f}x"),
+def _measure(model: PeftModel, processor: Any, scenes: DigitScenes, scale: Scale, seed: int) -> list[tuple[str, str]]:
+    """The rows of the table that `evaluate` finds on the test scenes."""
+    data = [
+        {"image": Image.fromarray(scenes.images[i]), "label": int(scenes.labels[i]), "mask": scenes.masks[i]}
+        for i in scenes.split()[1]
     ]
-    report: dict[str, Any] = {"seed": seed, "rows": rows}
-    write_together({output / "table.json": json.dumps(report, indent=2).encode()})
-    return rows
-
-
-def _spent(budget: int, players: int) -> str:
-    # A pair of coalitions for each unknown determines the fit and leaves nothing over against noise.
-    return f"{budget} evaluations{', too few to be stable' if budget <= 2 * players else ''}"
-
-
-def _draw(explanation: Explanation, digits: list[int], rows: list[tuple[str, str]], output: Path) -> None:
-    figure = gallery(explanation)
-    figure.savefig(output / "attributions.png")
-    write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=digits)
+    found = evaluate(
+        model,
+        data,
+        processor,
+        methods=(),
+        images=scale.truth_images,
+        truth_evaluations=scale.truth_evaluations,
+        budgets=scale.budgets,
+        seed=seed,
+        batch_size=100,
+    )
+    own, about = found.methods["shapadapter"], found.about
+    players = about["players"][0] * about["players"][1]
+    return [
+        ("accuracy of the adapted model", f"{found.task['accuracy'].mean:.3f}"),
+        ("largest efficiency gap |null + sum - logit|", f"{found.task['largest_efficiency_gap'].mean:.0e}"),
+        (f"relative L2 error on {scale.truth_images} images: one forward pass", f"{own['error'].mean:.2f}"),
+        *(
+            # A pair of coalitions for each unknown determines the fit and leaves nothing over against noise.
+            (
+                f"... KernelSHAP, {budget} evaluations{', too few to be stable' * (budget <= 2 * players)}",
+                f"{error.mean:.2f}",
+            )
+            for budget, error in found.kernel_shap.items()
+        ),
+        ("... the reference that they are compared with", f"{about['truth_error']:.2f}"),
+        ("positive attribution inside the digit, on these images", f"{own['energy_inside'].mean:.0%}"),
+        ("... by chance: the digit's share of the image", f"{about['area']:.0%}"),
+        ("time to predict and explain / to predict (LoRA merged)", f"{own['time'].mean:.2f}x"),
+    ]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
-import peft
 import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model, get_peft_model_state_dict
@@ -26,12 +23,12 @@ from shapadapter import __version__
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.backbone import Removal, choose_removal, configured_size
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.hub.load import comes_with_code, load, told
 from shapadapter.hub.locate import called, locate
-from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 
 SHOWN_CLASSES = 10
 
@@ -129,9 +126,9 @@ def inspect(
         return _found(Inspection(called(name, subfolder), True), model, processor)
     start = Inspection(str(name), False, base=str(name), versions=_versions(None))
     try:
-        bare, processor = _bare(str(name), options)
-        start = replace(start, family=bare.config.model_type, model_class=type(bare).__name__)
-        return _found(start, get_peft_model(bare, ShapleyConfig()), processor)
+        model, processor = _base_model(str(name), options)
+        start = replace(start, family=model.config.model_type, model_class=type(model).__name__)
+        return _found(start, get_peft_model(model, ShapleyConfig()), processor)
     except UnsupportedModelError as error:
         return replace(start, trouble=str(error))
 
@@ -146,19 +143,16 @@ def _is_adapter(name: str, revision: str | None, token: str | bool | None) -> bo
     except EntryNotFoundError:  # also without a network, where it was never asked for
         return False
     except HUB_ERRORS as error:
-        raise ShapleyError(f"{name} is no folder here. {hub_trouble(error, name, revision) or error}") from error
+        raise ShapleyError(f"There is no folder {name} here. {hub_trouble(error, name, revision) or error}") from error
 
 
-def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A base model, as a classifier if there is one of its architecture, and its image processor if there is one.
-
-    Raises:
-        UnsupportedModelError: nothing of the kind can be made of it.
-        ShapleyError: it is not there.
-    """
+def _base_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A base model, as a classifier if there is one of its architecture, and its image processor if there is one."""
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        matching = set(config.architectures or ()) & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+        listed = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+        names = {one for names in listed for one in ([names] if isinstance(names, str) else names)}
+        matching = bool(set(config.architectures or ()) & names)
         classifier = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not matching
         # A class in the model's own code, which transformers does not list.
         own = AutoModelForImageClassification.__name__ in (getattr(config, "auto_map", None) or {})
@@ -180,25 +174,27 @@ def _bare(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         return model, None
 
 
-def _names(mapping: Any) -> set[str]:
-    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
-
-
 def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
     """What a wrapped model offers, after its self-test."""
-    bare, layer = base_of(model), active_layer(model)
+    base, layer = base_of(model), active_layer(model)
     config, anatomy = model.peft_config[layer.active], layer.anatomy
     saved = get_peft_model_state_dict(model, adapter_name=str(layer.active))
-    removals = _removals(bare, config)
-    image, players = _players(bare, processor)
-    names = [] if anatomy.kind == "matching" else list((config.id2label or bare.config.id2label).values())
+    removals = _removals(base, config)
+    image, players = _players(base, processor)
+    matching = anatomy.kind == "matching"
+    names = [] if matching else list((config.id2label or base.config.id2label).values())
+    prediction = {
+        "vote": "vote: the sum of the attributions",
+        "classifier": "classifier: the base model's own head",
+    }[config.prediction]
     works = removals.get(config.removal) == "works"
+    size = sum(value.numel() for value in saved.values())
     return replace(
         start,
         supported=works,
         trouble=None if works else removals.get(config.removal),
-        family=bare.config.model_type,
-        model_class=type(bare).__name__,
+        family=base.config.model_type,
+        model_class=type(base).__name__,
         kind=anatomy.kind,
         image=image,
         players=players,
@@ -206,45 +202,35 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
         features=anatomy.source,
         removal=config.removal,
         removals=removals,
-        prediction=_prediction(config.prediction, anatomy.kind),
+        prediction="similarity of image and text" if matching else prediction,
         tune=config.tune,
         lora_targets=tuple(sorted(config.target_modules)) if config.tune == "lora" else (),
-        parameters=sum(p.numel() for p in bare.parameters()) - sum(value.numel() for value in saved.values()),
-        adapter_parameters=sum(value.numel() for value in saved.values()),
+        parameters=sum(parameter.numel() for parameter in base.parameters()) - size,
+        adapter_parameters=size,
         adapter_bytes=sum(value.nbytes for value in saved.values()),
-        classes=None if anatomy.kind == "matching" else layer.classes,
+        classes=None if matching else layer.classes,
         class_names=tuple(map(str, names[:SHOWN_CLASSES])),
         base=config.base_model_name_or_path or start.base,
         base_revision=config.revision,
         versions=_versions(config.shapadapter_version if start.adapter else None),
-        record=getattr(config, "record", None),
+        record=config.record,
     )
 
 
 def _removals(model: Any, config: Any) -> dict[str, str]:
-    """The self-test with each way of removing players."""
-    layer = active_layer(model)
-    with _as_before(model):
-        return {removal: _tried(model, layer.anatomy, removal, config) for removal in get_args(Removal)}
-
-
-def _tried(model: Any, anatomy: Any, removal: Removal, config: Any) -> str:
-    try:
-        choose_removal(model, anatomy, removal, config.grid, config.shapley_token)
-    except UnsupportedModelError as error:
-        return str(error)
-    return "works"
-
-
-@contextmanager
-def _as_before(model: Any) -> Iterator[None]:
-    """The model without the adapter's hooks, as the self-test at wrapping time saw it."""
-    layer = active_layer(model)
+    """The self-test with each way of removing players, of the model without the adapter's hooks, as when it was wrapped."""
+    layer, found = active_layer(model), dict[str, str]()
     layer.detach(model)
     try:
-        yield
+        for removal in get_args(Removal):
+            try:
+                choose_removal(model, layer.anatomy, removal, config.grid, config.shapley_token)
+                found[removal] = "works"
+            except UnsupportedModelError as error:
+                found[removal] = str(error)
     finally:
         layer.attach(model)
+    return found
 
 
 def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
@@ -262,17 +248,6 @@ def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[
         return None, None
 
 
-def _prediction(prediction: str, kind: str) -> str:
-    if kind == "matching":
-        return "similarity of image and text"
-    return "vote: the sum of the attributions" if prediction == "vote" else "classifier: the base model's own head"
-
-
-def _versions(written: str | None) -> dict[str, str | None]:
-    return {
-        "shapadapter": __version__,
-        "written_by": written,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
+def _versions(written_by: str | None) -> dict[str, str | None]:
+    here = {name: metadata.version(name) for name in ("peft", "transformers")}
+    return {"shapadapter": __version__, "written_by": written_by, **here, "torch": torch.__version__}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.links import refuse_link
+from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
+from shapadapter.data.processors import load_processor
 from shapadapter.explanation.game import active_layer
 from shapadapter.hub.locate import AdapterFiles, locate
-from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
-
-_UNTRUSTED = (
-    "The image processor in {} comes with code of its own, which is not run. Save one of transformers' with the adapter: "
-    "processor.save_pretrained(folder)."
-)
 
 
 def load(
@@ -69,39 +64,34 @@ def load(
     root, recorded = _root(files, config, base)
     if Path(root).is_dir():
         for path in Path(root).iterdir():
-            if (
-                path.suffix != ".safetensors" and not path.is_dir()
-            ):  # weights are nobody's secret if the adapter was made for them
+            # Weights are nobody's secret if the adapter was made for them.
+            if path.suffix != ".safetensors" and not path.is_dir():
                 refuse_link(path, Path(root))
-    options = {
-        "revision": _pinned(files.name, root, recorded, token),
-        "token": token,
-        "trust_remote_code": trust_remote_code,
-    }
-    bare = _base_model(files.name, root, config, {**options, "dtype": kind})
+    else:
+        try:  # the commit, so that all its files are of the same one
+            recorded = HfApi().resolve_revision(root, revision=recorded, token=token).resolved
+        except HUB_ERRORS as error:
+            raise ShapleyError(_why_no_base(files.name, root, recorded, error)) from error
+    commit = None if Path(root).is_dir() else recorded
+    options: dict[str, Any] = {"revision": commit, "token": token, "trust_remote_code": trust_remote_code}
+    base_model = _base_model(files.name, root, config, {**options, "dtype": kind})
     try:
-        model = PeftModel.from_pretrained(bare, str(files.folder)).eval()
+        model = PeftModel.from_pretrained(base_model, str(files.folder)).eval()
     except ShapleyError:
         raise
     except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
         raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
-    found = str(own or root)
-    words = comes_with_code(root) if own is None else _UNTRUSTED.format(found)
-    processor = _processor(model, found, options if own is None else {"trust_remote_code": False}, words)
-    return model.to(place), processor
+    options = options if own is None else {"trust_remote_code": False}
+    return model.to(place), _processor(model, str(own or root), options, own is not None)
 
 
 def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[str, str | None]:
-    """Where the base model is, and its revision if it is the one the adapter recorded.
-
-    Raises:
-        ShapleyError: it is nowhere, or the adapter does not name it.
-    """
+    """Where the base model is, and its revision if it is the one the adapter recorded."""
     if base is not None:
         if is_path(str(base)) and not (Path(base) / "config.json").is_file():
-            raise ShapleyError(f"base={str(base)!r} is no folder with a model: expected config.json in it.")
+            raise ShapleyError(f"base={str(base)!r} holds no model: expected config.json in it.")
         return str(base), None
     recorded = config.base_model_name_or_path
     if not recorded:
@@ -120,26 +110,8 @@ def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[st
     return str(recorded), config.revision
 
 
-def _pinned(name: str, root: str, revision: str | None, token: str | bool | None) -> str | None:
-    """The commit of the base model, so that all its files are of the same one; None for a folder.
-
-    Raises:
-        ShapleyError: the repository or the revision is not there, or may not be seen.
-    """
-    if Path(root).is_dir():
-        return None
-    try:
-        return HfApi().resolve_revision(root, revision=revision, token=token).resolved
-    except HUB_ERRORS as error:
-        raise ShapleyError(_why_no_base(name, root, revision, error)) from error
-
-
 def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> Any:
-    """The bare base model.
-
-    Raises:
-        ShapleyError: it is not there, has no safetensors, or has code of its own.
-    """
+    """The base model, without the adapter."""
     # A new classifier is saved with the adapter; the base model must have room for its classes.
     new_head = config.prediction == "classifier" and config.modules_to_save
     room = {"num_labels": config.num_classes, "ignore_mismatched_sizes": True} if new_head else {}
@@ -180,12 +152,8 @@ def comes_with_code(base: str) -> str:
     )
 
 
-def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) -> Any:
-    """The processor in a folder or a repository.
-
-    Raises:
-        ShapleyError: there is none, or it has code of its own that may not run, which `of_code` says.
-    """
+def _processor(model: Any, place: str, options: dict[str, Any], adapters_own: bool) -> Any:
+    """The processor in a folder or a repository, the adapter's or the base model's."""
     maker: Any = AutoProcessor if active_layer(model).anatomy.kind == "matching" else AutoImageProcessor
     try:
         return load_processor(place, maker, **options)
@@ -193,68 +161,22 @@ def _processor(model: Any, place: str, options: dict[str, Any], of_code: str) ->
         raise
     except Exception as error:  # as above
         hub_trouble(error, place)  # for the credentials in it
-        if "trust_remote_code" in str(error):
-            raise ShapleyError(of_code) from error
+        if "trust_remote_code" not in str(error):
+            raise ShapleyError(
+                f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
+                "adapter: processor.save_pretrained(folder)."
+            ) from error
+        if not adapters_own:
+            raise ShapleyError(comes_with_code(place)) from error
         raise ShapleyError(
-            f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
-            "adapter: processor.save_pretrained(folder)."
+            f"The image processor in {place} comes with code of its own, which is not run. Save one of transformers' with "
+            "the adapter: processor.save_pretrained(folder)."
         ) from error
 
 
 def told(error: BaseException) -> str:
     """The first line of an error, or its kind."""
     return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
-
-
-def load_processor(place: str | Path, maker: Any = AutoImageProcessor, **options: Any) -> Any:
-    """What a class of transformers makes of the processor in a folder or a repository.
-
-    Raises:
-        ShapleyError: it needs torchvision, as those of DINOv3 and PP-LCNet do, and that is not installed.
-        OSError, ValueError: whatever else transformers raises.
-    """
-    try:
-        return maker.from_pretrained(place, **options)
-    except (ImportError, ValueError) as error:
-        if "torchvision" in str(error).lower() and find_spec("torchvision") is None:
-            raise ShapleyError(
-                f"The image processor in {place} needs torchvision, which is not installed: pip install torchvision, in "
-                f"the release that goes with torch {torch.__version__}."
-            ) from error
-        raise
-
-
-def find_base(folder: Path, name: str) -> str:
-    """The folder of the base model, whose path was saved as it was seen from wherever the training ran, or its name on the Hub.
-
-    Looked for here, from the adapter's folder and those above it, and beside the adapter; with the slashes of either system.
-
-    Raises:
-        ShapleyError: the name is a path, and leads nowhere.
-    """
-    folder, path, windows = folder.resolve(), Path(name), PureWindowsPath(name)
-    last = windows.name or path.name
-    places = [path, *(above / path for above in (folder, *folder.parents))]
-    if "\\" in name and not windows.anchor:
-        places += [above.joinpath(*windows.parts) for above in (Path(), folder, *folder.parents)]
-    # What may be a Hub id is not taken for a folder that happens to be called alike.
-    places += [folder.parent / last] if is_path(name) else []
-    found = next((place for place in places if _is_model(place)), None)
-    if found is not None:
-        return name if found == path else str(found)
-    if is_path(name):
-        raise ShapleyError(
-            f"The base model {name} of the adapter {folder} is not there. Put its folder beside the adapter, as "
-            f"{folder.parent / last}."
-        )
-    return name
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        return (folder / "config.json").is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def _device(device: str | torch.device | None) -> torch.device:

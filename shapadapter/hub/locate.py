@@ -16,10 +16,9 @@ from shapadapter.adapter.registration import NAME
 from shapadapter.core.documents import read_json, shown
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.links import refuse_links
-from shapadapter.hub.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
+from shapadapter.core.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
-_NAMED = 5
-"""Folders with an adapter that an error names."""
+_NAMED = 5  # folders with an adapter, in an error
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,7 @@ class AdapterFiles:
         return self.root != Path(self.source)
 
     def config(self) -> Any:
-        """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there.
-
-        Raises:
-            ShapleyError: there is no adapter, it is of another kind, or its weights are a pickle.
-            CheckpointError: its configuration is damaged, or a file is a link out of the folder.
-        """
+        """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there."""
         refuse_links(self.root, self.subfolder)
         file = self.folder / CONFIG_NAME
         if not file.is_file():
@@ -83,9 +77,6 @@ class AdapterFiles:
         """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
 
         A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
-
-        Raises:
-            CheckpointError: a file in that folder is a link out of it.
         """
         above = self.root.resolve().parent
         alone = self.fetched or self.subfolder or (above / "config.json").is_file()
@@ -132,18 +123,7 @@ def called(source: str | Path, subfolder: str | None) -> str:
 
 
 def locate(source: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> AdapterFiles:
-    """Find the files of an adapter, and fetch them from the Hub if need be.
-
-    Args:
-        source: the folder, or the name on the Hub.
-        subfolder: where in it the adapter is; None for the top.
-        revision: branch, tag or commit on the Hub.
-        token: for private repositories.
-
-    Raises:
-        ShapleyError: there is neither such a folder nor such a repository, the revision is missing, or the subfolder is
-            none.
-    """
+    """Find the files of an adapter in a folder, or fetch them from the Hub."""
     inner = _inside(subfolder)
     if Path(source).is_dir():
         if revision is not None:
@@ -161,7 +141,7 @@ def locate(source: str, subfolder: str | None, revision: str | None, token: str 
         trouble = hub_trouble(error, source, revision)
         if trouble is None:
             raise
-        raise ShapleyError(f"{source} is no folder here. {trouble}") from error
+        raise ShapleyError(f"There is no folder {source} here. {trouble}") from error
     return AdapterFiles(source, Path(root), inner, token)
 
 
@@ -172,14 +152,12 @@ def _is_inside(subfolder: str) -> bool:
 
 
 def _inside(subfolder: str | None) -> str:
-    """A subfolder with slashes; empty for none.
-
-    Raises:
-        ShapleyError: it leads out of the folder.
-    """
+    """A subfolder with slashes; empty for none."""
     if subfolder is None:
         return ""
     path = PureWindowsPath(subfolder)  # knows both kinds of slashes, and drives
     if path.anchor or ".." in path.parts or not path.parts:
-        raise ShapleyError(f"subfolder={subfolder!r} is no folder inside another one: expected a name such as 'best'.")
+        raise ShapleyError(
+            f"subfolder={subfolder!r} does not name a folder inside another one: expected a name such as 'best'."
+        )
     return path.as_posix()

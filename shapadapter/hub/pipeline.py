@@ -16,10 +16,10 @@ from shapadapter.core.errors import ShapleyError
 from shapadapter.data.classes import class_names, find_classes
 from shapadapter.data.download import fetch
 from shapadapter.data.images import as_list, each, image_side, is_one, open_image, prepare_images
+from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
-from shapadapter.hub.load import load_processor
 from shapadapter.hub.tasks import TASK, LoadedCheckpoint
 from shapadapter.visual import overlay as laid_over
 from shapadapter.visual import symmetric_limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 from transformers import pipelines
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from shapadapter.core.errors import ShapleyError
-from shapadapter.hub.card.facts import read_config
+from shapadapter.core.documents import read_json
+from shapadapter.core.errors import CheckpointError, ShapleyError
+from shapadapter.core.remote import find_base
 
 TASK = "image-attribution"
 
@@ -42,11 +44,7 @@ class CheckpointLoader:
         trust_remote_code: bool | None = None,
         **options: Any,
     ) -> LoadedCheckpoint:
-        """Load an adapter by its folder or name, with its base and processor, on the CPU; see `shapadapter.load`.
-
-        Raises:
-            ShapleyError: it cannot be loaded, or an option of `model_kwargs` is not known here.
-        """
+        """Load an adapter by its folder or name, with its base and processor, on the CPU; see `shapadapter.load`."""
         unknown = sorted(set(options) - set(_IGNORED))
         if unknown:
             raise ShapleyError(
@@ -83,20 +81,19 @@ def register_task() -> None:
 
 
 def _find_adapter_config_file(theirs: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `pipeline()` opens and reads an adapter's base model from, with the base's folder as it is found from here.
+    """What `pipeline()` opens to read an adapter's base model, with the base's folder as it is found from here.
 
-    It would look for the folder under the name that was saved, and a relative one is relative to where the training ran.
-
-    Raises:
-        ShapleyError: there is no such folder.
+    `pipeline()` offers no other way: before it asks any class of the task, it loads the base's configuration from the path
+    that was saved, and a relative one is relative to where the training ran.
     """
     found, folder = theirs(model, *args, **kwargs), Path(str(model))
-    about = read_config(folder) if found is not None else {}
+    about: dict[str, Any] = {}
+    if found is not None:
+        with suppress(CheckpointError):
+            about = read_json(folder / "adapter_config.json")
     name = about.get("base_model_name_or_path")
     if about.get("peft_type") != "SHAPLEY" or not isinstance(name, str) or (folder / "config.json").is_file():
         return found
-    from shapadapter.hub.load import find_base
-
     if (base := find_base(folder, name)) == name:
         return found
     with tempfile.TemporaryFile("w+", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
-"""Push a saved adapter to the Hub: whole, loadable by others, and nothing that does not belong there."""
+"""Push a saved adapter to the Hub: complete, loadable by others, and nothing that does not belong there."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import tempfile
@@ -15,38 +16,20 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from peft.utils import CONFIG_NAME
 
 from shapadapter.core.documents import read_json
-from shapadapter.core.errors import ShapleyError, redacted
-from shapadapter.core.files import naming
+from shapadapter.core.errors import CheckpointError, ShapleyError, redacted
+from shapadapter.core.files import naming, write_together
 from shapadapter.core.links import refuse_link
-from shapadapter.hub.card.pull import card_for_push
-from shapadapter.hub.load import find_base, load
+from shapadapter.core.remote import (
+    ADAPTER_FILES,
+    BASE_FILES,
+    HUB_ERRORS,
+    PROCESSOR_FILES,
+    find_base,
+    hub_trouble,
+)
+from shapadapter.hub.card.renewal import card_for_push
+from shapadapter.hub.load import load
 from shapadapter.hub.locate import AdapterFiles
-from shapadapter.hub.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, forget_places, hub_trouble
-
-
-def copy_files(folder: Path | None, target: Path, patterns: Sequence[str]) -> None:
-    """Copy those files of a folder that match a pattern; of no folder none.
-
-    Raises:
-        CheckpointError: one of them is a link out of the folder.
-    """
-    if folder is None:
-        return
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
-        refuse_link(path, folder)
-        copy = target / path.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-
-
-def own_code(base: Path) -> list[str]:
-    """The files of code in the folder of a base model without which it cannot be loaded; others there do not count.
-
-    Raises:
-        CheckpointError: its configuration is damaged.
-    """
-    named = str(read_json(base / "config.json").get("auto_map"))
-    return sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
 
 
 def push(
@@ -63,7 +46,7 @@ def push(
     """Push the folder of a saved adapter to the Hub, in one commit.
 
     Uploaded are the adapter's two files, the processor's, `README.md`, `evaluation.json` and `explanations/`: no
-    optimiser's states, no pickles. The folder stays as it is.
+    optimiser states, no pickles. The folder stays as it is.
 
     Args:
         folder: what `save_pretrained` or the trainer wrote.
@@ -80,7 +63,7 @@ def push(
         The address of what was pushed: the repository, its branch, or the pull request.
 
     Raises:
-        ShapleyError: the folder holds no whole adapter, others could not load it, or the Hub refused.
+        ShapleyError: the folder holds no complete adapter, others could not load it, or the Hub refused.
         CheckpointError: a file is damaged, or the base on this computer is not the one the adapter was made for.
     """
     folder = Path(folder)
@@ -90,22 +73,30 @@ def push(
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
     files = AdapterFiles(str(folder), folder)
     base = _local_base(folder, files.config(), base_repo_id)
-    api = HfApi(token=token, library_name="shapadapter")
+    api = HfApi(token=token)
     with _staged(folder, ADAPTER_FILES) as staged:
-        forget_places(staged)
-        copy_files(files.processor(), staged, PROCESSOR_FILES)
+        if (processor := files.processor()) is not None:
+            copy_files(processor, staged, PROCESSOR_FILES)
         if base is not None and base_repo_id is not None:
-            name, commit = _push_base(api, folder, base, base_repo_id, private)
-            _rename_base(staged / CONFIG_NAME, name, commit)
-        return _upload(api, staged, repo_id, private, revision, create_pr, commit_message or "Upload adapter")
+            load(folder, base=base, device="cpu")  # were it another model, nobody could load the pushed adapter
+            with _staged(base, BASE_FILES) as copy, hub_errors(base_repo_id):
+                name = api.create_repo(base_repo_id, private=private, exist_ok=True).repo_id
+                commit = upload(copy, name, message="Upload base model", token=token, card=False).oid
+            about = {**read_json(staged / CONFIG_NAME), "base_model_name_or_path": name, "revision": commit}
+            (staged / CONFIG_NAME).write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
+        with hub_errors(repo_id, revision):
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = commit_message or "Upload adapter"
+            info = upload(staged, name, message=message, token=token, revision=revision, create_pr=create_pr)
+    if create_pr and info.pr_url is None:
+        raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
+    if create_pr:
+        return str(info.pr_url)
+    return redacted(f"{constants.ENDPOINT}/{name}") + (f"/tree/{revision}" if revision is not None else "")
 
 
 def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | None:
-    """The folder of the base model; None if it is on the Hub.
-
-    Raises:
-        ShapleyError: it is in a folder and shall stay there or cannot be pushed, or it is on the Hub and shall be pushed.
-    """
+    """The folder of the base model to be pushed beside; None if it is on the Hub."""
     name = config.base_model_name_or_path
     if not name:
         raise ShapleyError(
@@ -136,63 +127,89 @@ def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | N
     return root
 
 
-def _push_base(api: HfApi, folder: Path, base: Path, repo_id: str, private: bool | None) -> tuple[str, str]:
-    """Push the base model; its name on the Hub and its commit."""
-    load(folder, base=base, device="cpu")  # were it another model, nobody could load the pushed adapter
-    with _staged(base, BASE_FILES) as staged, _explained(repo_id, None):
-        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        info: CommitInfo = api.upload_folder(repo_id=name, folder_path=staged, commit_message="Upload base model")
-        return name, info.oid
-
-
-def _rename_base(file: Path, name: str, commit: str) -> None:
-    about = read_json(file)
-    about |= {"base_model_name_or_path": name, "revision": commit}
-    file.write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _upload(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    message: str,
-) -> str:
-    with _explained(repo_id, revision):
-        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(name, branch=revision, exist_ok=True)
-        card_for_push(folder, name, revision=revision, token=api.token)
-        info: CommitInfo = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
-        )
-    if create_pr and info.pr_url is None:
-        raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
-    if create_pr:
-        return str(info.pr_url)
-    return redacted(f"{constants.ENDPOINT}/{name}") + (f"/tree/{revision}" if revision is not None else "")
+def own_code(base: Path) -> list[str]:
+    """The files of code in the folder of a base model without which it cannot be loaded; others there do not count."""
+    named = str(read_json(base / "config.json").get("auto_map"))
+    return sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
 
 
 @contextmanager
 def _staged(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """A passing copy of those files of a folder that belong to the upload."""
+    """A temporary copy of those files of a folder that belong to the upload."""
     with tempfile.TemporaryDirectory() as place:
         with naming(Path(place)):
             copy_files(folder, Path(place), patterns)
         yield Path(place)
 
 
-@contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn the client's errors into sentences.
+# -- the one way up, also for trainers and Spaces ---------------------------------------------------------------------
+
+
+def copy_files(folder: Path, target: Path, patterns: Sequence[str], link: bool = False) -> None:
+    """Copy those files of a folder that match a pattern, or give them a second name, where the disk can.
 
     Raises:
-        ShapleyError: there was one.
+        CheckpointError: one of them is a link out of the folder; nothing is copied then.
     """
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    for path in found:
+        refuse_link(path, folder)
+    for path in found:
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)  # a second name of a file that must stay as it is
+        try:
+            if link:
+                os.link(path, copy)
+                continue
+        except OSError:
+            pass
+        shutil.copyfile(path, copy)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    message: str,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    card: bool = True,
+    **options: Any,
+) -> CommitInfo:
+    """Upload a folder in one commit, into a branch that is made if need be.
+
+    With `card` the folder is an adapter's: its card is written for the repository, and its evaluation loses the places of
+    folders on this computer. `options` are those of `HfApi.upload_folder`.
+    """
+    api = HfApi(token=token, library_name="shapadapter")
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if card:
+        _hide_places(folder / "evaluation.json")
+        card_for_push(folder, repo_id, revision=revision, token=token)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, **options)
+
+
+def _hide_places(file: Path) -> None:
+    """Leave of the folders that an evaluation names their last parts; one that cannot be read is left as it is."""
+    try:
+        found = read_json(file)
+        found["about"] |= {
+            name: Path(found["about"][name]).name for name in ("checkpoint", "folder") if name in found["about"]
+        }
+    except (CheckpointError, KeyError, TypeError):
+        return
+    write_together({file: json.dumps(found, indent=1).encode()})
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn the client's errors into a `ShapleyError` with a sentence that says what to do."""
     try:
         yield
     except (*HUB_ERRORS, ValueError) as error:
+        if isinstance(error, ShapleyError):
+            raise
         trouble = hub_trouble(error, repo_id, revision) or " ".join(str(error).split())
         raise ShapleyError(f"Not pushed. {trouble}") from error

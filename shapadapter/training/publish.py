@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 from typing_extensions import override
 
+from shapadapter.adapter.saving import publisher
 from shapadapter.core.errors import redacted
 from shapadapter.core.files import passing
-from shapadapter.core.links import refuse_link
-from shapadapter.hub.card.pull import card_for_push
-from shapadapter.hub.remote import ADAPTER_FILES, PROCESSOR_FILES, forget_places, hub_trouble, warn_of_local_base
+from shapadapter.core.remote import ADAPTER_FILES, PROCESSOR_FILES, hub_trouble, warn_of_local_base
 
 _log = logging.getLogger(__name__)
 
@@ -67,13 +65,12 @@ class PushingTrainer(Trainer):
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        given, own = kwargs.get("tags") or [], getattr(self.model, "model_tags", None) or []
+        kwargs["tags"] = list(dict.fromkeys([*([given] if isinstance(given, str) else given), *own]))
+        self.note_about(**kwargs)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        given = kwargs.get("tags") or []
-        own: Any = getattr(self.model, "model_tags", None) or []
-        tags = dict.fromkeys([*([given] if isinstance(given, str) else given), *own])
-        self.create_model_card(**{**kwargs, "tags": list(tags)})
         self._finish_current_push()
         model: Any = self.accelerator.unwrap_model(self.model)
         warn_of_local_base(next(iter(model.peft_config.values())).base_model_name_or_path)
@@ -81,6 +78,9 @@ class PushingTrainer(Trainer):
         message = commit_message or "End of training"
         done = self._upload(Path(str(self.args.output_dir)), ADAPTER_FILES, message, token, branch)
         return done.result() if blocking else done
+
+    def note_about(self, **about: Any) -> None:
+        """Keep what only a person knows of the model for its card; see `create_model_card`."""
 
     @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -116,28 +116,19 @@ class PushingTrainer(Trainer):
         path_in_repo: str | None = None,
     ) -> Any:
         """One commit in the background; a future of it."""
-        run = Path(str(self.args.output_dir))
-        own = folder if path_in_repo is not None else own_folder(self, folder)
-        sources = {folder: patterns} if own == folder else {folder: PROCESSOR_FILES, own: patterns}
-        found = {
-            source: {path for pattern in wanted for path in source.glob(pattern) if path.is_file()}
-            for source, wanted in sources.items()
-        }
-        for source, paths in found.items():
-            for path in paths:
-                refuse_link(path, source)
+        run, whole = Path(str(self.args.output_dir)), path_in_repo is not None
         # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
         copy = passing(run / "push")
         copy.mkdir()
-        for source, paths in found.items():
-            for path in paths:
-                place = copy / path.relative_to(source)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.unlink(missing_ok=True)  # a second name of a file that must stay as it is
-                if folder == run or not _linked(path, place):
-                    shutil.copyfile(path, place)
-        options = {"token": token, "revision": revision, "path_in_repo": path_in_repo, "commit_message": message}
-        return hf_api().run_as_future(_commit, copy, str(self.hub_model_id), options)
+        try:
+            own = folder if whole else own_folder(self, folder)
+            for source, wanted in {folder: PROCESSOR_FILES, own: patterns}.items():
+                publisher().copy_files(source, copy, wanted, link=folder != run)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+        options = {"token": token, "revision": revision, "path_in_repo": path_in_repo, "message": message}
+        return hf_api().run_as_future(_upload_copy, copy, str(self.hub_model_id), {**options, "card": not whole})
 
     @override
     def _finish_current_push(self) -> None:
@@ -171,24 +162,9 @@ def without_token(args: Any) -> Iterator[None]:
         args.hub_token = token
 
 
-def _commit(folder: Path, repo_id: str, options: dict[str, Any]) -> Any:
+def _upload_copy(folder: Path, repo_id: str, options: dict[str, Any]) -> Any:
     """Upload a folder, and delete it."""
     try:
-        revision = options["revision"]
-        if revision is not None and not revision.startswith("refs/"):
-            hf_api().create_branch(repo_id, branch=revision, exist_ok=True, token=options["token"])
-        if options["path_in_repo"] is None:
-            forget_places(folder)
-            card_for_push(folder, repo_id, revision=revision, token=options["token"])
-        return hf_api().upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        return publisher().upload(folder, repo_id, **options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _linked(path: Path, place: Path) -> bool:
-    """Give a file a second name; False where the disk knows no such thing."""
-    try:
-        os.link(path, place)
-    except OSError:
-        return False
-    return True

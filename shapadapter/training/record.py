@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sized
@@ -10,31 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
+from shapadapter.adapter.saving import publisher, read_config, write_record
 from shapadapter.core.files import naming
-from shapadapter.hub.card.facts import read_config, write_record
-from shapadapter.hub.card.render import write_card
 from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.callbacks import CLASSES, explained
-from shapadapter.training.publish import own_folder
+from shapadapter.training.publish import PushingTrainer, own_folder
 from shapadapter.visual import sample_pictures
 
 # Names of readers of files, which say nothing about the data.
-_READERS = (
-    "arrow",
-    "audiofolder",
-    "csv",
-    "generator",
-    "imagefolder",
-    "json",
-    "pandas",
-    "parquet",
-    "text",
-    "webdataset",
-)
+_READERS = re.compile("arrow|audiofolder|csv|generator|imagefolder|json|pandas|parquet|text|webdataset")
 _SETTINGS = (
     "learning_rate",
     "head_learning_rate",
@@ -56,17 +44,12 @@ _SETTINGS = (
 )
 _ADAPTER = ("tune", "prediction", "removal", "shapley_token", "head_width")
 _LORA = ("r", "lora_alpha", "lora_dropout")
+_PACKAGES = ("shapadapter", "torch", "transformers", "peft")
 _MANY = 10
 
 
 def settings(args: Any, config: Any, batch_size: int) -> dict[str, Any]:
-    """The arguments that decide about the result.
-
-    Args:
-        args: the training arguments.
-        config: of the adapter.
-        batch_size: images in a step, over all processes.
-    """
+    """The arguments that decide about the result; `batch_size` counts the images of a step, over all processes."""
     found = {name: _plain(getattr(args, name)) for name in _SETTINGS}
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     names = (*_ADAPTER, *_LORA) if config.tune == "lora" else _ADAPTER
@@ -89,31 +72,24 @@ def _plain(value: Any) -> Any:
 
 def data(train: Any, held_out: Any) -> dict[str, Any]:
     """Name of the data, if it has one, and numbers of images."""
-    inner = _innermost(train if train is not None else held_out)
+    inner = train if train is not None else held_out
+    for _ in range(_MANY):  # inside of data sets that change or choose rows
+        inner = getattr(inner, "dataset", inner)
     info = getattr(inner, "info", None)
     sources = [str(url) for url in getattr(info, "download_checksums", None) or {}]
     ids = [url.removeprefix("hf://datasets/").split("@")[0] for url in sources if url.startswith("hf://datasets/")]
     names = [getattr(info, key, None) for key in ("dataset_name", "builder_name")]
     kind = type(inner)
     names += [kind.__name__] if kind.__module__.startswith("torchvision.") and kind.__name__ != "ImageFolder" else []
-    name = next((str(name) for name in names if name and str(name) not in _READERS), None)
+    name = next((str(name) for name in names if name and not _READERS.fullmatch(str(name))), None)
     counts = {"train_images": _length(train), "eval_images": _length(held_out)}
     found: dict[str, Any] = {"name": name, "id": ids[0] if ids else None, **counts}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _innermost(dataset: Any) -> Any:
-    """The data set inside of those that change or choose its rows."""
-    seen = 0
-    while hasattr(dataset, "dataset") and seen < _MANY:
-        dataset, seen = dataset.dataset, seen + 1
-    return dataset
-
-
 def _length(dataset: Any) -> int | None:
     if isinstance(dataset, Mapping):
-        lengths = [_length(part) for part in dataset.values()]
-        return sum(length for length in lengths if length is not None) or None
+        return sum(_length(part) or 0 for part in dataset.values()) or None
     try:
         return len(dataset) if isinstance(dataset, Sized) else None
     except TypeError:  # a stream
@@ -121,17 +97,11 @@ def _length(dataset: Any) -> int | None:
 
 
 def measured(history: list[dict[str, Any]], loaded: tuple[int, int] | None) -> dict[str, Any]:
-    """What the evaluations found of the weights as they are.
+    """What the evaluations found of the weights as they are: `step` and `values` by name; empty without an evaluation.
 
-    Args:
-        history: the trainer's log.
-        loaded: where the best checkpoint was loaded at the end: how long the log was then, and the checkpoint's step.
-
-    Returns:
-        `step` and `values` by name; empty without an evaluation.
+    `loaded` says where the best checkpoint was loaded at the end: how long the log was then, and the checkpoint's step.
     """
-    step = -1
-    values: dict[str, Any] = {}
+    step, values = -1, dict[str, Any]()
     for place, entry in enumerate(history):
         found = {
             name: value
@@ -152,12 +122,7 @@ def hardware(world_size: int) -> str:
     return f"{world_size} x {name}" if world_size > 1 or name != "CPU" else name
 
 
-def versions() -> dict[str, str]:
-    """Of the packages on which the numbers depend."""
-    return {name: metadata.version(name) for name in ("shapadapter", "torch", "transformers", "peft")}
-
-
-class CardingTrainer(Trainer):
+class RecordingTrainer(PushingTrainer):
     """`Trainer` that keeps the adapter's record, from which its card is written at every save."""
 
     args: ShapleyTrainingArguments
@@ -169,11 +134,15 @@ class CardingTrainer(Trainer):
     _began: float | None = None
     _minutes = 0.0
     _loaded: tuple[int, int] | None = None  # the length of the log when the best weights were loaded, and their step
+    _drawn: tuple[dict[str, bytes], dict[str, Any]] | None = (
+        None  # pictures for the save in progress, and what to record
+    )
 
     @override
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         resumed = kwargs.get("resume_from_checkpoint")
-        self._minutes = 0.0 if resumed is None else _minutes_of(Path(resumed))
+        before = {} if resumed is None else (read_config(Path(resumed)).get("record") or {}).get("training") or {}
+        self._minutes = float(before.get("minutes") or 0)
         self._began, self._loaded = time.monotonic(), None
         try:
             return super()._inner_training_loop(*args, **kwargs)
@@ -196,19 +165,27 @@ class CardingTrainer(Trainer):
         Raises:
             DiskFullError: There is no room for it.
         """
-        with naming(Path(str(output_dir or self.args.output_dir))):
-            super().save_model(output_dir, _internal_call)
-        pushed = self.args.push_to_hub and not _internal_call  # which has saved and drawn
-        if not self._saving and not pushed:
-            self._draw(Path(str(output_dir or self.args.output_dir)))
+        pushed = self.args.push_to_hub and not _internal_call  # which saves once more
+        self._drawn = None if self._saving or pushed else self._draw()
+        try:
+            with naming(Path(str(output_dir or self.args.output_dir))):
+                super().save_model(output_dir, _internal_call)
+        finally:
+            self._drawn = None
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         config = self._adapter()
-        if self.args.should_save and config is not None:
-            config.record = self._record(config)
-            config.pictures = {}
-        super()._save(output_dir, state_dict)
+        if not self.args.should_save or config is None:
+            super()._save(output_dir, state_dict)
+            return
+        config.pictures, listed = self._drawn or ({}, {})
+        config.record = {**self._record(config), **listed}
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.pictures = {}  # from now on, they are files
+            config.source = own_folder(self, Path(output_dir or str(self.args.output_dir)))
 
     def _adapter(self) -> Any:
         """The active adapter's configuration; None while adapters are disabled."""
@@ -225,12 +202,12 @@ class CardingTrainer(Trainer):
             found["data"] = data(self.train_dataset, self.eval_dataset)
             found["training"] = {
                 "steps": steps if self._loaded is None else self._loaded[1],
-                "epochs": round(steps * self._epochs_a_step(), 3),
+                "epochs": round(float(self.state.epoch or 0), 3),
                 "minutes": round(self._minutes_so_far(), 2),
                 "hardware": hardware(self.args.world_size),
                 "settings": settings(self.args, config, images),
             }
-            found["versions"] = versions()
+            found["versions"] = {name: metadata.version(name) for name in _PACKAGES}
         if metrics := measured(self.state.log_history, self._loaded):
             images = getattr(self.evaluator, "images", None)
             found["metrics"] = {**metrics, **({"evaluator_images": images} if isinstance(images, int) else {})}
@@ -238,43 +215,26 @@ class CardingTrainer(Trainer):
             found["pictures"] = []  # none of an earlier run's either
         return found
 
-    def _epochs_a_step(self) -> float:
-        return (self.state.epoch or 0) / max(1, self.state.global_step)
-
-    # -- pictures ----------------------------------------------------------------------------------------------------
-
-    def _draw(self, folder: Path) -> None:
-        """Draw held-out images for the card; every process has to call it."""
-        config, held_out = self._adapter(), self.eval_dataset
+    def _draw(self) -> tuple[dict[str, bytes], dict[str, Any]] | None:
+        """Pictures of held-out images for the card, and what to record of them; every process has to call it."""
+        held_out = self.eval_dataset
         if isinstance(held_out, Mapping) and not hasattr(held_out, "features"):
             held_out = next(iter(held_out.values()), None)
-        if config is None or held_out is None or self.args.card_images == 0:
-            return
+        if self._adapter() is None or held_out is None or self.args.card_images == 0:
+            return None
         try:
             found, labels = explained(self, self._guarded(held_out), self.args.card_images)
         except Exception as error:  # of a data set or collator of the user's: what is trained must not be lost for it
-            words = f"The model is saved, but its card has no pictures: {type(error).__name__}: {error}"
-            warnings.warn(words, stacklevel=3)
-            return
-        folder = own_folder(self, folder)
-        if not self.args.should_save or not read_config(folder):
-            return
+            warnings.warn(f"The card has no pictures: {type(error).__name__}: {error}", stacklevel=3)
+            return None
+        if not self.args.should_save:
+            return None
         if not torch.isfinite(found.attributions).all():
             warnings.warn("The card has no pictures: attributions are not finite.", stacklevel=3)
-            return
+            return None
         classes = isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        numbers = labels.tolist() if classes else None
-        config.pictures, listed = sample_pictures(found, CLASSES, numbers)
-        config.record = {**(config.record or {}), "pictures": listed, "players": list(found.attributions.shape[1:3])}
-        self._rewrite(config, folder)
-
-    def _rewrite(self, config: Any, folder: Path) -> None:
-        """Renew the card of a folder and, where these weights were saved to it, record and pictures."""
-        known = read_config(folder).get("record") or {}
-        same = known.get("weights") == (config.record or {}).get("weights")
-        if same:
-            write_record(folder, config.record)
-        write_card(folder, config.to_dict(), pictures=config.pictures if same else None, tags=config.model_tags)
+        pictures, listed = sample_pictures(found, CLASSES, labels.tolist() if classes else None)
+        return pictures, {"pictures": listed, "players": list(found.attributions.shape[1:3])}
 
     # -- the card ----------------------------------------------------------------------------------------------------
 
@@ -303,28 +263,22 @@ class CardingTrainer(Trainer):
             dataset: the data, in words or as names on the Hub.
             dataset_args: which part of the data.
         """
+        self.note_about(**{name: value for name, value in locals().items() if name != "self"})
         config = self._adapter()
         if config is None or not self.is_world_process_zero():
             return
-        wanted = [one for given in (tags, tasks) for one in ([given] if isinstance(given, str) else given or [])]
-        said = {
-            "language": language,
-            "license": license,
-            "tags": wanted,
-            "model_name": model_name,
-            "finetuned_from": finetuned_from,
-            "dataset_tags": dataset_tags,
-            "dataset": dataset,
-            "dataset_args": dataset_args,
-        }
-        about = {**(config.record or {}).get("about", {}), **{name: value for name, value in said.items() if value}}
-        config.record = {**(config.record or {}), **({"about": about} if about else {})}
         folder = own_folder(self, Path(str(self.args.output_dir)))
         folder.mkdir(parents=True, exist_ok=True)
-        self._rewrite(config, folder)
+        known = read_config(folder).get("record") or {}
+        if known.get("weights") == (config.record or {}).get("weights"):  # else they were not saved to it
+            write_record(folder, config.record)
+        publisher().write_card(folder, config.to_dict(), tags=config.model_tags)
 
-
-def _minutes_of(checkpoint: Path) -> float:
-    """How long the training had taken when a checkpoint was saved."""
-    training = (read_config(checkpoint).get("record") or {}).get("training") or {}
-    return float(training.get("minutes") or 0)
+    def note_about(self, **about: Any) -> None:
+        """Keep what only a person knows for this card and later ones; arguments as of `create_model_card`."""
+        if (config := self._adapter()) is None:
+            return
+        both = [about.pop(name, None) or [] for name in ("tags", "tasks")]
+        about["tags"] = [one for given in both for one in ([given] if isinstance(given, str) else given)]
+        known = {**(config.record or {}).get("about", {}), **{name: value for name, value in about.items() if value}}
+        config.record = {**(config.record or {}), **({"about": known} if known else {})}

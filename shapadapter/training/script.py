@@ -23,11 +23,11 @@ from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
 from shapadapter.core.files import naming
 from shapadapter.core.phrases import some
+from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.folders import fifth, image_folder, in_words, list_folder, no_classes
 from shapadapter.data.images import open_image
+from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
-from shapadapter.hub.load import find_base, load_processor
-from shapadapter.hub.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first, running_alone
 from shapadapter.training.trainer import ShapleyTrainer

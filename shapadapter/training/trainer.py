@@ -24,12 +24,11 @@ from shapadapter.training.arguments import ShapleyTrainingArguments, check_setti
 from shapadapter.training.callbacks import TASK, AttributionMaps, LossMonitor
 from shapadapter.training.checkpoints import Checkpoints, running_alone
 from shapadapter.training.objective import Objective, placed, refilled, soft_task, without_repeats
-from shapadapter.training.publish import PushingTrainer
-from shapadapter.training.record import CardingTrainer
+from shapadapter.training.record import RecordingTrainer
 from shapadapter.training.validation import LabelledData, as_model_reads, check_classes, mean_color, warn_of_crops
 
 
-class ShapleyTrainer(CardingTrainer, PushingTrainer):
+class ShapleyTrainer(RecordingTrainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; what `model_init` makes is a wrapped model as well. A data set with `image` and

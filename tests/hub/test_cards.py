@@ -28,7 +28,7 @@ def edit(name, change):
 
 
 def my_words(card):
-    return card.replace("library_name", "license: mit\nlibrary_name") + "\nEdited on the Hub.\n"
+    return card.replace("library_name", "license: mit\nlibrary_name", 1) + "\nEdited on the Hub.\n"
 
 
 @pytest.mark.parametrize("road", ["peft", "mixin", "save"])
@@ -74,6 +74,8 @@ def test_a_branch_and_a_pull_request_have_cards(online):
     card = text_of("ada/branches", "v2")
     assert 'shapadapter.load("ada/branches", revision="v2")' in card
     assert "Edited on the Hub." in card
+    config = model.peft_config["default"]
+    config.record = {**config.record, "about": {"model_name": "Another name"}}
     model.push_to_hub("ada/branches", create_pr=True)
     assert 'shapadapter.load("ada/branches")' in text_of("ada/branches", "refs/pr/1")
 
@@ -105,7 +107,7 @@ def test_the_trainer_s_pushes_have_cards_and_pictures(online, tmp_path):
     assert card.count("](explanations/") == 4
     # Loaded from the Hub and pushed there again, the pictures are still shown, though they are not here.
     config = trainer.model.peft_config["default"]
-    config.pictures = {}
+    config.source = None
     trainer.model.push_to_hub("ada/run")
     assert text_of("ada/run").count("](explanations/") == 4
     trainer.model.push_to_hub("ada/elsewhere")

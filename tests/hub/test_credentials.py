@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyError, load
 from shapadapter.cli.commands import app
 from shapadapter.core.errors import redacted
+from shapadapter.core.remote import hub_trouble, warn_of_local_base
 from shapadapter.hub import push
 from shapadapter.hub.card.facts import code
-from shapadapter.hub.remote import hub_trouble, warn_of_local_base
 from shapadapter.hub.space import push_space, write_space
 
 NAME = "https://me:secret@hub.example/ada/mine"

@@ -139,11 +139,11 @@ def test_what_is_missing_is_said_with_what_to_type(adapter, online, tmp_path):
     online.add("ada/pickled-base", {"config.json": online.files(BASE)["config.json"], "pytorch_model.bin": b""})
     cases = {
         "ada/nothing": ("There is no repository ada/nothing at http", "hf auth login"),
-        "nothing": ("nothing is no folder here", "no repository nothing"),
+        "nothing": ("There is no folder nothing here", "no repository nothing"),
         "./nothing": ("There is no folder ./nothing",),
         "no/such/folder": ("There is no folder no/such/folder",),
         "not a name": ("cannot be the name of a repository",),
-        "ada/gated": ("asks its visitors for consent",),
+        "ada/gated": ("is gated: accept its conditions",),
         BASE: (f"{BASE} holds no adapter",),
         "ada/lora": ("adapter of type LORA", "AutoPeftModel"),
         adapter("ada/pickle", {weights.name}, {"adapter_model.bin": b""}): ("is a pickle", "save_pretrained(folder)"),
@@ -172,7 +172,7 @@ def test_what_is_missing_is_said_with_what_to_type(adapter, online, tmp_path):
     for options, words in {
         ("ada/cut", ("revision", "nope")): "has no revision nope",
         (str(adapter.folder), ("revision", "main")): "is a folder here",
-        (str(adapter.folder), ("base", "./nowhere")): "no folder with a model",
+        (str(adapter.folder), ("base", "./nowhere")): "holds no model",
         (str(adapter.folder), ("device", "cuda:99")): "no device 'cuda:99'",
         (str(adapter.folder), ("dtype", "int8")): "must be a torch.dtype",
         ("ada/hidden", ("token", STRANGERS_TOKEN)): "it is private and you may not see it",

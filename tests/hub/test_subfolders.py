@@ -174,7 +174,7 @@ def test_without_a_hub_those_are_named_that_were_fetched(online, alone, repo, mo
 def test_a_subfolder_is_inside(online, alone, tmp_path, subfolder):
     alone.save_pretrained(tmp_path)
     for place in (tmp_path, f"{OWNER}/never-asked"):
-        with pytest.raises(ShapleyError, match="is no folder inside another one"):
+        with pytest.raises(ShapleyError, match="does not name a folder inside another one"):
             shapadapter.load(place, subfolder=subfolder)
     assert not any("never-asked" in path for _, path, _ in online.requests)
 

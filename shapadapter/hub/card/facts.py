@@ -1,9 +1,7 @@
-"""What a card can say: the content of `adapter_config.json`, and the record that is kept there."""
+"""What a card can say: the content of `adapter_config.json` with its record, and words of others made harmless."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from shapadapter.adapter.saving import OWN_PICTURE
+from shapadapter.core.documents import fault
+from shapadapter.core.errors import redacted
 
-from shapadapter.core.documents import fault, read_json
-from shapadapter.core.errors import CheckpointError, redacted
-from shapadapter.core.files import write_together
-
-# What orders the direction of writing can make a name read as another one.
+# Characters that change the direction of writing can make a name read as another one.
 _DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 _BAR = "\N{DIVIDES}"
 _LONG = 80
@@ -42,7 +38,7 @@ def code(text: Any, limit: int = _LONG) -> str:
 
 
 def words(text: Any, limit: int = _LONG) -> str:
-    """Ordinary text for a heading or a picture's description, every sign of Markdown and HTML escaped."""
+    """Ordinary text for a heading or a picture's description, every character of Markdown and HTML escaped."""
     line = one_line(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~!$^@:])", r"\\\1", line)
 
@@ -57,9 +53,6 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
 # As huggingface_hub allows names of repositories.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 
-OWN_PICTURE = re.compile(r"explanation-[0-9]{1,4}\.png")
-"""Names of the pictures that we write; none of them can lead out of their folder."""
-
 MATCHING = "zero-shot-image-classification"
 CLASSIFYING = "image-classification"
 
@@ -73,7 +66,7 @@ class Facts:
         name: by which the adapter is loaded, a folder's name or one on the Hub.
         revision: the branch on the Hub, None for the main one.
         pictures: names of the pictures that are there to be shown.
-        subfolder: of what the name means, in which the adapter is; None for the top.
+        subfolder: where the adapter is in the repository; None for the top.
     """
 
     config: Mapping[str, Any]
@@ -147,12 +140,12 @@ class Facts:
             self.name.split("/")[-1] if "/" in self.name else f"{self.base_name} with Shapley attributions"
         )
 
-
-def pictures_of(record: Any) -> list[Mapping[str, Any]]:
-    """The pictures that a record names: `file` and `alt` of each."""
-    known = mapping(record).get("pictures")
-    listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
-    return [picture for picture in listed if OWN_PICTURE.fullmatch(str(picture.get("file")))]
+    @property
+    def shown_pictures(self) -> list[Mapping[str, Any]]:
+        """`file` and `alt` of the pictures that the record lists and that are there."""
+        known = self.record.get("pictures")
+        listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
+        return [one for one in listed if one.get("file") in self.pictures and OWN_PICTURE.fullmatch(str(one["file"]))]
 
 
 def repository(name: Any) -> str | None:
@@ -184,54 +177,6 @@ def number(value: Any) -> float | None:
     return float(value) if fault(value, float, "it") is None else None
 
 
-CONFIG = "adapter_config.json"
-_OF_WEIGHTS = ("evaluation", "metrics", "pictures")
-
-
-def weights_digest(tensors: Mapping[str, Tensor]) -> str | None:
-    """By what the trained numbers of an adapter are recognised, whatever their names and precision; None if not at hand."""
-    own = [tensor for name, tensor in tensors.items() if "lora_" in name]
-    if not own or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in own):
-        return None
-    parts = sorted(hashlib.sha256(t.detach().float().cpu().contiguous().numpy().tobytes()).digest() for t in own)
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def settled(record: Mapping[str, Any] | None, weights: str | None, folder: Path) -> dict[str, Any] | None:
-    """The record to be saved with these weights.
-
-    Results of other weights are left out. What was added to the folder since the same weights were saved there, as an
-    evaluation, stays.
-
-    Args:
-        record: what is known, with the digest of the weights that it speaks of, or without one if it is new.
-        weights: the digest of what is saved, None if it is not known.
-        folder: where it is saved.
-    """
-    found = dict(mapping(record))
-    if weights is None:
-        return found or None
-    if found.get("weights") not in (None, weights):
-        speaks = any(name in found for name in (*_OF_WEIGHTS, "training"))
-        found = {name: value for name, value in found.items() if name not in _OF_WEIGHTS}
-        found |= {"changed": True} if speaks else {}
-    before = mapping(read_config(folder).get("record"))
-    if before.get("weights") == weights:
-        found = {**before, **found}
-    return {**found, "weights": weights}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `adapter_config.json`; empty where there is none that can be read."""
-    try:
-        found: dict[str, Any] = read_json(folder / CONFIG)
-    except CheckpointError:
-        return {}
-    return found
-
-
-def write_record(folder: Path, record: Mapping[str, Any] | None) -> None:
-    """Put a record into the `adapter_config.json` of a folder, where there is one."""
-    config = read_config(folder)
-    if config:
-        write_together({folder / CONFIG: json.dumps({**config, "record": record}, indent=2, sort_keys=True).encode()})
+def count(value: Any) -> int | None:
+    """The value if it is a whole number."""
+    return value if type(value) is int else None

@@ -1,4 +1,4 @@
-"""Results for a card: what an evaluation or the trainer found, as rows of a table and as entries of the model index."""
+"""Results for a card: what an evaluation or the trainer measured, as rows of a table and as entries of the model index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from shapadapter.hub.card.facts import Facts, code, mapping, number, one_line, repository, text
+from huggingface_hub import EvalResult
+
+from shapadapter.hub.card.facts import Facts, code, count, mapping, number, one_line, repository, text
 
 _ABOUT = ("data", "images", "groups", "truth", "truth_evaluations", "truth_error", "removal", "players", "curves_read")
 _KEPT = ("error", "spearman", "insertion", "deletion", "evaluations", "time", "memory")
@@ -31,7 +33,8 @@ EXPLAINING = {
     "memory": ("Memory, over the plain forward pass ↓", "memory_ratio"),
 }
 _EQUIVALENT = ("KernelSHAP needs for the same error ↑", "kernel_shap_equivalent_evaluations")
-_OF_RUNNING = ("runtime", "per_second", "loss", "model_preparation_time", "is_bound", "skipped_images")
+_NOT_SHOWN = ("runtime", "per_second", "loss", "model_preparation_time", "is_bound", "skipped_images", "epoch")
+"""Ends of names of what a trainer logs beside results."""
 
 
 @dataclass(frozen=True)
@@ -54,29 +57,27 @@ class Row:
 
 
 def compact(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card needs of `Evaluation.to_dict()`; no paths, of the data's folder the last part."""
-    about = mapping(found.get("about"))
-    folder = text(about.get("folder"))
-    methods = mapping(found.get("methods"))
+    """What a card needs of `Evaluation.to_dict()`; no paths, of the data's folder only its name."""
+
+    def interval(value: Any) -> list[Any]:
+        return [mapping(value).get(part) for part in ("mean", "low", "high", "count")]
+
+    about, folder = mapping(found.get("about")), text(mapping(found.get("about")).get("folder"))
     return {
         **{name: about[name] for name in _ABOUT if name in about},
         **({} if folder is None else {"data_name": PurePath(folder).name}),
-        "task": {name: _interval(value) for name, value in mapping(found.get("task")).items() if name in TASK},
+        "task": {name: interval(value) for name, value in mapping(found.get("task")).items() if name in TASK},
         "methods": {
-            one_line(method): {name: _interval(value) for name, value in mapping(values).items() if name in _KEPT}
-            for method, values in methods.items()
+            one_line(method): {name: interval(value) for name, value in mapping(values).items() if name in _KEPT}
+            for method, values in mapping(found.get("methods")).items()
         },
         "equivalent": mapping(found.get("equivalents")).get(_OWN),
     }
 
 
-def _interval(value: Any) -> list[Any]:
-    return [mapping(value).get(part) for part in ("mean", "low", "high", "count")]
-
-
 def rows(facts: Facts) -> list[Row]:
     """The results of an evaluation or, without one, those of the trainer."""
-    return list(_evaluated(facts.of("evaluation")) if facts.of("evaluation") else _watched(facts))
+    return list(_evaluated(facts.of("evaluation")) if facts.of("evaluation") else _logged(facts))
 
 
 def _evaluated(found: Mapping[str, Any]) -> Iterator[Row]:
@@ -84,29 +85,24 @@ def _evaluated(found: Mapping[str, Any]) -> Iterator[Row]:
     chance = mapping(mapping(found.get("methods")).get("random"))
     for names, values in ((TASK, task), (EXPLAINING, own)):
         for name, (label, kind) in names.items():
-            row = _row(label, kind, values.get(name), " times" if name in ("time", "memory") else "")
-            if row is None:
+            mean, low, high, images = _interval(values.get(name))
+            if mean is None:
                 continue
-            beside = _row(label, None, chance.get(name), "") if name in ("insertion", "deletion") else None
-            note = "" if beside is None else f" · random order {_short(beside.value)}"
-            yield Row(label, kind, row.value, row.shown + note, row.images)
+            ratio = name in ("time", "memory")
+            shown = _short(mean) + (" times" if ratio else "")
+            if low is not None and high is not None and low != high:
+                shown += f" ({_short(low)} to {_short(high)})"
+            beside = _interval(chance.get(name))[0] if name in ("insertion", "deletion") else None
+            shown += "" if beside is None else f" · random order {_short(beside)}"
+            yield Row(label, kind, mean, shown, None if ratio else images)  # a ratio is one, of a batch
             if name == "error":
-                yield from _equivalent(mapping(found.get("equivalent")), row.images)
+                yield from _equivalent(mapping(found.get("equivalent")), images)
 
 
-def _row(label: str, kind: str | None, interval: Any, unit: str) -> Row | None:
-    mean, low, high, count = (*interval, None, None, None, None)[:4] if isinstance(interval, list) else (None,) * 4
-    value = number(mean)
-    if value is None:
-        return None
-    ends = (number(low), number(high))
-    spread = (
-        ""
-        if ends[0] is None or ends[1] is None or ends[0] == ends[1]
-        else f" ({_short(ends[0])} to {_short(ends[1])})"
-    )
-    images = count if type(count) is int and not unit else None  # of a ratio there is one, of a batch
-    return Row(label, kind, value, f"{_short(value)}{unit}{spread}", images)
+def _interval(value: Any) -> tuple[float | None, float | None, float | None, int | None]:
+    """Mean, ends and number of images of an interval as `compact` keeps it; None for what is not known."""
+    mean, low, high, images = (*value, None, None, None, None)[:4] if isinstance(value, list) else (None,) * 4
+    return number(mean), number(low), number(high), count(images)
 
 
 def _equivalent(found: Mapping[str, Any], images: int | None) -> Iterator[Row]:
@@ -120,63 +116,57 @@ def _equivalent(found: Mapping[str, Any], images: int | None) -> Iterator[Row]:
     yield Row(label, None if bound else kind, value, f"{bound}{value:,.0f} evaluations{spread}", images)
 
 
-def _watched(facts: Facts) -> Iterator[Row]:
+def _logged(facts: Facts) -> Iterator[Row]:
     """What the trainer's evaluations found: means without intervals."""
     metrics = facts.of("metrics")
-    values = mapping(metrics.get("values"))
-    data, images = facts.of("data").get("eval_images"), metrics.get("evaluator_images")
+    values, images = mapping(metrics.get("values")), count(metrics.get("evaluator_images"))
     for name, given in values.items():
         value, short = number(given), re.sub(r"^(eval|test)_", "", name)
-        if value is None or short.endswith(_OF_RUNNING) or short == "epoch":
+        if value is None or short.endswith(_NOT_SHOWN):
             continue
         if short == "equivalent_evaluations":
             bounded = number(values.get(f"{name}_is_bound")) == 1
             shown = f"{'at the end of the budgets: ' if bounded else ''}{value:,.0f} evaluations"
-            yield Row(_EQUIVALENT[0], None if bounded else _EQUIVALENT[1], value, shown, _count(images))
+            yield Row(_EQUIVALENT[0], None if bounded else _EQUIVALENT[1], value, shown, images)
             continue
         explains = short in EXPLAINING and short != "coalition_fit"
         label, kind = {**TASK, **EXPLAINING}.get(short, (code(short), None))
-        yield Row(label, kind, value, _short(value), _count(images if explains else data))
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int else None
+        yield Row(
+            label, kind, value, _short(value), images if explains else count(facts.of("data").get("eval_images"))
+        )
 
 
 def _short(value: float) -> str:
-    """A number for people."""
     size = abs(value)
     style = ".0f" if size >= 1000 else ".1f" if size >= 10 else ".3f" if size >= 1e-3 or not size else ".1e"
     return f"{value:,{style}}"
 
 
-def model_index(facts: Facts, title: str) -> list[dict[str, Any]]:
-    """The results as the Hub's model index; empty without any."""
+def eval_results(facts: Facts) -> list[EvalResult]:
+    """The results as the Hub's model index takes them."""
     about, data = facts.of("evaluation"), facts.of("data")
-    removal = text(about.get("removal")) or text(facts.config.get("removal"))
-    how = {"removal": removal, "truth": about.get("truth"), "truth_evaluations": about.get("truth_evaluations")}
-    metrics = [
-        {
-            "type": row.kind,
-            "value": row.value,
-            "name": one_line(row.label.rstrip(" ↑↓")),
-            "verified": False,
-            "args": {
+    how = {
+        "removal": text(about.get("removal")) or text(facts.config.get("removal")),
+        "truth": about.get("truth"),
+        "truth_evaluations": about.get("truth_evaluations"),
+    }
+    how = {name: value for name, value in how.items() if isinstance(value, str | int | float)}
+    of_task = {kind for _, kind in TASK.values()}
+    return [
+        EvalResult(
+            task_type=facts.task,
+            task_name=facts.task.replace("-", " ").capitalize(),
+            dataset_type=repository(data.get("id")) or "image-folder",
+            dataset_name=one_line(text(about.get("data_name")) or text(data.get("name")) or "held-out images"),
+            metric_type=row.kind,
+            metric_value=row.value,
+            metric_name=one_line(row.label.rstrip(" ↑↓")),
+            metric_args={
                 **({} if row.images is None else {"images": row.images}),
-                **({} if row.kind in {kind for _, kind in TASK.values()} else _known(how)),
+                **({} if row.kind in of_task else how),
             },
-        }
+            verified=False,
+        )
         for row in rows(facts)
         if row.kind is not None
     ]
-    if not metrics:
-        return []
-    name = one_line(text(about.get("data_name")) or text(data.get("name")) or "held-out images")
-    kind = repository(data.get("id")) or "image-folder"
-    task = {"type": facts.task, "name": facts.task.replace("-", " ").capitalize()}
-    result = {"task": task, "dataset": {"name": name, "type": kind}, "metrics": metrics}
-    return [{"name": one_line(title), "results": [result]}]
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if isinstance(value, str | int | float)}

@@ -53,27 +53,25 @@ class View:
     def patch_at(self, x: int, y: int) -> tuple[int, int]:
         """The patch under a pixel of the enlarged picture."""
         rows, cols = self.column.values.shape
-        height, width = _enlarged(self.explanation).shape[:2]
+        height, width = original(self).shape[:2]
         return min(max(y, 0) * rows // height, rows - 1), min(max(x, 0) * cols // width, cols - 1)
 
 
 def original(view: View) -> NDArray[np.uint8]:
     """The image as the model saw it, (H, W, 3), enlarged."""
-    return _enlarged(view.explanation)
+    image = view.explanation.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
+    factor = math.ceil(SIDE / max(image.shape[:2]))
+    size = (image.shape[1] * factor, image.shape[0] * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def map_picture(view: View, share: float, opacity: float) -> NDArray[np.uint8]:
-    """The map of the chosen class over the image, with a frame around the chosen patch.
+    """The map of the chosen class over the image, (H, W, 3), with a frame around the chosen patch.
 
-    Args:
-        view: what is chosen.
-        share: of the patches, 0..1: those with the largest attributions, for or against, keep their colour.
-        opacity: of the map, 0..1; 0 shows the image alone.
-
-    Returns:
-        (H, W, 3) uint8.
+    A `share` of the patches, 0..1, keeps its colour: those with the largest attributions, for or against. `opacity` is that
+    of the map, 0..1.
     """
-    picture, values = _enlarged(view.explanation), strongest(view.column.values, share)
+    picture, values = original(view), strongest(view.column.values, share)
     heat = interpolate(values[None, None], size=picture.shape[:2], mode="nearest-exact")[
         0, 0
     ]  # (rows, cols) -> (H, W)
@@ -91,13 +89,6 @@ def strongest(values: Tensor, share: float) -> Tensor:
     chosen = torch.zeros_like(values).flatten()  # (N,)
     chosen[order[:kept]] = values.flatten()[order[:kept]]
     return chosen.view_as(values)  # (rows, cols)
-
-
-def _enlarged(explanation: Explanation) -> NDArray[np.uint8]:
-    image = explanation.images[0].numpy()  # (1, H, W, 3) -> (H, W, 3)
-    factor = math.ceil(SIDE / max(image.shape[:2]))
-    size = (image.shape[1] * factor, image.shape[0] * factor)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def _frame(picture: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> None:

@@ -56,14 +56,7 @@ ON_CLASS = """element.addEventListener("click", event => {
 
 
 class Page:
-    """Components and their events; `app` is the whole.
-
-    Args:
-        look: what the model says of the path of an upload, and of texts if the visitor writes them.
-        title: heading, which may hold anything.
-        matching: whether the visitor writes texts to compare the image with.
-        examples: paths of images that visitors can click.
-    """
+    """Components and their events; `look` says what the model sees in an upload, and with `matching` in texts as well."""
 
     def __init__(self, look: Callable[..., View], title: str, matching: bool, examples: Sequence[str | Path]) -> None:
         self.look = look
@@ -243,18 +236,7 @@ def launch(app: Blocks) -> None:
 
 
 def see(model: Any, processor: Any, upload: Path, texts: str | None = None) -> View:
-    """Run the model once on an upload.
-
-    Args:
-        model: a wrapped model.
-        processor: that goes with it.
-        upload: a file that may be anything.
-        texts: for a matching model, one on each line.
-
-    Raises:
-        ImageError: the upload is refused.
-        ShapleyError: there is no text, or there are too many or too long ones.
-    """
+    """Run the model once on an upload, which may be any file, and for a matching model on texts, one on each line."""
     image = open_upload(upload)
     if texts is None:
         return View(explain(model, image, processor, top_k=SHOWN))

@@ -27,12 +27,6 @@ def open_upload(path: Path) -> Image.Image:
     """Open a file that may be anything, as an upright RGB image.
 
     Only the decoders of `FORMATS` are tried, and none before the sizes are known. Messages name no path of the server.
-
-    Args:
-        path: of the uploaded file.
-
-    Raises:
-        ImageError: it is too large, or not an image of these formats.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -41,7 +35,12 @@ def open_upload(path: Path) -> Image.Image:
         )
     try:
         with Image.open(path, formats=FORMATS) as file:
-            _check_pixels(*file.size)
+            width, height = file.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    f"The image has {width} x {height} = {width * height / 1e6:.0f} million pixels, the most is "
+                    f"{MAX_PIXELS / 1e6:.0f} million. Upload a smaller one."
+                )
             file.load()
             return open_image(file)
     except Image.DecompressionBombError as error:
@@ -52,14 +51,6 @@ def open_upload(path: Path) -> Image.Image:
         raise ImageError(
             "This file is not a PNG, JPEG or WebP image, or it is damaged. Upload another one."
         ) from error
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"The image has {width} x {height} = {width * height / 1e6:.0f} million pixels, the most is "
-            f"{MAX_PIXELS / 1e6:.0f} million. Upload a smaller one."
-        )
 
 
 MAX_REQUEST = MAX_BYTES + 2**20
@@ -89,12 +80,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Limits:
-    """ASGI middleware that counts what comes in, and makes room for it on the disk before it does.
-
-    Args:
-        app: what answers.
-        folder: of uploads and pictures.
-    """
+    """ASGI middleware of an app that counts what comes in, and makes room for it in the folder of uploads before it does."""
 
     def __init__(self, app: Any, folder: Path) -> None:
         self.app, self.folder = app, folder

@@ -1,24 +1,18 @@
-"""What the demo measures about the adapted model."""
+"""How far one pass and KernelSHAP are from many evaluations, and where the maps look: for the comparisons beside this file."""
 
 from __future__ import annotations
 
-import copy
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shapadapter import Explanation
 from shapadapter.core.grid import Grid, pixels_to_players
 from shapadapter.core.statistics import relative_l2
 from shapadapter.demo.models import Scale
 from shapadapter.evaluation.localization import energy_inside
-from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import PatchGame
 
 
@@ -46,49 +40,9 @@ def faithfulness(model: nn.Module, pixel_values: Tensor, scale: Scale, seed: int
     return {name: sum(values) / len(values) for name, values in errors.items()}
 
 
-def localisation(explanation: Explanation, masks: Tensor) -> tuple[float, float]:
-    """Share of the predicted classes' positive attribution inside the masks (B, H, W), and the masks' share of area."""
-    rows, cols = explanation.attributions.shape[1:3]
-    inside = pixels_to_players(masks.float(), Grid(rows, cols))  # (B, rows, cols)
+def energy_in_masks(explanation: Explanation, masks: Tensor) -> float:
+    """Share of the predicted classes' positive attribution inside the masks (B, H, W)."""
+    inside = pixels_to_players(masks.float(), Grid(*explanation.attributions.shape[1:3]))  # (B, rows, cols)
     best = explanation.logits.gather(1, explanation.classes).argmax(dim=1)  # (B,)
     maps = explanation.attributions[torch.arange(len(explanation), device="cpu"), :, :, best]  # (B, rows, cols)
-    return float(energy_inside(maps, inside).nanmean()), float(inside.mean())
-
-
-def cost_of_explaining(model: PeftModel, pixel_values: Tensor, repeats: int = 30) -> float:
-    """Time of prediction and explanation together, over that of the base model's plain prediction.
-
-    Both are measured alternately on the same batch, with LoRA merged, as one would deploy it; the ratio of the medians.
-    """
-    bare: Any = copy.deepcopy(model)
-    adapted = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the bare model predicts with an untrained classifier: only time counts
-        bare = bare.merge_and_unload().eval()
-    adapted.merge_adapter()
-    adapted.eval()
-
-    def plain() -> None:
-        bare(pixel_values=pixel_values)
-
-    def explained() -> None:
-        adapted(pixel_values=pixel_values)
-
-    with torch.inference_mode():
-        plain()
-        explained()
-        times = [(_seconds(plain), _seconds(explained)) for _ in range(repeats)]
-    return median(b for _, b in times) / median(a for a, _ in times)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def as_text(rows: Sequence[tuple[str, str]]) -> str:
-    """A two-column table for the terminal."""
-    width = max(len(name) for name, _ in rows)
-    line = "-" * (width + 2 + max(len(value) for _, value in rows))
-    return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
+    return float(energy_inside(maps, inside).nanmean())

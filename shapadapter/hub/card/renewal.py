@@ -1,0 +1,278 @@
+"""Write the card of a folder: at a save, before an upload, and when results and pictures come later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from shapadapter.adapter.saving import picture_files, read_config, record_for, weights_digest, write_pictures
+from shapadapter.core.errors import ShapleyError
+from shapadapter.core.files import write_together
+from shapadapter.core.links import break_links, refuse_links
+from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
+from shapadapter.hub.card import content
+from shapadapter.hub.card.document import LONGEST, edited, read_yaml, renewed, split, untouched
+from shapadapter.hub.card.facts import Facts
+
+if TYPE_CHECKING:
+    from shapadapter.evaluation import Evaluation
+
+_CLASSES = 3
+"""Maps beside each picture."""
+
+
+def write_card(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tags: Sequence[str] = (),
+    start: str | None = None,
+    remote: Collection[str] = (),
+) -> str | None:
+    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered.
+
+    Args:
+        folder: where it goes; pictures in it that the record lists are shown.
+        config: the content of `adapter_config.json`.
+        name: by which the adapter is loaded; by default the folder's own.
+        revision: the branch on the Hub.
+        subfolder: of the repository, in which the adapter is; None for the top.
+        tags: to be added to the metadata.
+        start: the card to go on from; by default the one in the folder.
+        remote: pictures that are not in the folder, but where it is going.
+
+    Returns:
+        The text of the card; None where the one that is there cannot be read and was left as it is.
+    """
+    path = folder / CARD
+    break_links(folder, [CARD])
+    here = read_card(path) if start is None else start
+    listed = picture_files(config.get("record"))
+    shown = [file for file in listed if (folder / PICTURES / file).is_file() or file in remote]
+    facts = Facts(config, name or folder.resolve().name, revision, shown, subfolder)
+    try:
+        card = renewed(here, content.markdown(facts), content.metadata(facts), tags)
+    except ValueError as error:
+        warnings.warn(f"{path} is left as it is, because {error}.", stacklevel=2)
+        return None
+    if edited(card):
+        warnings.warn(
+            f"What is between the marks in {path} was edited and is left as it is. To have it renewed, move your own words "
+            "below the end mark and delete what is between the marks.",
+            stacklevel=2,
+        )
+    write_together({path: card.encode()})
+    return card
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card, or so much of it as shows that it is too long; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(4 * LONGEST + 4).decode("utf-8-sig", "surrogateescape")
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The yaml of the card in a folder; empty where it cannot be read."""
+    try:
+        return read_yaml(split(read_card(folder / CARD) or "")[0])
+    except ValueError:
+        return {}
+
+
+# -- before an upload -------------------------------------------------------------------------------------------------
+
+
+def card_for_push(
+    folder: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    at_top: bool = False,
+    tags: Sequence[str] = (),
+    start: str | None = None,
+) -> None:
+    """Write the card of a folder that is about to be uploaded: with the repository's name, and what was edited there.
+
+    Where both cards were edited, the one that is pushed counts, with a warning; the other one stays in the repository's
+    history.
+
+    Args:
+        folder: what becomes the top of the repository; a card that is beside the adapter is the one to be pushed.
+        repo_id: where it goes.
+        revision: the branch.
+        token: as for `huggingface_hub`.
+        subfolder: where in it `adapter_config.json` is; None for the top.
+        at_top: write the repository's own card all the same, about the adapter in the subfolder.
+        tags: to be added to the metadata.
+        start: the card to be pushed, where the one in the folder is not it.
+    """
+    config = read_config(folder / (subfolder or ""))
+    if not config:
+        return
+    where = None if at_top else subfolder
+    place, inside = folder / (where or ""), f"{where}/" if where else ""
+    files, existing = _files_on_hub(repo_id, revision, token)
+    there = None
+    if f"{inside}{CARD}" in files:
+        there = read_card(Path(HfApi().hf_hub_download(repo_id, f"{inside}{CARD}", revision=existing, token=token)))
+    here = read_card(place / CARD) if start is None else start
+    ours = here is not None and not untouched(here)
+    if ours and there is not None and not untouched(there) and not _same_words(str(here), there):
+        warnings.warn(
+            f"The card of {repo_id} and the one that is pushed were both edited: the pushed one takes its place. The other "
+            "is in the repository's history.",
+            stacklevel=3,
+        )
+    write_card(
+        place,
+        config,
+        name=repo_id,
+        revision=None if revision is None or revision.startswith("refs/") else revision,
+        subfolder=subfolder,
+        tags=tags,
+        start=(here if there is None or ours else there) or "",
+        remote=[file.removeprefix(f"{inside}{PICTURES}/") for file in files],
+    )
+
+
+def _same_words(one: str, other: str) -> bool:
+    """Whether two cards differ in nothing that a person wrote."""
+    try:
+        return renewed(one, "", {}) == renewed(other, "", {})
+    except ValueError:
+        return one == other
+
+
+def _files_on_hub(repo_id: str, revision: str | None, token: Any) -> tuple[list[str], str | None]:
+    """The files of a repository, and the revision that they are of: a branch that does not exist yet begins as the main one."""
+    api = HfApi()
+    try:
+        info = api.model_info(repo_id, revision=revision, token=token)
+    except RevisionNotFoundError:
+        revision = None
+        info = api.model_info(repo_id, token=token)
+    return [file.rfilename for file in info.siblings or []], revision
+
+
+def prepare_upload(model: Any, folder: Path, repo_id: str, revision: str | None, token: Any) -> None:
+    """Write the cards of a folder that transformers is about to upload, which has put the repository's card into it.
+
+    Adapters of other names than "default" are in folders of their names. Without a default one here or there, the card at
+    the top, which is what the Hub shows, is of the active one of them.
+    """
+    where: dict[str, Any] = {"revision": revision, "token": token}
+    about, configs = read_config(folder), model.peft_config
+    tags = card_metadata(folder).get("tags") or []  # with those that the caller asked for
+    if about.get("peft_type") == "SHAPLEY":
+        warn_of_local_base(about.get("base_model_name_or_path"))
+        written = [getattr(config, "written_card", None) for config in configs.values()]
+        start = next((text for place, text in filter(None, written) if place == folder.resolve()), "")
+        card_for_push(folder, repo_id, tags=tags, start=start, **where)
+    if not hasattr(model, "get_base_model"):  # without PEFT's wrapper, transformers saves no folders
+        return
+    for name in configs:
+        if name == "default" or read_config(folder / name).get("peft_type") != "SHAPLEY":
+            continue
+        pictures = folder / name / PICTURES
+        if "default" not in configs and name == model.active_adapter:
+            warn_of_local_base(read_config(folder / name).get("base_model_name_or_path"))
+            (folder / CARD).unlink(missing_ok=True)  # of the main branch, or a form
+            if CONFIG_NAME not in _files_on_hub(repo_id, **where)[0]:  # else the card there is about that adapter
+                if pictures.is_dir() and not (folder / PICTURES).exists():  # else an adapter has that name
+                    pictures.rename(folder / PICTURES)
+                card_for_push(folder, repo_id, subfolder=name, at_top=True, tags=tags, **where)
+        if pictures.is_dir():
+            shutil.rmtree(pictures)  # transformers uploads no folders inside of folders
+        card_for_push(folder, repo_id, subfolder=name, **where)
+
+
+# -- what comes later -------------------------------------------------------------------------------------------------
+
+
+def update_card(
+    folder: str | Path,
+    *,
+    evaluation: str | Path | Evaluation | None = None,
+    images: Any = None,
+    processor: Any = None,
+    texts: list[str] | None = None,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the card of an adapter's folder anew, with results and pictures; what the user wrote in it stays.
+
+    Results and the list of pictures are kept in `adapter_config.json`, so they stay with the adapter wherever it is saved.
+    A whole checkpoint stays whole.
+
+    Args:
+        folder: of the adapter.
+        evaluation: what `evaluate` found, or the path of its `evaluation.json`.
+        images: to be shown with their maps, in place of those that are shown now: paths, PIL images or arrays. A few
+            held-out ones that anybody may see. An empty list takes the pictures away.
+        processor: the image processor; by default the one in the folder, or the base model's.
+        texts: what a model that matches images with texts compares the images with.
+        name: by which the adapter is loaded in the card's code, such as `user/name`; by default the folder's own.
+        trust_remote_code: whether a base with code of its own may run it here, where there are images to explain.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ShapleyError: the folder holds no adapter of ours, the evaluation is of another one, or the images cannot be
+            explained.
+        CheckpointError: the evaluation cannot be read, the adapter cannot be loaded, or a file in its folder is a link
+            out of it.
+    """
+    # Not at the top: a save writes a card, too, and needs none of these.
+    from shapadapter.adapter.config import check_files
+    from shapadapter.core.documents import read_json, read_tensors
+    from shapadapter.evaluation import Evaluation
+    from shapadapter.explanation.api import explain
+    from shapadapter.hub.card.results import compact
+    from shapadapter.hub.load import load
+    from shapadapter.visual import sample_pictures
+
+    folder = Path(folder)
+    refuse_links(folder)
+    config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    if config.get("peft_type") != "SHAPLEY" or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ShapleyError(
+            f"{folder} holds no adapter of shapadapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    check_files(folder / CONFIG_NAME, config)
+    found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
+    digest = weights_digest(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
+    if found is not None and found.about.get("weights") not in (None, digest):
+        raise ShapleyError(
+            f"The evaluation is of other weights than those in {folder}. Run `shapadapter evaluate` again."
+        )
+    record = config["record"] = record_for(config.get("record"), digest, folder) or {}
+    if found is not None:
+        found.check_whole()
+        record |= {"evaluation": compact(found.to_dict()), "players": list(found.about["players"])}
+    pictures: dict[str, bytes] = {}
+    if images is not None:
+        record["pictures"] = []
+        if len(images):
+            model, own = load(folder, trust_remote_code=trust_remote_code)
+            shown = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+            pictures, record["pictures"] = sample_pictures(shown, _CLASSES)
+    write_together({folder / CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode()})
+    write_pictures(folder, pictures, record)
+    write_card(folder, config, name=name)
+    return folder / CARD
