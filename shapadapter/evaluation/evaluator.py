@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +289,6 @@ class Evaluator:
 
 def check_run(data: Path, masks: Path | None, methods: Sequence[str], output: Path | None, checkpoint: str) -> None:
     """Refuse what `evaluate_folder` cannot do, before a model is loaded: also a folder with another adapter's evaluation."""
-    if output is not None and find_spec("matplotlib") is None:
-        raise ImportError('The curves are drawn by matplotlib: pip install "shapadapter[plot]"')
     for folder in (data, masks):
         if folder is not None and not folder.is_dir():
             raise ShapleyError(f"There is no folder {folder}.")
