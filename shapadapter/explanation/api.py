@@ -51,14 +51,12 @@ def explain(
             tensors from 0 to 255, rows of a data set; see `shapadapter.data.images.open_image`. Or, without a processor,
             prepared pixel values (C, H, W) or (B, C, H, W), or all that a processor returned.
         processor: the image processor the model was trained with; with texts, the processor of both.
-        texts: for a model that matches images with texts: what to compare the images with. They take the place of
-            classes, and the logits are the similarities before softmax.
+        texts: for a model that matches images with texts: what takes the place of classes. Logits are similarities then.
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
         batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
         refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
-        relative_error: with "until", an image is done when the expected L2 error of each shown map, as a share of the
-            map's length, is at most this; 0.1 by default.
+        relative_error: with "until", the expected relative L2 error of each shown map of an image that is done; default 0.1.
         max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many are not done.
         seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
@@ -66,7 +64,7 @@ def explain(
     Raises:
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
-        ShapleyError: the model has no active Shapley adapter; texts are missing, too long, or of no use to it.
+        ShapleyError: the model has no active adapter; texts are missing, too long, or of no use to it.
         ValueError: arguments that exclude each other, `top_k` less than 1, or an odd `refine`.
         TypeError: an argument that neither this function nor the model's forward has.
     """

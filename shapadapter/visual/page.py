@@ -62,7 +62,7 @@ def write_page(
     true_labels: Sequence[str | int | None] | None = None,
     measures: Measures | None = None,
 ) -> Path:
-    """Write an explanation, or several by one method, as a self-contained HTML page.
+    """Write an explanation, or several by one method, as a self-contained HTML page, and return its path.
 
     One image at a time is shown large: the value of any patch for every class on hover, tap or arrow key, with its
     standard error if it has one; the map of a class or of the difference between two; a threshold; how the attributions
@@ -79,9 +79,6 @@ def write_page(
         true_labels: The class name or index that is right for each image, None where it is not known. The page then
             begins with the wrong predictions.
         measures: What an evaluation found, shown above the images.
-
-    Returns:
-        The path.
 
     Raises:
         ClassNotFoundError: If a true label is no class of the model.
