@@ -66,6 +66,7 @@ class ShapleyTrainer(RecordingTrainer):
     # The terms are means over the micro-batch, so the Trainer has to divide by the accumulation steps.
     loss_is_scaled_for_ga = False
     args: ShapleyTrainingArguments
+    counting = True  # whether any image of a batch is not there to fill it up
 
     def __init__(
         self,
@@ -113,7 +114,6 @@ class ShapleyTrainer(RecordingTrainer):
             prepare_fsdp(self.accelerator.state.fsdp_plugin, base_of(model), self.layer.anatomy)
         self.objective: Objective = Objective(self, task)
         self.add_callback(self.monitor)
-        self.counting = True  # whether any image of a batch is not there to fill it up
         if args.log_attributions > 0:
             self.add_callback(AttributionMaps(self, args.log_attributions))
 
@@ -345,6 +345,5 @@ class ShapleyTrainer(RecordingTrainer):
             dataset = (args[0] if args else kwargs["dataloader"]).dataset
             with self.compute_loss_context_manager():
                 found |= self.evaluator(self.model, dataset, self.data_collator)  # type: ignore[arg-type]
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        means = {f"{prefix}_{name}": value for name, value in found.items()}
+        means = {f"{kwargs.get('metric_key_prefix', 'eval')}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
