@@ -62,17 +62,7 @@ def load(
     files = locate(str(checkpoint), subfolder, revision, token)
     config = files.config()
     root, recorded = _root(files, config, base)
-    if Path(root).is_dir():
-        for path in Path(root).iterdir():
-            # Weights are nobody's secret if the adapter was made for them.
-            if path.suffix != ".safetensors" and not path.is_dir():
-                refuse_link(path, Path(root))
-    else:
-        try:  # the commit, so that all its files are of the same one
-            recorded = HfApi().resolve_revision(root, revision=recorded, token=token).resolved
-        except HUB_ERRORS as error:
-            raise ShapleyError(_why_no_base(files.name, root, recorded, error)) from error
-    commit = None if Path(root).is_dir() else recorded
+    commit = _pinned(files.name, root, recorded, token)
     options: dict[str, Any] = {"revision": commit, "token": token, "trust_remote_code": trust_remote_code}
     base_model = _base_model(files.name, root, config, {**options, "dtype": kind})
     try:
@@ -108,6 +98,21 @@ def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[st
             "of shapadapter.hub."
         )
     return str(recorded), config.revision
+
+
+def _pinned(name: str, root: str, revision: str | None, token: str | bool | None) -> str | None:
+    """The commit of the base model, so that all its files are of the same one; None for a folder, without links out of it."""
+    folder = Path(root)
+    if folder.is_dir():
+        for path in folder.iterdir():
+            # Weights are nobody's secret if the adapter was made for them.
+            if path.suffix != ".safetensors" and not path.is_dir():
+                refuse_link(path, folder)
+        return None
+    try:
+        return HfApi().resolve_revision(root, revision=revision, token=token).resolved
+    except HUB_ERRORS as error:
+        raise ShapleyError(_why_no_base(name, root, revision, error)) from error
 
 
 def _base_model(name: str, root: str, config: Any, options: dict[str, Any]) -> Any:

@@ -66,14 +66,13 @@ def push(
         ShapleyError: the folder holds no complete adapter, others could not load it, or the Hub refused.
         CheckpointError: a file is damaged, or the base on this computer is not the one the adapter was made for.
     """
-    folder = Path(folder)
+    folder, api = Path(folder), HfApi(token=token)
     if not folder.is_dir():
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
     files = AdapterFiles(str(folder), folder)
     base = _local_base(folder, files.config(), base_repo_id)
-    api = HfApi(token=token)
     with _staged(folder, ADAPTER_FILES) as staged:
         if (processor := files.processor()) is not None:
             copy_files(processor, staged, PROCESSOR_FILES)
@@ -86,11 +85,11 @@ def push(
             (staged / CONFIG_NAME).write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
         with hub_errors(repo_id, revision):
             name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            message = commit_message or "Upload adapter"
-            info = upload(staged, name, message=message, token=token, revision=revision, create_pr=create_pr)
-    if create_pr and info.pr_url is None:
-        raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
+            options: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
+            info = upload(staged, name, message=commit_message or "Upload adapter", **options)
     if create_pr:
+        if info.pr_url is None:
+            raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
         return str(info.pr_url)
     return redacted(f"{constants.ENDPOINT}/{name}") + (f"/tree/{revision}" if revision is not None else "")
 

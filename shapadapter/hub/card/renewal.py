@@ -14,6 +14,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from shapadapter.adapter.saving import picture_files, read_config, record_for, weights_digest, write_pictures
+from shapadapter.core.documents import read_json, read_tensors
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.files import write_together
 from shapadapter.core.links import break_links, refuse_links
@@ -21,6 +22,7 @@ from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
 from shapadapter.hub.card import content
 from shapadapter.hub.card.document import LONGEST, edited, read_yaml, renewed, split, untouched
 from shapadapter.hub.card.facts import Facts
+from shapadapter.hub.card.results import compact
 
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
@@ -238,25 +240,11 @@ def update_card(
         CheckpointError: the evaluation cannot be read, the adapter cannot be loaded, or a file in its folder is a link
             out of it.
     """
-    # Not at the top: a save writes a card, too, and needs none of these.
-    from shapadapter.adapter.config import check_files
-    from shapadapter.core.documents import read_json, read_tensors
     from shapadapter.evaluation import Evaluation
-    from shapadapter.explanation.api import explain
-    from shapadapter.hub.card.results import compact
-    from shapadapter.hub.load import load
-    from shapadapter.visual import sample_pictures
 
     folder = Path(folder)
-    refuse_links(folder)
-    config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
-    if config.get("peft_type") != "SHAPLEY" or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        raise ShapleyError(
-            f"{folder} holds no adapter of shapadapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
-        )
-    check_files(folder / CONFIG_NAME, config)
+    config, digest = _own_config(folder)
     found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
-    digest = weights_digest(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     if found is not None and found.about.get("weights") not in (None, digest):
         raise ShapleyError(
             f"The evaluation is of other weights than those in {folder}. Run `shapadapter evaluate` again."
@@ -267,12 +255,38 @@ def update_card(
         record |= {"evaluation": compact(found.to_dict()), "players": list(found.about["players"])}
     pictures: dict[str, bytes] = {}
     if images is not None:
-        record["pictures"] = []
-        if len(images):
-            model, own = load(folder, trust_remote_code=trust_remote_code)
-            shown = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
-            pictures, record["pictures"] = sample_pictures(shown, _CLASSES)
+        pictures, record["pictures"] = _drawn(folder, images, processor, texts, trust_remote_code)
     write_together({folder / CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode()})
     write_pictures(folder, pictures, record)
     write_card(folder, config, name=name)
     return folder / CARD
+
+
+# What follows imports late: a save writes a card, too, and needs none of it.
+
+
+def _own_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of the configuration of an adapter of ours, and the digest of its weights."""
+    from shapadapter.adapter.config import check_files
+
+    refuse_links(folder)
+    file, weights = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    config: dict[str, Any] = read_json(file) if file.exists() else {}
+    if config.get("peft_type") != "SHAPLEY" or not weights.exists():
+        raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {file.name} and {weights.name}.")
+    check_files(file, config)
+    return config, weights_digest(read_tensors(weights))
+
+
+def _drawn(
+    folder: Path, images: Any, processor: Any, texts: Any, trust_remote_code: bool
+) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    from shapadapter.explanation.api import explain
+    from shapadapter.hub.load import load
+    from shapadapter.visual import sample_pictures
+
+    if not len(images):
+        return {}, []
+    model, own = load(folder, trust_remote_code=trust_remote_code)
+    found = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+    return sample_pictures(found, _CLASSES)

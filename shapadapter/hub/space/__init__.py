@@ -112,6 +112,8 @@ def write_space(
         ImageError: an example is not a PNG, JPEG or WebP image, or too large.
     """
     source, folder = _source(checkpoint), Path(folder)
+    if folder.exists() and not _is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
     if revision is not None and source.adapter is not None:
         raise ShapleyError(
             f"revision={revision!r} is one of a repository on the Hub, but {checkpoint} is a folder here."
@@ -121,28 +123,30 @@ def write_space(
             f"The base model of {checkpoint} is {source.base}, a folder on this computer, of which the Space would hold a copy. "
             "If it may, pass copy_base=True"
         )
-    if folder.exists() and not _is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
     title = one_line(title or "") or one_line(f"{source.name.split('/')[-1]} explains itself")
-    contents = {
-        "README.md": _readme(source, title, license or source.license),
-        "app.py": _program(source, title, revision, bool(examples)),
-        "requirements.txt": _requirements(source),
-    }
+    readme, program = (
+        _readme(source, title, license or source.license),
+        _program(source, title, revision, bool(examples)),
+    )
     with whole_folder(folder, ours=(*_FILES, *_FOLDERS)) as place:
         source.copy(place)
         installation.copy_package(place)
-        if examples:
-            (place / "examples").mkdir()
-        for number, path in enumerate(map(Path, examples), start=1):
-            open_upload(path)  # what visitors may not upload is no sample
-            suffix = path.suffix.lower() if path.suffix.lower() in _SUFFIXES else ".png"
-            shutil.copyfile(path, place / "examples" / f"{number:03d}{suffix}")
-        for name, content in contents.items():
+        _copy_examples(examples, place / "examples")
+        for name, content in zip(_FILES, (readme, program, _requirements(source)), strict=True):
             (place / name).write_text(content, encoding="utf-8")
     size = sum(path.stat().st_size for name in _FOLDERS for path in (folder / name).glob("*"))
     _log.info("Wrote the Space %s; its models and samples have %.1f MB.", folder, size / 2**20)
     return folder
+
+
+def _copy_examples(examples: Sequence[str | Path], target: Path) -> None:
+    """Copy images under names of our own."""
+    if examples:
+        target.mkdir()
+    for number, path in enumerate(map(Path, examples), start=1):
+        open_upload(path)  # what visitors may not upload is no sample
+        suffix = path.suffix.lower() if path.suffix.lower() in _SUFFIXES else ".png"
+        shutil.copyfile(path, target / f"{number:03d}{suffix}")
 
 
 def push_space(
