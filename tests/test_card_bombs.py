@@ -67,7 +67,6 @@ def test_anchors_are_no_bomb(checkpoint):
         "<!-- shapadapter:begin summary 0123456789ab -->\nx\n" * (COUNT // 6),
         "<!-- shapadapter:begin summary 0123456789ab -->\n" + "<!-- shapadapter:end other -->\n" * (COUNT // 4),
         "<!-- shapadapter:begin " + "a" * 8 * COUNT,
-        "<!-- shapadapter:begin card 0123456789ab -->\n" * (COUNT // 6) + "<!-- shapadapter:end card -->\n",
         "---\n" * COUNT,
         "### Framework versions\n" * (COUNT // 3),
     ],
