@@ -18,7 +18,6 @@ from huggingface_hub import constants
 from small import NAMES, pictures
 
 from shapadapter.cli import train
-from shapadapter.cli import train as launching
 from shapadapter.core.errors import ShapleyError
 from shapadapter.training import script as finetune
 
@@ -202,7 +201,8 @@ def test_whoever_interrupts_the_command_leaves_no_training_behind(tmp_path, monk
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "launch", lambda *_, **how: launching.launch("sleeper", [str(said)], None, **how))
+    usual = train.launch
+    monkeypatch.setattr(train, "launch", lambda *_, **how: usual("sleeper", [str(said)], None, **how))
     threading.Thread(target=interrupt, daemon=True).start()
     found = run(*USUAL, code=130)
     assert "Go on with the same command and --resume-from-checkpoint last." in found.stderr
