@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, load
-from shapadapter.core.links import refuse_links
+from shapadapter.core.files import refuse_links
 from shapadapter.hub import push, update_card
 from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space import push_space, write_space

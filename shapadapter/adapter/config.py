@@ -22,8 +22,7 @@ from shapadapter.adapter.saving import prepare_libraries, record_for, save_card
 from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
-from shapadapter.core.files import write_together
-from shapadapter.core.links import break_links, refuse_links
+from shapadapter.core.files import break_links, refuse_links, write_together
 from shapadapter.core.remote import CARD, PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]

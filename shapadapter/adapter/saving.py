@@ -20,8 +20,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ImageError
-from shapadapter.core.files import whole_file, write_together
-from shapadapter.core.links import break_links
+from shapadapter.core.files import break_links, whole_file, write_together
 from shapadapter.core.remote import PICTURES
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ def frame_of(frame: Tensor | None) -> tuple[Size, Box]:
     """The size of an original, and where on it the image that the model saw lies, of its frame (6,).
 
     Args:
-        frame: A row of what `shapadapter.data.frames.frames` measures; None if the image came prepared.
+        frame: A row of what `shapadapter.data.processors.frames` measures; None if the image came prepared.
 
     Raises:
         ValueError: If that is not known.

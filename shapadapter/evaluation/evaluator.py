@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from shapadapter.backbone import evaluation_view
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import CheckpointError, ImageError, ShapleyError
-from shapadapter.core.files import write_together
-from shapadapter.core.links import refuse_link
+from shapadapter.core.files import refuse_link, write_together
 from shapadapter.core.statistics import Interval
 from shapadapter.data.classes import class_names
 from shapadapter.data.labels import LabelRules, known_labels

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError
-from shapadapter.core.files import write_together
-from shapadapter.core.links import refuse_link
+from shapadapter.core.files import refuse_link, write_together
 from shapadapter.core.statistics import EquivalentEvaluations, Interval, bootstrap_intervals, equivalent_evaluations
 
 Record = dict[str, Any]

@@ -18,8 +18,8 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.data.classes import class_names, find_classes
 from shapadapter.data.collator import prepare_texts, text_rules
-from shapadapter.data.frames import frames
 from shapadapter.data.images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
+from shapadapter.data.processors import frames
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame, active_layer
 from shapadapter.explanation.refine import UNTIL, Plan, refined
@@ -114,7 +114,7 @@ class Predicted:
     classes: Tensor  # (B, C) int64, those to show
     labels: tuple[str, ...]  # of the K classes
     likelihood: str  # how scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities
-    frames: Tensor | None = None  # (B, 6), of `shapadapter.data.frames.frames`; None of prepared images
+    frames: Tensor | None = None  # (B, 6), of `shapadapter.data.processors.frames`; None of prepared images
 
 
 def predictions(

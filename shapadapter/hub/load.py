@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
-from shapadapter.core.links import refuse_link
+from shapadapter.core.files import refuse_link
 from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.game import active_layer

@@ -15,7 +15,7 @@ from shapadapter.adapter import ShapleyConfig
 from shapadapter.adapter.registration import NAME
 from shapadapter.core.documents import read_json, shown
 from shapadapter.core.errors import CheckpointError, ShapleyError
-from shapadapter.core.links import refuse_links
+from shapadapter.core.files import refuse_links
 from shapadapter.core.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
 _NAMED = 5  # folders with an adapter, in an error

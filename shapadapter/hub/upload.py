@@ -17,8 +17,7 @@ from peft.utils import CONFIG_NAME
 
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, redacted
-from shapadapter.core.files import naming, write_together
-from shapadapter.core.links import refuse_link
+from shapadapter.core.files import naming, refuse_link, write_together
 from shapadapter.core.remote import (
     ADAPTER_FILES,
     BASE_FILES,

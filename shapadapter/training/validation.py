@@ -18,9 +18,9 @@ from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.data.augmentation import Augmented, seeded
 from shapadapter.data.classes import Relabelled, are_numbers, as_model_counts, named_classes
 from shapadapter.data.collator import ImageCollator
-from shapadapter.data.frames import frames, unseen
 from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, open_image, prepare_opened, undecoded
 from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, LabelRules, as_row, known_labels
+from shapadapter.data.processors import frames, unseen
 from shapadapter.data.rows import is_transformed, readable_rows, some_rows
 from shapadapter.explanation.api import base_of
 from shapadapter.training.arguments import ShapleyTrainingArguments

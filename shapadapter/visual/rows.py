@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from shapadapter.core.grid import Box, frame_of, laid_out
-from shapadapter.data.frames import unseen
 from shapadapter.data.images import eight_bits, open_image
+from shapadapter.data.processors import unseen
 from shapadapter.visual.canvas import (
     BAR,
     GAP,

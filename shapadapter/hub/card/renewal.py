@@ -16,8 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from shapadapter.adapter.saving import picture_files, read_config, record_for, weights_digest, write_pictures
 from shapadapter.core.documents import read_json, read_tensors
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.files import write_together
-from shapadapter.core.links import break_links, refuse_links
+from shapadapter.core.files import break_links, refuse_links, write_together
 from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
 from shapadapter.hub.card import content
 from shapadapter.hub.card.document import LONGEST, edited, read_yaml, renewed, split, untouched

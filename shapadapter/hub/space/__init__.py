@@ -21,8 +21,7 @@ from shapadapter.adapter.config import check_files
 from shapadapter.core import installation
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
-from shapadapter.core.files import whole_folder
-from shapadapter.core.links import refuse_link
+from shapadapter.core.files import refuse_link, whole_folder
 from shapadapter.core.remote import BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
 from shapadapter.hub.card.facts import one_line, text, words
 from shapadapter.hub.card.renewal import card_metadata
