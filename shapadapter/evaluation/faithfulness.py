@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
@@ -45,14 +46,13 @@ class Games:
 
     def play(self, coalitions: Tensor) -> Scores:
         """The scores (B, M) of coalitions (B, M, N) bool; fastest where a column holds coalitions of one size."""
-        # In order of size: the model evaluates many of one size at a time, without padding.
-        order = coalitions.sum(dim=-1).amax(dim=0).argsort(stable=True)  # (M,)
-        parts = []
-        for chosen in order.split(max(1, self.rows // len(self.classes))):
-            part = coalitions[:, chosen].to(self.classes.device)  # (B, m, N)
-            parts.append(self._read(self.model(**self.batch.inputs, coalitions=part).coalition_values))
-        back = order.argsort()  # (M,)
-        return Scores(*(torch.cat(columns, dim=1)[:, back] for columns in zip(*parts, strict=True)))
+        each = self.rows // len(self.classes)
+        found = evaluate_coalitions(self.model, self.batch.inputs, coalitions, each, self._stacked)  # (B, M, 2)
+        return Scores(*found.unbind(-1))
+
+    def _stacked(self, logits: Tensor) -> Tensor:
+        scores = self._read(logits)
+        return torch.stack([scores.values, scores.likelihoods], dim=-1)  # (B, m, 2)
 
     def _read(self, logits: Tensor) -> Scores:
         """The explained class's scores (B, m) in logits (B, m, K)."""

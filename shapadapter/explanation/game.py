@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.adapter import CHILD, ShapleyLayer
+from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.backbone import evaluation_view, reached
 from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.core.shapley import (
@@ -55,16 +56,6 @@ def source_of(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _by_size(call: Callable[[Tensor], Tensor], coalitions: Tensor, together: int) -> Tensor:
-    """Values (b, M, K) of coalitions (b, M, N), of the same sizes in every row, so many of a row at a time.
-
-    Coalitions of one size are one rectangular batch, so they are evaluated in order of size.
-    """
-    order = coalitions[0].sum(dim=1).argsort(stable=True)  # (M,)
-    values = torch.cat([call(coalitions[:, part]) for part in order.split(together)], dim=1)  # (b, M, K)
-    return values[:, order.argsort().to(values.device)]
-
-
 @dataclass(frozen=True)
 class BatchGame:
     """The games of a batch of images, with values of the classes (B, C) alone.
@@ -83,19 +74,18 @@ class BatchGame:
         """v(S) of some images (b,), each with its coalitions (b, M, N) of the same sizes: (b, M, C) fp32, on the CPU."""
         together = max(1, _PER_IMAGE * self.batch_size // _COALITIONS)
         parts = zip(images.split(together), coalitions.split(together), strict=True)
-        return torch.cat([_by_size(self._caller(some), chosen, _COALITIONS) for some, chosen in parts])
+        return torch.cat([self._values(some, chosen) for some, chosen in parts])
 
-    def _caller(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def _values(self, images: Tensor, coalitions: Tensor) -> Tensor:
         rows = images.to(self.classes.device)
         inputs = {name: value[rows] if name in IMAGE_INPUTS else value for name, value in self.inputs.items()}
 
-        def call(coalitions: Tensor) -> Tensor:
-            values = self.model(**inputs, coalitions=coalitions.to(rows.device)).coalition_values  # (b, m, K)
-            self.count(coalitions.shape[0] * coalitions.shape[1])
-            shown = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, m, C)
-            return values.gather(2, shown).float().cpu()
+        def shown(values: Tensor) -> Tensor:
+            self.count(values.shape[0] * values.shape[1])
+            classes = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, m, C)
+            return values.gather(2, classes).float().cpu()
 
-        return call
+        return evaluate_coalitions(self.model, inputs, coalitions, _COALITIONS, shown)
 
 
 class PatchGame:
@@ -136,15 +126,9 @@ class PatchGame:
 
     def values(self, coalitions: Tensor) -> Tensor:
         """v(S) of coalitions (M, N) bool: (M, K) fp32."""
-        model = evaluation_view(self.model)
-
-        def call(chosen: Tensor) -> Tensor:
-            chosen = chosen.to(self.pixel_values.device)  # (1, m, N)
-            output = model(pixel_values=self.pixel_values, coalitions=chosen, **self.options)
-            return output.coalition_values  # (1, m, K)
-
+        inputs = {"pixel_values": self.pixel_values, **self.options}
         with torch.inference_mode():
-            return _by_size(call, coalitions[None], self.batch_size)[0]
+            return evaluate_coalitions(evaluation_view(self.model), inputs, coalitions[None], self.batch_size)[0]
 
     def exact(self) -> Tensor:
         """The Shapley values by enumeration of all 2^N coalitions, (N, K) float64; at most 16 players."""
