@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,11 +12,7 @@ from typing import Any, TextIO
 
 import typer
 
-from shapadapter.core.phrases import one_line
-
-_VALUE = r"(True|\.{3}|\[\.{3}\]|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
-_ARGUMENT = re.compile(rf"load\(\.\.\., (\w+)={_VALUE}\)|(?<!\S)(?<!, )(\w+)={_VALUE}")
-"""What an error tells people to pass, by itself or to `load`; in the call of another function it is left as it is."""
+from shapadapter.core.phrases import as_options, one_line
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,9 @@ def reporting(
         hint: what to do after an interruption.
     """
     say = Say(sys.stdout, as_json)
+    options = {name.lstrip("-").replace("-", "_"): name for one in context.command.params for name in one.opts}
     try:
-        with redirect_stdout(sys.stderr if as_json else say.stream):
+        with redirect_stdout(sys.stderr if as_json else say.stream), as_options(options):
             yield say
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted. {hint}", err=True)
@@ -61,7 +55,7 @@ def reporting(
     except Exception as error:
         if not isinstance(error, _expected()):
             raise
-        typer.echo(f"Error: {one_line(as_typed(str(error), context)) or type(error).__name__}", err=True)
+        typer.echo(f"Error: {one_line(error) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -73,37 +67,6 @@ def _expected() -> tuple[type[Exception], ...]:
     client = sys.modules.get("huggingface_hub.utils")
     network = (client.httpx.HTTPError,) if client is not None else ()
     return (ShapleyError, ImportError, OSError, ValueError, *network)
-
-
-def as_typed(text: str, context: typer.Context) -> str:
-    """What an error tells people to type in Python, as the same is typed here: `load(..., base='x')` is `--base x`.
-
-    Values are quoted for a shell: names come from strangers, too, and what is said here is pasted there.
-
-    An option has the name of the argument that it is handed over as; one that the command does not have is left alone.
-    """
-    options = {name.lstrip("-").replace("-", "_"): name for one in context.command.params for name in one.opts}
-
-    def option(found: re.Match[str]) -> str:
-        """The argument that was found as an option, if it is one."""
-        name, value = filter(None, found.groups())
-        if name not in options:
-            return found[0]
-        if value == "True":
-            return options[name]
-        return f"{options[name]} {_quoted(value)}"
-
-    # A token is never an option: others could read it in the list of processes.
-    return _ARGUMENT.sub(option, text.replace("pass token=", "set HF_TOKEN"))
-
-
-def _quoted(value: str) -> str:
-    """A value of Python as one word of a shell; what is none, as `...`, as it is."""
-    try:
-        found = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        found = value
-    return shlex.quote(found) if isinstance(found, str) else value.strip("[]")
 
 
 def warn(text: str) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 from shapadapter.core.errors import redacted
 
@@ -43,3 +47,32 @@ def one_line(text: object, limit: int | None = None) -> str:
     line = " ".join(_DIRECTION.sub("", "".join(characters)).split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+_OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})  # noqa: B039 - never written to
+
+
+@contextmanager
+def as_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Within it, `argument` names the options of a command, by the arguments that they are handed over as."""
+    before = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(before)
+
+
+def argument(name: str, value: Any = ..., of: str | None = None) -> str:
+    """What to type to pass an argument: `base='x'`, or `load(..., base='x')` in Python; `--base x` for a command.
+
+    A value that is left to the reader is `...`, or `[...]` for several. Values are quoted for a shell: names come from
+    strangers, too, and what is said is pasted there.
+    """
+    open_value = "..." if value is ... else "[...]" if value == [...] else None
+    option = _OPTIONS.get().get(name)
+    if option is None:
+        typed = f"{name}={open_value or repr(value)}"
+        return typed if of is None else f"{of}(..., {typed})"
+    if value is True:
+        return option
+    return f"{option} {'...' if open_value else shlex.quote(str(value))}"

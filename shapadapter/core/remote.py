@@ -129,7 +129,7 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
     causes = list(_causes(error))
     for cause in causes:
         cause.args = tuple(redacted(one) if isinstance(one, str) else one for one in cause.args)
-    login = "log in with `hf auth login`, or pass token=."
+    login = "log in with `hf auth login`, or set HF_TOKEN."
     by_kind = (
         (
             GatedRepoError,
@@ -160,7 +160,7 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
     by_code = {
         None: None,
         401: f"The Hub does not know who asks for {repo_id}: there is no token, or it is not valid. L{login[1:]}",
-        403: f"This token may not write to {repo_id}. Log in as somebody who may, pass token=, or choose another name.",
+        403: f"This token may not write to {repo_id}. Log in as somebody who may, or choose another name.",
     }
     return by_code.get(code, f"The Hub at {constants.ENDPOINT} answered {code} about {repo_id}.")
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from shapadapter.backbone import Tiling, configured_size, evaluation_view, normalised
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.phrases import argument
 from shapadapter.data.classes import class_names, find_classes
 from shapadapter.data.collator import prepare_texts, text_rules
 from shapadapter.data.images import IMAGE_INPUTS, each, image_side, open_image, prepare_opened, unpatchify, unprocess
@@ -138,7 +139,7 @@ def predictions(
     config: Any = model.config
     if layer.anatomy.kind == "matching":
         if texts is None:
-            raise ShapleyError("The model matches images with texts: pass texts=[...].")
+            raise ShapleyError(f"The model matches images with texts: pass {argument('texts', [...])}.")
         labels = (texts,) if isinstance(texts, str) else tuple(texts)
         options = {**options, "text_embeds": embed_texts(model, labels, processor)}
     elif texts is not None:

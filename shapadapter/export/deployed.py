@@ -21,6 +21,7 @@ from shapadapter.adapter.checks import check_mergeable
 from shapadapter.adapter.weights import is_quantised
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.core.phrases import argument
 from shapadapter.data.classes import class_names
 from shapadapter.explanation.api import base_of, embed_texts, prepared_batches
 from shapadapter.explanation.game import active_layer
@@ -141,7 +142,8 @@ def _classes(
     matching = layer.anatomy.kind == "matching"
     if matching and texts is None:
         raise ShapleyError(
-            "The model matches images with texts, which are fixed in an exported file: pass texts=[...]."
+            "The model matches images with texts, which are fixed in an exported file: pass "
+            f"{argument('texts', [...])}."
         )
     if not matching and texts is not None:
         raise ShapleyError(f"{type(base_of(model)).__name__} does not match images with texts; leave texts out.")

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import refuse_link
+from shapadapter.core.phrases import argument
 from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.game import active_layer
@@ -81,20 +82,22 @@ def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[st
     """Where the base model is, and its revision if it is the one the adapter recorded."""
     if base is not None:
         if is_path(str(base)) and not (Path(base) / "config.json").is_file():
-            raise ShapleyError(f"base={str(base)!r} holds no model: expected config.json in it.")
+            raise ShapleyError(f"{argument('base', str(base))} holds no model: expected config.json in it.")
         return str(base), None
     recorded = config.base_model_name_or_path
     if not recorded:
-        raise ShapleyError(f"The adapter {files.name} does not name its base model. Say where it is: base=...")
+        raise ShapleyError(
+            f"The adapter {files.name} does not name its base model. Say where it is: {argument('base')}"
+        )
     if not files.fetched:
         try:
             return find_base(files.folder, str(recorded)), config.revision
         except ShapleyError as error:
-            raise ShapleyError(f"{error} Or say where it is: base=...") from error
+            raise ShapleyError(f"{error} Or say where it is: {argument('base')}") from error
     if is_path(str(recorded)):
         raise ShapleyError(
             f"The adapter {files.name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
-            "you have that model, say where: base=... Its author can push both: push(folder, repo_id, base_repo_id=...) "
+            f"you have that model, say where: {argument('base')} Its author can push both: push(folder, repo_id, base_repo_id=...) "
             "of shapadapter.hub."
         )
     return str(recorded), config.revision
@@ -133,16 +136,16 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
     trouble = None if Path(root).is_dir() else hub_trouble(error, root, revision)
     if trouble is not None:
         remedy = (
-            f"If its weights are unchanged elsewhere, load(..., base={root!r}) takes its newest revision."
+            f"If its weights are unchanged elsewhere, {argument('base', root, of='load')} takes its newest revision."
             if "has no revision" in trouble
-            else "Put its folder beside the adapter, or say where it is: base=..."
+            else f"Put its folder beside the adapter, or say where it is: {argument('base')}"
         )
         return f"The base model {root} of the adapter {name} is not there. {trouble} {remedy}"
     if "safetensors" in str(error):
         return (
             f"The base model {root} has no safetensors file, and pickles are not read. Convert it once, if you trust it: "
             f"AutoModelForImageClassification.from_pretrained({root!r}).save_pretrained('base'), its processor likewise; "
-            "then load(..., base='base')."
+            f"then {argument('base', 'base', of='load')}."
         )
     if "trust_remote_code" in str(error):
         return comes_with_code(root)
@@ -153,7 +156,7 @@ def comes_with_code(base: str) -> str:
     """What to say where transformers refuses to run the code of a base model."""
     return (
         f"The base model {base} comes with code of its own, which would run here. Read it, and if you trust it, "
-        "load(..., trust_remote_code=True)."
+        f"{argument('trust_remote_code', True, of='load')}."
     )
 
 

@@ -16,6 +16,7 @@ from shapadapter.adapter.registration import NAME
 from shapadapter.core.documents import read_json, shown
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import refuse_links
+from shapadapter.core.phrases import argument
 from shapadapter.core.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
 
 _NAMED = 5  # folders with an adapter, in an error
@@ -105,7 +106,7 @@ class AdapterFiles:
         there += ", ".join(f"{self.source}/{inner}" for inner in found[:_NAMED])
         there += ", ..." if len(found) > _NAMED else "."
         typed = next((inner for inner in found if _is_inside(inner)), None)
-        return f"{there} Say which: load(..., subfolder={typed!r})." if self.fetched and typed else there
+        return f"{there} Say which: {argument('subfolder', typed, of='load')}." if self.fetched and typed else there
 
     def _listed(self) -> list[str]:
         """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
@@ -128,7 +129,7 @@ def locate(source: str, subfolder: str | None, revision: str | None, token: str 
     if Path(source).is_dir():
         if revision is not None:
             raise ShapleyError(
-                f"revision={revision!r} is one of a repository on the Hub, but {source} is a folder here."
+                f"{argument('revision', revision)} is one of a repository on the Hub, but {source} is a folder here."
             )
         return AdapterFiles(source, Path(source), inner)
     if is_path(source):
@@ -158,6 +159,6 @@ def _inside(subfolder: str | None) -> str:
     path = PureWindowsPath(subfolder)  # knows both kinds of slashes, and drives
     if path.anchor or ".." in path.parts or not path.parts:
         raise ShapleyError(
-            f"subfolder={subfolder!r} does not name a folder inside another one: expected a name such as 'best'."
+            f"{argument('subfolder', subfolder)} does not name a folder inside another one: expected a name such as 'best'."
         )
     return path.as_posix()

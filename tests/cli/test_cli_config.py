@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 from commands import COMMANDS, error_of, run
-from typer.main import get_command
 
-from shapadapter.cli import app
-from shapadapter.cli.messages import as_typed
-from shapadapter.core.phrases import one_line
+from shapadapter.core.phrases import argument, as_options, one_line
 
 HOSTILE = "x'$(touch pwned)"
 
@@ -72,31 +69,23 @@ def test_the_texts_of_errors_are_one_line_without_what_a_terminal_acts_upon():
 
 
 def test_what_an_error_tells_to_type_is_an_option_here():
-    assert "--base ./nowhere is no folder" in error_of("explain", "out", "photos", "--base", "./nowhere")
+    assert "--base ./nowhere holds no model" in error_of("explain", "out", "photos", "--base", "./nowhere")
     assert "--revision v2 is one of a repository" in error_of("space", "out", "space", "--revision", "v2")
-    context = get_command(app).commands["explain"].make_context("explain", ["out", "photos"])
-    for text, said in {
-        "If you trust it, load(..., trust_remote_code=True).": "If you trust it, --trust-remote-code.",
-        "is elsewhere, load(..., base='ada/vit') takes": "is elsewhere, --base ada/vit takes",
-        f"load(..., base={HOSTILE!r}) or base={HOSTILE + chr(34)!r}": (
-            f"--base {shlex.quote(HOSTILE)} or --base {shlex.quote(HOSTILE + chr(34))}"
-        ),
-        "Pass texts=[...]. Say where: base=...": "Pass --texts .... Say where: --base ...",
-        "log in with `hf auth login`, or pass token=.": "log in with `hf auth login`, or set HF_TOKEN.",
-    }.items():
-        assert as_typed(text, context) == said
-    for left in (
-        "Use removal='mask'.",  # which is none of the command's options
-        "There is no folder runs/base='x'/seed=0, or base=x.",
-        "ViT.from_pretrained('ada/vit', revision='v1'), then explain(model, texts=['a cat'])",
-    ):
-        assert as_typed(left, context) == left
+    assert argument("base", "ada/vit", of="load") == "load(..., base='ada/vit')"
+    assert argument("texts", [...]) == "texts=[...]"
+    assert argument("base") == "base=..."
+    with as_options({"base": "--base", "trust_remote_code": "--trust-remote-code", "texts": "--texts"}):
+        assert argument("base", "ada/vit", of="load") == "--base ada/vit"
+        assert argument("base", HOSTILE) == f"--base {shlex.quote(HOSTILE)}"
+        assert argument("trust_remote_code", True, of="load") == "--trust-remote-code"
+        assert argument("texts", [...]) == "--texts ..."
+        assert argument("removal", "mask") == "removal='mask'"  # which is none of the command's options
+    assert argument("base") == "base=..."
 
 
 def test_what_is_pasted_is_one_word(tmp_path):
-    context = get_command(app).commands["explain"].make_context("explain", ["out", "photos"])
     for name in (HOSTILE, f'{HOSTILE}"', "a b", "a;touch pwned", "`touch pwned`", "back\\", "x\\'$(touch pwned)"):
-        said = as_typed(f"Say which: load(..., subfolder={name!r}).", context)
-        words = f"printf %s {said.removeprefix('Say which: --subfolder ').removesuffix('.')}"
+        with as_options({"subfolder": "--subfolder"}):
+            words = f"printf %s {argument('subfolder', name, of='load').removeprefix('--subfolder ')}"
         assert subprocess.run(["sh", "-c", words], cwd=tmp_path, capture_output=True, text=True).stdout == name
     assert not list(tmp_path.iterdir())

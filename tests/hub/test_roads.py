@@ -40,7 +40,7 @@ def test_no_more_is_fetched_than_needed(reader):
 def test_a_private_repository_says_how_it_is_read(reader):
     refused = lines(reader, "refused")
     assert len(refused) == 3
-    assert all("it is private and you may not see it" in line and "pass token=" in line for line in refused)
+    assert all("it is private and you may not see it" in line and "HF_TOKEN" in line for line in refused)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from shapadapter.core import installation
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
 from shapadapter.core.files import refuse_link, whole_folder
+from shapadapter.core.phrases import argument
 from shapadapter.core.remote import BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
 from shapadapter.hub.card.facts import one_line, text, words
 from shapadapter.hub.card.renewal import card_metadata
@@ -115,12 +116,12 @@ def write_space(
         raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
     if revision is not None and source.adapter is not None:
         raise ShapleyError(
-            f"revision={revision!r} is one of a repository on the Hub, but {checkpoint} is a folder here."
+            f"{argument('revision', revision)} is one of a repository on the Hub, but {checkpoint} is a folder here."
         )
     if source.base is not None and not copy_base:
         raise ShapleyError(
             f"The base model of {checkpoint} is {source.base}, a folder on this computer, of which the Space would hold a copy. "
-            "If it may, pass copy_base=True"
+            f"If it may, pass {argument('copy_base', True)}"
         )
     title = one_line(title or "") or one_line(f"{source.name.split('/')[-1]} explains itself")
     readme, program = (
