@@ -293,11 +293,7 @@ def check_files_when_read() -> None:
 
 
 def check_files(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a configuration of ours with values that cannot be, and weights beside it that do not fit it.
-
-    Raises:
-        CheckpointError: naming the file and what is wrong.
-    """
+    """Refuse a configuration of ours with values that cannot be, and weights beside it that do not fit it."""
     if content.get("peft_type") != PeftType.SHAPLEY.value:  # type: ignore[attr-defined]
         if "shapadapter_version" in content:
             checked(content, _Ours, path)

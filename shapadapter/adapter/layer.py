@@ -76,11 +76,7 @@ class _NoLoraPairs:
 
 
 class ShapleyLayer(nn.Module, BaseTunerLayer):
-    """Token and head of all adapters of one model.
-
-    Args:
-        anatomy: where the base model keeps its parts.
-    """
+    """Token and head of all adapters of one model."""
 
     adapter_layer_names = tuple(f"lora_shapley_{leaf}" for leaf in (*_PARAMETERS, *_MODULES))
     other_param_names = ("rules", "configs")
@@ -168,12 +164,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         return torch.tensor(color, device="cpu") if learned is None else learned.detach()
 
     def tiling(self, pixel_values: Tensor, **options: Any) -> Tiling:
-        """How the active adapter's players lie on images (B, C, H, W).
-
-        Raises:
-            ImageError: the images are not of a kind, or size, that the players can tile.
-            ShapleyError: no adapter is active.
-        """
+        """How the active adapter's players lie on images (B, C, H, W)."""
         if self.active is None:
             raise ShapleyError("No Shapley adapter is active.")
         rules = self.rules[self.active]

@@ -14,9 +14,6 @@ def register() -> None:
     """Register the method with PEFT; a second call changes nothing.
 
     PEFT accepts members of its enum only, and transformers asks them for `.value`, so the member has to be real.
-
-    Raises:
-        ImportError: PEFT has no longer what the adapter overrides.
     """
     _extend_enum()
     from shapadapter.adapter.config import ShapleyConfig, check_files_when_read

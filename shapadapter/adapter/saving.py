@@ -155,11 +155,7 @@ def read_pictures(folder: Path, record: Any) -> dict[str, bytes]:
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, bytes], record: Any) -> None:
-    """Write those pictures into an adapter's folder that its record lists, and delete those of ours that it does not.
-
-    Raises:
-        CheckpointError: the folder of pictures is a link.
-    """
+    """Write those pictures into an adapter's folder that its record lists, and delete those of ours that it does not."""
     place, listed = folder / PICTURES, picture_files(record)
     if place.is_symlink():
         raise CheckpointError(

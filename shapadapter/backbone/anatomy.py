@@ -43,11 +43,7 @@ class Anatomy(Profile):
         return "sequence" if self.attentions else "readout"
 
     def cells(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> tuple[int, int]:
-        """The (rows, cols) of cells on images (B, C, H, W), or on patches (B, N, 3 * p * p) of `spatial_shapes`.
-
-        Raises:
-            ImageError: the images have another shape or other channels, or are smaller than a cell.
-        """
+        """The (rows, cols) of cells on images (B, C, H, W), or on patches (B, N, 3 * p * p) of `spatial_shapes`."""
         if self.family.patches:
             return _patch_grid(pixel_values, spatial_shapes)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.channels:

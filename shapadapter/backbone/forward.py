@@ -107,11 +107,7 @@ _PASSED_ON = ("interpolate_pos_encoding", "output_attentions", "output_hidden_st
 
 
 def check_options(model: nn.Module, options: Iterable[str], function: Callable[..., Any]) -> None:
-    """Refuse options that neither a function of this package nor the wrapped model's forward knows.
-
-    Raises:
-        TypeError: nobody would look at an argument; names what may have been meant.
-    """
+    """Refuse options that neither a function of this package nor the wrapped model's forward knows."""
     # Not by its class: the import of PEFT is followed by that of the adapter, which is above this room.
     base: Any = getattr(model, "get_base_model", lambda: model)()
     own, forward = _named_parameters(function), _named_parameters(base.forward)

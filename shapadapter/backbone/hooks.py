@@ -102,10 +102,6 @@ class FeatureHooks:
 
     Hooks are bound methods of this object, which the adapter's layer holds: deepcopy and pickle of the model keep them
     together, where closures would go on pointing at the old model.
-
-    Args:
-        anatomy: where the blocks and the features are.
-        token: gives the active adapter's token (1, 1, D), or None while it has none.
     """
 
     def __init__(self, anatomy: Anatomy, token: Callable[[], Tensor | None] | None = None) -> None:

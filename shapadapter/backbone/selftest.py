@@ -49,10 +49,6 @@ def settle(
     With "auto", tokens are dropped if that gives what masking gives (it does not with rotary or relative positions),
     else masked; where there are no tokens, or a player of `grid` is not a whole number of them, pixels are replaced.
     The model is left as it was.
-
-    Raises:
-        UnsupportedModelError: the parts are not there, a token would change the base logits, or an absent player has
-            influence. The message says what was looked for and found, in each way that was tried.
     """
     profile_of(model)
     return in_sufficient_precision(partial(_settle, model, removal, grid, with_token), model)

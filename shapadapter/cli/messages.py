@@ -37,13 +37,7 @@ class Say:
 def reporting(
     context: typer.Context, as_json: bool, hint: str = "Run the command again to start over."
 ) -> Iterator[Say]:
-    """Run a command: what goes wrong is said in one line, with exit code 1; an interruption has 130.
-
-    Args:
-        context: of the command, which knows its options.
-        as_json: whether the standard output is for json alone; what else is printed goes to the other one then.
-        hint: what to do after an interruption.
-    """
+    """Run a command: what goes wrong is said in one line, with exit code 1; an interruption has 130."""
     say = Say(sys.stdout, as_json)
     options = {name.lstrip("-").replace("-", "_"): name for one in context.command.params for name in one.opts}
     try:

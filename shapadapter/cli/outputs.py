@@ -28,9 +28,6 @@ def find_images(given: list[Path]) -> dict[Path, Path]:
     """Files as they were given, and the images in folders, in order of their names; each with its place in the folder.
 
     Links to folders are not followed, and neither hidden files nor what this command wrote are images.
-
-    Raises:
-        ShapleyError: a folder has no images.
     """
     from shapadapter.core.errors import ShapleyError
 

@@ -29,15 +29,6 @@ def launch(module: str, arguments: list[str], config: Path | None, *, quiet_outp
 
     They are a process group of their own: whoever interrupts this command, by Ctrl-C or by a signal to it alone, interrupts
     all of them, and no training is left behind.
-
-    Args:
-        module: of the package.
-        arguments: its words.
-        config: a file of `accelerate config`; None for accelerate's default.
-        quiet_output: whether what is printed goes to the standard error.
-
-    Raises:
-        KeyboardInterrupt: it was interrupted or told to end; all processes have ended.
     """
     chosen = [] if config is None else ["--config_file", str(config)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *chosen, "-m", module, *arguments]
@@ -161,11 +152,7 @@ def train(
 
 
 def _script() -> Any:
-    """The parser of the training script.
-
-    Raises:
-        ImportError: what reads data sets is missing.
-    """
+    """The parser of the training script."""
     if find_spec("datasets") is None:
         raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
     from shapadapter.training.script import parser
@@ -174,11 +161,7 @@ def _script() -> Any:
 
 
 def _check_sources(model: str, data: str) -> None:
-    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub.
-
-    Raises:
-        ShapleyError: one cannot be.
-    """
+    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub."""
     from shapadapter.training.script import beside, check_data, check_model
 
     check_model(model)
@@ -190,11 +173,7 @@ def _check_sources(model: str, data: str) -> None:
 
 
 def _check_output(arguments: list[str], script: Any) -> None:
-    """Refuse the folder of an earlier training, before anything starts.
-
-    Raises:
-        ShapleyError: there is one, and nobody said that it may go.
-    """
+    """Refuse the folder of an earlier training, before anything starts."""
     from shapadapter.training.script import check_output
 
     asked = script.parse_known_args(arguments)[0]
@@ -216,11 +195,7 @@ def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
 
 
 def check(arguments: list[str], given: list[str], script: Any) -> None:
-    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense.
-
-    Raises:
-        typer.BadParameter: there is one.
-    """
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense."""
     known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
     for word in given:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")

@@ -232,9 +232,6 @@ def refuse_links(folder: Path, subfolder: str = "") -> None:
     """Refuse a folder, or the model in a subfolder of it, if a file there is a link to something outside `folder`.
 
     What is saved, copied or uploaded would hold what the link leads to. `folder` itself may be reached by a link.
-
-    Raises:
-        CheckpointError: There is such a link.
     """
     place = folder / subfolder
     inside = [place / name for name in _READ_FOLDERS]
@@ -245,11 +242,7 @@ def refuse_links(folder: Path, subfolder: str = "") -> None:
 
 
 def refuse_link(path: Path, folder: Path) -> None:
-    """Refuse a path in a folder that leads out of it by a link; the links of the Hub's cache are no such links.
-
-    Raises:
-        CheckpointError: It does.
-    """
+    """Refuse a path in a folder that leads out of it by a link; the links of the Hub's cache are no such links."""
     if leads_out(path, folder):
         raise CheckpointError(
             f"{path} is a link that leads out of {folder}, and what is there is no part of it: delete the link, or put a "

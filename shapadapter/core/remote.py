@@ -84,9 +84,6 @@ def find_base(folder: Path, name: str) -> str:
 
     A path was saved as it was seen from wherever the training ran. It is looked for here, from the adapter's folder and
     those above it, and beside the adapter; with the slashes of either system.
-
-    Raises:
-        ShapleyError: the name is a path, and nothing is there.
     """
     folder, path, windows = folder.resolve(), Path(name), PureWindowsPath(name)
     last = windows.name or path.name

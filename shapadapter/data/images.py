@@ -120,10 +120,6 @@ def open_image(image: Any) -> Any:
     channels, the `{"bytes": ..., "path": ...}` in which `datasets` keeps a file, or a row with one of these: a dict with
     an image column, or a pair of image and label. Photographs are turned as their EXIF data say; grey images of 16 bits
     are scaled. Floats come back as an array (H, W, 3): only with a processor can be told what range is right.
-
-    Raises:
-        UnreadableImageError: missing or unreadable file.
-        ImageError: wrong channel count or range, or no image at all.
     """
     image = _of_row(image)
     try:

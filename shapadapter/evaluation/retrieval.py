@@ -92,11 +92,7 @@ class Retrieval:
     pairs: int
 
     def recall(self, deleted: float, order: str, k: int) -> RetrievalRow:
-        """The row of one condition; without deletion the order does not matter.
-
-        Raises:
-            KeyError: it was not measured.
-        """
+        """The row of one condition; without deletion the order does not matter."""
         for row in self.rows:
             if row.deleted == deleted and row.k == k and (row.order == order or deleted == 0):
                 return row

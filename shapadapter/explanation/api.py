@@ -188,11 +188,7 @@ def _likelihood(model: nn.Module) -> str:
 
 
 def embed_texts(model: nn.Module, texts: Sequence[str], processor: Any) -> Tensor:
-    """Normalized embeddings (T, P) of texts: the directions along which a matching model's attributions are read.
-
-    Raises:
-        ShapleyError: there is no tokenizer, or a text is longer than the model takes.
-    """
+    """Normalized embeddings (T, P) of texts: the directions along which a matching model's attributions are read."""
     inputs = prepare_texts(texts, processor, text_rules(model))
     device, base = device_of(model), base_of(evaluation_view(model))
     with torch.no_grad():

@@ -29,11 +29,7 @@ _PER_IMAGE = 8  # coalitions, of all images, in a call: so many times `batch_siz
 
 
 def active_layer(model: nn.Module) -> ShapleyLayer:
-    """The Shapley layer of a wrapped model.
-
-    Raises:
-        ShapleyError: the model has none, no adapter in it is active, or it is a module around the wrapped model.
-    """
+    """The Shapley layer of a wrapped model."""
     layers = [m for m in model.modules() if isinstance(m, ShapleyLayer)] if isinstance(model, nn.Module) else []
     if len(layers) != 1 or layers[0].active is None:
         raise ShapleyError(

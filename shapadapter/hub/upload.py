@@ -144,11 +144,7 @@ def _staged(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def copy_files(folder: Path, target: Path, patterns: Sequence[str], link: bool = False) -> None:
-    """Copy those files of a folder that match a pattern, or give them a second name, where the disk can.
-
-    Raises:
-        CheckpointError: one of them is a link out of the folder; nothing is copied then.
-    """
+    """Copy those files of a folder that match a pattern, or give them a second name, where the disk can."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     for path in found:
         refuse_link(path, folder)

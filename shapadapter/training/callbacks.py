@@ -46,9 +46,6 @@ class LossMonitor(TrainerCallback):
     """Sums up what batches say, on the device, and tells whether their losses are finite.
 
     Nothing is read from the device before a log, or before the backward pass of a step is queued: it would be kept waiting.
-
-    Args:
-        trainer: whose accelerator and settings are used.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -78,13 +75,7 @@ class LossMonitor(TrainerCallback):
     ) -> None:
         """Add the terms of a batch's loss, its coalition fit, and in training the spread of its logits.
 
-        Args:
-            mode: "train" or "eval".
-            outputs: of the model, of B images.
-            coalitions: (B, M, N).
-            terms: by name, means over the labels (`TASK`) or over the images.
-            labels: how many are known, () or a number.
-            counts: whether any image is there on its own account, and could be read.
+        `coalitions` is (B, M, N), `terms` are means by name.
         """
         size = outputs.logits.shape[0]
         for name, term in terms.items():
@@ -149,11 +140,7 @@ class LossMonitor(TrainerCallback):
             event.record()
 
     def check_finite(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """After the backward pass of a step: stop if any process had a loss that is not finite.
-
-        Raises:
-            ShapleyError: with the likely cause.
-        """
+        """After the backward pass of a step: stop if any process had a loss that is not finite."""
         if self._lost is None:
             return
         (count, event), self._lost = self._lost, None
@@ -191,10 +178,6 @@ class AttributionMaps(TrainerCallback):
     are left as they were.
 
     Every process runs the forward pass, because a sharded model needs them all, and the main process alone writes.
-
-    Args:
-        trainer: whose model, collator and reports are used.
-        images: how many images.
     """
 
     def __init__(self, trainer: Trainer, images: int) -> None:
@@ -234,11 +217,7 @@ class AttributionMaps(TrainerCallback):
 
 
 def explained(trainer: Any, dataset: Any, images: int) -> tuple[Explanation, Any]:
-    """Explain some images of a data set as the trainer's model sees them; every process has to call it.
-
-    Returns:
-        The explanation, and the labels of its images, None without.
-    """
+    """Explain some images of a data set as the trainer's model sees them; every process has to call it."""
     with seeded(0), trainer.compute_loss_context_manager():
         rows = list(some_rows(dataset, images))
         texts = None

@@ -135,15 +135,7 @@ class Checkpoints:
         self.unfinished: Path | None = None
 
     def save(self, write: Callable[[], None], folder: Path) -> None:
-        """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go.
-
-        Args:
-            write: `Trainer`'s saving, which asks `_get_output_dir` where to.
-            folder: checkpoint-<step> in the folder of the run.
-
-        Raises:
-            CheckpointError: it could not be written; with the reason, and the checkpoint to go on from.
-        """
+        """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         try:
             with ExitStack() as stack:
@@ -179,11 +171,7 @@ class Checkpoints:
             rotate(folder.parent, args.save_total_limit, {folder} | ({Path(best)} if best else set()))
 
     def chosen(self, wish: Any) -> str | None:
-        """The checkpoint to go on from, by what `resume_from_checkpoint` says; None to start anew.
-
-        Raises:
-            CheckpointError: it is damaged or not there.
-        """
+        """The checkpoint to go on from, by what `resume_from_checkpoint` says; None to start anew."""
         said = str(wish).lower()  # a command line says True as a word
         if wish is None or said == "false":
             return None
@@ -213,11 +201,7 @@ class Checkpoints:
         return next((found for found in gather_object([mine]) if found), None)
 
     def check_best(self) -> None:
-        """Refuse to load a best model that is damaged, once the weights of the last step are saved.
-
-        Raises:
-            CheckpointError: it is.
-        """
+        """Refuse to load a best model that is damaged, once the weights of the last step are saved."""
         trainer, folder = self.trainer, self.trainer.state.best_model_checkpoint
         if damage := self.damage_in(Path(str(folder))):
             trainer.save_model(_internal_call=True)  # not pushed

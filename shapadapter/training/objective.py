@@ -44,12 +44,7 @@ class Shares:
 
 
 class Objective:
-    """What a trainer's loss is taken of, and what it is made of.
-
-    Args:
-        trainer: whose settings, data and model are used.
-        soft_task: the task loss where it is not the base model's.
-    """
+    """What a trainer's loss is taken of, and what it is made of."""
 
     def __init__(self, trainer: Any, soft_task: SoftTask | None) -> None:
         self.trainer, self.soft_task = trainer, soft_task
@@ -222,11 +217,7 @@ def soft_task(
     names: Mapping[int, str] | None,
     own_loss: Any,
 ) -> SoftTask | None:
-    """The task loss where one of `_OPTIONS` is on, None for the base model's; `own_loss` is the user's, or None.
-
-    Raises:
-        ShapleyError: the task is not one class for each image, or its loss is the user's; and as `class_weights`.
-    """
+    """The task loss where one of `_OPTIONS` is on, None for the base model's; `own_loss` is the user's, or None."""
     asked = [name for name in _OPTIONS if getattr(args, name)]
     if not asked:
         return None
@@ -267,9 +258,6 @@ def class_weights(
     """The weights (K,) of the classes, as given, or `n / (K * n_k)` for `n_k` of `n` training images in class k.
 
     So their mean over the images is 1 (King & Zeng 2001; as in scikit-learn).
-
-    Raises:
-        ShapleyError: another number of weights than classes; or labels that cannot be counted, or not of all classes.
     """
     if not isinstance(wanted, str):
         if len(wanted) != classes:

@@ -160,11 +160,7 @@ class RecordingTrainer(PushingTrainer):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer`'s saving, with a model card; one that is not a checkpoint gets pictures of held-out images.
-
-        Raises:
-            DiskFullError: There is no room for it.
-        """
+        """`Trainer`'s saving, with a model card; one that is not a checkpoint gets pictures of held-out images."""
         pushed = self.args.push_to_hub and not _internal_call  # which saves once more
         self._drawn = None if self._saving or pushed else self._draw()
         try:
@@ -250,19 +246,7 @@ class RecordingTrainer(PushingTrainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write the card in `output_dir` with what only a person knows; it is kept for later saves.
-
-        Args:
-            language: of the texts, for a model that matches images with texts.
-            license: its identifier on the Hub, such as "apache-2.0".
-            tags: added to the metadata.
-            model_name: the card's title.
-            finetuned_from: name of the base model on the Hub, where the model does not know it.
-            tasks: added to the tags.
-            dataset_tags: names of data sets on the Hub.
-            dataset: the data, in words or as names on the Hub.
-            dataset_args: which part of the data.
-        """
+        """Write the card in `output_dir` with what only a person knows; it is kept for later saves."""
         self.note_about(**{name: value for name, value in locals().items() if name != "self"})
         config = self._adapter()
         if config is None or not self.is_world_process_zero():

@@ -144,16 +144,7 @@ class ScriptArguments:
 def load_images(
     args: ScriptArguments, seed: int, corrupt_images: Literal["fail", "skip"] = "fail"
 ) -> DatasetDict | IterableDatasetDict:
-    """Splits `train` and `test` with the columns `image` and `label`; how many images there are is printed.
-
-    Args:
-        args: where the images are.
-        seed: of what is drawn.
-        corrupt_images: "skip" passes over files in the folder that are no images, "fail" refuses them.
-
-    Raises:
-        ShapleyError: it is no folder of images in classes, or there is no such split or column.
-    """
+    """Splits `train` and `test` with the columns `image` and `label`; how many images there are is printed."""
     splits = _chosen(args, corrupt_images)
     alone: list[str] = []
     if "test" not in splits:

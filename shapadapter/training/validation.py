@@ -84,9 +84,6 @@ class LabelledData:
         """Refuse a data set, or one of several, in whose labels there is anything else, as far as they can be read.
 
         What the first ones are is kept.
-
-        Raises:
-            ShapleyError: there is.
         """
         if type(collator) is not ImageCollator:  # which may make labels of anything
             return
@@ -102,11 +99,7 @@ class LabelledData:
                 collator.labels = collator.labels and self.rules
 
     def check_known(self, dataset: Any) -> None:
-        """Refuse to train a prediction by vote on data without labels: it would learn no classes.
-
-        Raises:
-            ShapleyError: there is no column of labels, or no label in it is known.
-        """
+        """Refuse to train a prediction by vote on data without labels: it would learn no classes."""
         columns = _columns_of(dataset)
         if columns is not None and self.rules.column(columns) is None:
             raise self.missing(columns)
@@ -138,11 +131,7 @@ class LabelledData:
         )
 
     def with_unknown_marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch of another's collator, whose labels (B,) or (B, K) are classes, or marked as the loss knows it.
-
-        Raises:
-            ShapleyError: one is no class.
-        """
+        """A batch of another's collator, whose labels (B,) or (B, K) are classes, or marked as the loss knows it."""
         labels = inputs["labels"]
         self.rules.check_batch(labels.cpu())
         quantities = self.rules.kind(several=False) == "quantity"
@@ -167,11 +156,7 @@ def are_several(dataset: Any) -> bool:
 
 
 def as_model_reads(dataset: Any, labelled: LabelledData | None, several: bool = False) -> Any:
-    """The data set, or several by name, with labels as the model counts classes of the same name; streams undecoded.
-
-    Raises:
-        ShapleyError: it has splits where one is wanted, or other classes than the model.
-    """
+    """The data set, or several by name, with labels as the model counts classes of the same name; streams undecoded."""
     if are_several(dataset):
         if several:
             return {name: as_model_reads(part, labelled) for name, part in dataset.items()}
@@ -260,12 +245,7 @@ _CROPPED, _COLORED, _BATCH = 16, 256, 32
 
 
 def warn_of_crops(dataset: Any, collator: Any) -> None:
-    """Warn where the image processor cuts off 1 % or more, on average over a few images spread over the data set.
-
-    Args:
-        dataset: rows by index; a stream is left alone.
-        collator: what makes batches of them; its image processor is asked.
-    """
+    """Warn where the image processor cuts off 1 % or more, on average over a few images spread over the data set."""
     processor = image_side(getattr(collator, "processor", None))
     listed = (
         hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
@@ -302,13 +282,6 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
     """The mean of each channel over up to 256 images, evenly spread over a data set that has a length.
 
     The same in every process and in every run: no random numbers are drawn that the training would miss.
-
-    Args:
-        dataset: the training data.
-        collate: makes a batch with `pixel_values` (B, C, H, W) of its rows.
-
-    Returns:
-        One number for each channel, as the image processor scales them.
     """
     sums: list[Tensor] = []
     with seeded(0):

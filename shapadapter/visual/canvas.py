@@ -47,11 +47,7 @@ class DescribedFigure(Figure):
     alt_text: str = ""
 
     def savefig(self, fname: Any, *, transparent: bool | None = None, **kwargs: Any) -> None:
-        """As matplotlib's own; `metadata` given here wins over the description. A file is never seen half-written.
-
-        Raises:
-            DiskFullError: There is no room for the file.
-        """
+        """As matplotlib's own; `metadata` given here wins over the description. A file is never seen half-written."""
         named = Path(fname).suffix[1:] if isinstance(fname, str | PathLike) else ""
         kind = str(kwargs.get("format") or named or rcParams["savefig.format"]).lower()
         if self.alt_text and kind in _METADATA_FIELDS:

@@ -268,16 +268,7 @@ def _strip_lines(column: Column) -> tuple[str, str]:
 def sample_pictures(
     explanation: Explanation, max_classes: int, labels: Sequence[int] | None = None
 ) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    """Draw every image of an explanation as a strip.
-
-    Args:
-        explanation: Of the images to be shown.
-        max_classes: Maps beside each image.
-        labels: The class of each image, None if unknown.
-
-    Returns:
-        Contents of PNG files by name, and for the card's record `file` and `alt` of each.
-    """
+    """Draw every image of an explanation as a strip."""
     files, listed = {}, []
     for index in range(len(explanation)):
         known = labels is not None and 0 <= labels[index] < len(explanation.labels)

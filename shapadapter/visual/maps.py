@@ -54,9 +54,6 @@ def signed_colors(values: npt.ArrayLike, limit: float) -> Bytes:
     """Color numbers (...) as RGBA (..., 4) uint8, not premultiplied: the sign gives the hue, the size the opacity.
 
     The absolute value `limit` is fully opaque, and above it nothing changes. With 0, all is transparent.
-
-    Raises:
-        ValueError: If a value is NaN or infinite, or the limit is negative.
     """
     array = _finite(values)
     if not limit >= 0:
@@ -134,11 +131,7 @@ def outline(axes: Axes, chosen: Flags) -> None:
 
 
 def strongest(values: Floats, share: float) -> Flags:
-    """The share, rounded up, of patches with the largest numbers for or against; never one that is zero.
-
-    Raises:
-        ValueError: If the share is not between 0 and 1.
-    """
+    """The share, rounded up, of patches with the largest numbers for or against; never one that is zero."""
     if not 0 < share < 1:
         raise ValueError(
             f"Expected contour to be a share of the patches between 0 and 1, such as 0.1, but got {share}."
@@ -150,11 +143,7 @@ def strongest(values: Floats, share: float) -> Flags:
 
 
 def width_for_numbers(grid: tuple[int, int], aspect: float, least: float, most: float) -> float:
-    """How wide a panel, `aspect` times as high, has to be, in inches, for a number to be read in each patch.
-
-    Raises:
-        ValueError: If there are too many patches.
-    """
+    """How wide a panel, `aspect` times as high, has to be, in inches, for a number to be read in each patch."""
     rows, cols = grid
     needed = max(cols * _SMALLEST * _NUMBER_WIDTH, rows * _SMALLEST * 1.5 / aspect) / 72
     if needed > most:

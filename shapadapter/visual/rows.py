@@ -102,10 +102,6 @@ def make_row(
 
     They lie on what the model saw, or on `original`, the image as it was given to `explain`, resized to a height in
     pixels if one is given.
-
-    Raises:
-        ImageError: If the original is no image.
-        ValueError: If errors are asked for and not known, or the original is another image, or its frame not known.
     """
     one = explanation[index]
     picture, box = _picture(one, original)

@@ -41,15 +41,6 @@ def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: 
     """A card with this block and these metadata.
 
     A card that is not ours keeps its text and gets the metadata that it lacks.
-
-    Args:
-        card: its text, None without one.
-        markdown: of the block.
-        metadata: what is known.
-        tags: which the user wants added.
-
-    Raises:
-        ValueError: its yaml or its text cannot be read.
     """
     whole = card or ""
     if len(whole) > LONGEST:
@@ -161,11 +152,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def read_yaml(block: str) -> dict[str, Any]:
-    """The yaml of a card as a dict.
-
-    Raises:
-        ValueError: it is no yaml, no mapping, or too large to read.
-    """
+    """The yaml of a card as a dict."""
     if len(block) > _LONGEST_YAML:
         raise ValueError(f"the yaml at its top has more than {_LONGEST_YAML:,} characters")
     # Which takes the parser long to find.

@@ -41,21 +41,7 @@ def write_card(
     start: str | None = None,
     remote: Collection[str] = (),
 ) -> str | None:
-    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered.
-
-    Args:
-        folder: where it goes; pictures in it that the record lists are shown.
-        config: the content of `adapter_config.json`.
-        name: by which the adapter is loaded; by default the folder's own.
-        revision: the branch on the Hub.
-        subfolder: of the repository, in which the adapter is; None for the top.
-        tags: to be added to the metadata.
-        start: the card to go on from; by default the one in the folder.
-        remote: pictures that are not in the folder, but where it is going.
-
-    Returns:
-        The text of the card; None where the one that is there cannot be read and was left as it is.
-    """
+    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered."""
     path = folder / CARD
     break_links(folder, [CARD])
     here = read_card(path) if start is None else start
@@ -111,16 +97,6 @@ def card_for_push(
 
     Where both cards were edited, the one that is pushed counts, with a warning; the other one stays in the repository's
     history.
-
-    Args:
-        folder: what becomes the top of the repository; a card that is beside the adapter is the one to be pushed.
-        repo_id: where it goes.
-        revision: the branch.
-        token: as for `huggingface_hub`.
-        subfolder: where in it `adapter_config.json` is; None for the top.
-        at_top: write the repository's own card all the same, about the adapter in the subfolder.
-        tags: to be added to the metadata.
-        start: the card to be pushed, where the one in the folder is not it.
     """
     config = read_config(folder / (subfolder or ""))
     if not config:
