@@ -24,7 +24,7 @@ from shapadapter.visual.canvas import (
     new_canvas,
 )
 from shapadapter.visual.maps import symmetric_limit
-from shapadapter.visual.rows import Look, draw_map, draw_rows, draw_tiles, make_row
+from shapadapter.visual.panels import Look, draw_map, draw_rows, draw_tiles, make_row
 from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text, one_line
 
 if TYPE_CHECKING:
