@@ -14,9 +14,10 @@ from shapadapter.adapter import ShapleyLayer
 from shapadapter.backbone import sum_over_tiles
 from shapadapter.core.shapley import kernel_shap as fit
 from shapadapter.core.shapley import pays_for_all, sample_pairs, sample_sizes
+from shapadapter.core.statistics import generator_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.explanation.api import Predicted
-from shapadapter.explanation.game import BatchGame, source_of
+from shapadapter.explanation.game import BatchGame
 from shapadapter.explanation.refine import enumerated
 
 
@@ -64,7 +65,7 @@ class Case:
 
     def sources(self) -> list[torch.Generator]:
         """A source of randomness for each image, whatever batch it is in."""
-        return [source_of(self.seed, 1 + self.first + image) for image in range(self.images)]
+        return [generator_of(self.seed, 1 + self.first + image) for image in range(self.images)]
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Logits (r * B, K) of variants of the images, (r * B, C, H, W): first one of each image, then another."""
@@ -108,7 +109,7 @@ def kernel_shap(case: Case) -> Answer:
         return exact(case)
     pairs = case.evaluations // 2
     # All images share the sizes, so that coalitions of one size are a rectangular batch; the players are their own.
-    sizes = sample_sizes(case.players, pairs, source_of(case.seed, 0))  # (P,)
+    sizes = sample_sizes(case.players, pairs, generator_of(case.seed, 0))  # (P,)
     coalitions = torch.cat([sample_pairs(1, case.players, pairs, source, sizes) for source in case.sources()])
     return Answer(fit(coalitions, case.values(coalitions), *case.ends), 2 * pairs)  # of (B, 2 P, N)
 

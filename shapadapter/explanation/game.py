@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,12 +43,6 @@ def active_layer(model: nn.Module) -> ShapleyLayer:
             f"{reached('outer', inner)}, as in explain({reached('outer', inner)}, ...)."
         )
     return layers[0]
-
-
-def source_of(seed: int, *place: int) -> torch.Generator:
-    """A source of randomness of one place's own, whatever is drawn elsewhere."""
-    state = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 @dataclass(frozen=True)

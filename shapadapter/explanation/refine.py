@@ -17,8 +17,9 @@ from shapadapter.core.shapley import (
     sample_in_turns,
     sample_sizes,
 )
+from shapadapter.core.statistics import generator_of
 from shapadapter.explanation.explanation import Explanation
-from shapadapter.explanation.game import BatchGame, source_of
+from shapadapter.explanation.game import BatchGame
 
 UNTIL = "until"
 
@@ -115,9 +116,9 @@ def _in_rounds(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: 
     values = torch.empty(batch, 0, shown, device="cpu")
     for turn, total in enumerate(plan.totals):
         # The sizes are the same for all images, so that coalitions of one size are a rectangular batch.
-        sizes = sample_sizes(players, (total - coalitions.shape[1]) // 2, source_of(plan.seed, turn, 0))  # (m / 2,)
+        sizes = sample_sizes(players, (total - coalitions.shape[1]) // 2, generator_of(plan.seed, turn, 0))  # (m / 2,)
         numbers = (first + images).tolist()
-        new = torch.stack([sample_in_turns(players, sizes, source_of(plan.seed, turn, 1 + n)) for n in numbers])
+        new = torch.stack([sample_in_turns(players, sizes, generator_of(plan.seed, turn, 1 + n)) for n in numbers])
         coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
         values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
         found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
@@ -138,7 +139,7 @@ def _each_once(
     Of a prior (N, C) and ends (2, C); the posterior, and the evaluations spent.
     """
     players = len(prior)
-    every, source = all_coalitions(players), source_of(plan.seed, 0, 1 + number)  # (2**N, N)
+    every, source = all_coalitions(players), generator_of(plan.seed, 0, 1 + number)  # (2**N, N)
     table = prior.new_zeros(2**players, prior.shape[1])  # (2**N, C): v(S) by the row of S in `every`
     table[0], table[-1] = ends
     known, drawn = {0, 2**players - 1}, list[int]()

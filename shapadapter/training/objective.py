@@ -16,6 +16,7 @@ from shapadapter.backbone import Tiling
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.losses import shapley_loss_of_sums, warmup_weight
 from shapadapter.core.shapley import sample_pairs
+from shapadapter.core.statistics import generator_of
 from shapadapter.data.labels import LABEL_COLUMNS, LabelRules, known_labels
 from shapadapter.data.rows import readable_rows
 from shapadapter.training.arguments import ShapleyTrainingArguments
@@ -104,8 +105,7 @@ class Objective:
 
     def coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         """Coalitions (B, 2 * pairs, N) of the images of a batch."""
-        key = self.key("train" if training else "eval")
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        generator = generator_of(*self.key("train" if training else "eval"))
         players = self.trainer.layer.tiling(**inputs).count
         return sample_pairs(len(inputs["pixel_values"]), players, self.trainer.args.coalition_pairs, generator)
 
