@@ -15,8 +15,12 @@ from shapadapter.core.shapley import sample_pairs
 from shapadapter.explanation.game import active_layer
 
 KINDS = {
-    "vit": lambda prediction: (wrap("vit", prediction), families.images(3)),
-    "beit": lambda prediction: (wrap(zoo.base("beit"), prediction), zoo.inputs(zoo.ZOO["beit"], 3)["pixel_values"]),
+    # One block each: what tracing takes grows with their number.
+    "vit": lambda prediction: (wrap(families.build("vit", num_hidden_layers=1), prediction), families.images(3)),
+    "beit": lambda prediction: (
+        wrap(zoo.build("beit", num_hidden_layers=1), prediction),
+        zoo.inputs(zoo.ZOO["beit"], 3)["pixel_values"],
+    ),
     "resnet": lambda prediction: (
         wrap(zoo.base("resnet"), prediction),
         zoo.inputs(zoo.ZOO["resnet"], 3)["pixel_values"],
@@ -67,10 +71,9 @@ def test_the_explanation_pass_is_one_graph(kind, prediction):
     torch.testing.assert_close(found.attributions, plain.attributions)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "prediction"), [("vit", "classifier"), ("resnet", "vote")])
-def test_the_training_step_is_one_graph(kind, prediction):
-    model, pixels = KINDS[kind](prediction)
+def test_the_training_step_is_one_graph():
+    """Of the classifier; the next test is of the vote."""
+    model, pixels = KINDS["vit"]("classifier")
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(step(model, compiled, pixels, 1), step(model, model, pixels, 1), 1e-6)
@@ -80,10 +83,10 @@ def test_a_few_graphs_serve_all_sizes_of_coalitions():
     model, pixels = KINDS["vit"]("vote")
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for size in (5, 9, 1, 15, 7):
+    for size in (5, 9, 7):
         assert_same(step(model, compiled, pixels, size), step(model, model, pixels, size), 1e-6)
-    # One for the first size, one for all, and those of a single player and of all but one.
-    assert counters["stats"]["unique_graphs"] <= 4
+    # One for the first size, one for all (and one for a single player, above).
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_the_trainer_compiles(tmp_path):
     ends = []
     for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
         torch.manual_seed(0)
-        trainer = trainer_of(tmp_path / name, max_steps=2, **options)
+        trainer = trainer_of(tmp_path / name, max_steps=1, **options)
         trainer.train()
         trainer.save_model()
         ends.append(trained(trainer.model))
