@@ -78,7 +78,7 @@ def test_no_road_imports_a_module_that_a_file_names(road, adapter, tmp_path, mon
 @pytest.mark.parametrize("road", ROADS)
 def test_what_is_not_known_is_refused_by_name(road, adapter):
     change(adapter, lora_novelty=True, peft_version="9.9.9")
-    with pytest.raises(ShapleyError, match=r"holds `lora_novelty`.*PEFT 9\.9\.9: if they are newer, pip install --up"):
+    with pytest.raises(ShapleyError, match=r"holds 'lora_novelty'.*PEFT 9\.9\.9: if they are newer, pip install --up"):
         ROADS[road](adapter)
 
 

@@ -169,7 +169,7 @@ def test_two_trainings_cannot_share_a_folder_and_a_killed_one_is_resumed(tmp_pat
 def test_trials_of_a_search_have_folders_of_their_own(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, max_steps=1, save_strategy="no")
     monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / f"run-{trial}"))
-    monkeypatch.setattr(Trainer, "train", lambda trainer, resumed, trial: trial)
+    monkeypatch.setattr(Trainer, "train", lambda trainer, resumed, trial, *_: trial)
     with another_run(tmp_path / "run-0"):
         with pytest.raises(ShapleyError, match="run-0 is in use"):
             trainer.train(trial=0)

@@ -143,7 +143,8 @@ def private_names():
                 case ast.Attribute(attr=name):
                     used.add(name)
                 case ast.Call(
-                    func=ast.Name(id="getattr" | "hasattr" | "wrap_method") | ast.Attribute(attr="wrap_method"),
+                    func=ast.Name(id="getattr" | "hasattr" | "replace_function")
+                    | ast.Attribute(attr="replace_function"),
                     args=[_, ast.Constant(value=str(name)), *_],
                 ):
                     used.add(name)

@@ -190,7 +190,10 @@ def test_refused_uploads(visit):
     page.get_by_text("maximum allowed size of 10.0 Mb").wait_for()
     # The browser did not send it; nor does the server take it.
     sent = {"files": {"name": "heavy.png", "mimeType": "image/png", "buffer": heavy}}
-    assert page.request.post(f"{visit.address}/gradio_api/upload", multipart=sent).status == 413
+    try:
+        assert page.request.post(f"{visit.address}/gradio_api/upload", multipart=sent).status == 413
+    except playwright.Error as error:  # the server hung up before all of it was sent
+        assert re.search("EPIPE|ECONNRESET", str(error))
 
 
 def test_a_sample_is_explained(visit):

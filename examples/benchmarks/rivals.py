@@ -194,13 +194,13 @@ class RivalTrainer(ShapleyTrainer):
 
     def __init__(self, objective: Objective, surrogate: nn.Module, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.objective, self.surrogate = objective, surrogate
+        self.rival, self.surrogate = objective, surrogate
         self.blank: Tensor | None = None  # (K,), computed once
 
     def _draw_coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
         pixels = inputs["pixel_values"]
         players = self.layer.tiling(pixels).count
-        return rivals_coalitions(len(pixels), players, self.objective.masks).to(pixels.device)
+        return rivals_coalitions(len(pixels), players, self.rival.masks).to(pixels.device)
 
     def compute_loss(
         self,
@@ -213,11 +213,11 @@ class RivalTrainer(ShapleyTrainer):
         coalitions = self._draw_coalitions(inputs, model.training)  # (B, M, N)
         values, full, null = self._targets(inputs["pixel_values"], coalitions)
         rows, class_row, own = explainer_rows(model, **inputs)
-        attributions = self.objective.attributions(rows, class_row, full, null)  # (B, N, K)
+        attributions = self.rival.attributions(rows, class_row, full, null)  # (B, N, K)
         sums = coalition_sums(attributions, coalitions)  # (B, M, K)
         residuals = null[:, None] + sums - values  # (B, M, K)
         terms = {"shapley_loss": rows.shape[1] * residuals.square().mean()}
-        if self.objective.classifies:
+        if self.rival.classifies:
             terms["task_loss"] = own.loss
         game = ShapleyOutput(
             logits=full, null_values=null, coalition_values=values, coalition_attributions=sums.detach()
@@ -232,7 +232,7 @@ class RivalTrainer(ShapleyTrainer):
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.args.bf16):
             said = self.surrogate(pixel_values=pixels, coalitions=coalitions, return_dict=True)
             null = said.null_values.softmax(dim=-1)  # (B, K)
-            if self.objective.blank_null:
+            if self.rival.blank_null:
                 self.blank = blank_value(self.surrogate, pixels) if self.blank is None else self.blank
                 null = self.blank.expand_as(null)
         return said.coalition_values.softmax(dim=-1), said.logits.float().softmax(dim=-1), null

@@ -9,14 +9,13 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TextIO
 
 from shapadapter import __version__
 from shapadapter.core.files import naming, remove_leftovers, whole_file, write_together
-from shapadapter.explanation.explanation import Explanation
-from shapadapter.visual import write_page
+
+if TYPE_CHECKING:
+    from shapadapter.explanation.explanation import Explanation
 
 MARK = ".attribution"
 """Stands in front of the suffix of what is written for an image, so that it replaces nobody's picture."""
@@ -149,6 +148,8 @@ class Written:
             document.finish(self.errors)
 
     def _write_page(self, output: Path) -> None:
+        from shapadapter.visual import write_page
+
         self.pages += 1
         file = output / ("explanations.html" if self.pages == 1 else f"explanations-{self.pages}.html")
         names, explanations = zip(*self.page, strict=True)
@@ -187,6 +188,8 @@ def entry(one: Explanation) -> dict[str, Any]:
 
 def archive(one: Explanation) -> bytes:
     """The numbers about one image as npz, without its pixels; no pickle in it."""
+    import numpy as np
+
     arrays = {name: values for name, values in one.to_numpy().items() if name != "images"}
     shown = [one.labels[index] for index in one.classes[0].tolist()]
     buffer = io.BytesIO()

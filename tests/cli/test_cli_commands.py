@@ -72,7 +72,7 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     assert run("card", "out", "--images", "photos", "--shown", 2).exit_code == 0
     assert len(list(Path("out/explanations").glob("*.png"))) == 2
     lost = run("evaluate", "out", "--data", "photos", "--base", "nowhere/at/all", code=1)
-    assert "--base nowhere/at/all is no folder" in lost.stderr
+    assert "--base nowhere/at/all holds no model" in lost.stderr
 
 
 def test_export_prints_how_far_it_differs(tmp_path, monkeypatch):
