@@ -193,7 +193,8 @@ def test_refused_uploads(visit):
     try:
         assert page.request.post(f"{visit.address}/gradio_api/upload", multipart=sent).status == 413
     except playwright.Error as error:  # the server hung up before all of it was sent
-        assert re.search("EPIPE|ECONNRESET", str(error))
+        if not re.search("EPIPE|ECONNRESET", str(error)):
+            raise
 
 
 def test_a_sample_is_explained(visit):

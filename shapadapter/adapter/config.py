@@ -23,6 +23,7 @@ from shapadapter.adapter.weights import Fingerprint, check_weights
 from shapadapter.core.documents import Between, FileName, checked, fault, read_json, shown
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import break_links, refuse_links, write_together
+from shapadapter.core.phrases import one_line
 from shapadapter.core.remote import CARD, PROCESSOR_FILES
 
 Count = Annotated[int, Between(1, 2**24)]
@@ -143,7 +144,7 @@ class ShapleyConfig(LoraConfig):
         PEFT always hands the content of a file over as keywords, with `peft_type` among them.
         """
         if "peft_type" in kwargs and (unknown := sorted(set(kwargs) - {one.name for one in fields(cls)})):
-            versions = [shown(kwargs.get(name)) for name in ("shapadapter_version", "peft_version")]
+            versions = [one_line(kwargs.get(name), 20) for name in ("shapadapter_version", "peft_version")]
             raise CheckpointError(
                 f"adapter_config.json holds {', '.join(shown(name) for name in unknown[:5])}, which ShapleyConfig does not "
                 f"know with PEFT {metadata.version('peft')}. It was written by shapadapter {versions[0]} and PEFT "

@@ -112,7 +112,8 @@ class Written:
     ) -> None:
         self.output, self.formats, self.checkpoint, self.documents = output, formats, checkpoint, documents
         self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
-        self.page, self.pages = list[tuple[str, Explanation]](), 0
+        self.page: list[tuple[str, Explanation]] = []
+        self.pages = 0
 
     def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
         """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
