@@ -119,6 +119,7 @@ def test_wrapping(processor, photos):
     assert explain(model, photos[:1], processor).attributions.isfinite().all()
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_evaluating(model, processor, photos):
     rows = [{"image": photo, "label": i % 3} for i, photo in enumerate(photos)]
 

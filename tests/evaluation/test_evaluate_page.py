@@ -9,6 +9,8 @@ from small import NAMES, bare, pictures, processor, wrapped
 
 from shapadapter import Evaluation
 
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
+
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 HERE = {
     'cache="records")\nprint': 'cache="records", images=2, budgets=(16, 64))\nprint',

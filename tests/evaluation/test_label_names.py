@@ -10,6 +10,8 @@ from small import NAMES, SMALL, processor, rows_of, wrapped
 from shapadapter import Evaluator, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments, evaluate
 from shapadapter.data.classes import as_model_counts
 
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
+
 datasets = pytest.importorskip("datasets")
 ORDER = ["dog", "ant", "cat", "bee"]
 

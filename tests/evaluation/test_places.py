@@ -13,6 +13,8 @@ from shapadapter.evaluation.dataset import Rows
 from shapadapter.evaluation.localization import montage, montage_groups, saliency, tiles_inside
 from shapadapter.explanation.api import predictions
 
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
+
 QUARTER = np.zeros((40, 40), dtype=bool)
 QUARTER[:20, 20:] = True
 
