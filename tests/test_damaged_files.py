@@ -95,7 +95,7 @@ GOOD = {"kind": "a", "sizes": [1, 9], "place": (0.5, 1), "names": {0: "é"}}
         ({"kind": "c"}, "kind must be one of ['a', 'b'], got 'c'"),
         ({"sizes": [1, 10]}, "sizes[1] must be a whole number 1 to 9, got 10"),
         ({"sizes": [True]}, "sizes[0] must be a whole number, got True"),
-        ({"sizes": "12"}, "sizes must be a list of which each is a whole number 1 to 9, got '12'"),
+        ({"sizes": "12"}, "sizes must be a list whose items are each a whole number 1 to 9, got '12'"),
         ({"place": [1.0]}, "place must be (a finite number, a finite number), got [1.0]"),
         ({"place": (1.0, float("inf"))}, "place[1] must be a finite number, got inf"),
         ({"place": (1.0, 10**400)}, "place[1] must be a finite number, got a whole number of more than 64 bits"),

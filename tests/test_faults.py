@@ -93,7 +93,7 @@ def test_a_checkpoint_with_the_manifest_of_earlier_versions_is_resumed(saved, ru
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, damage, what):
     broken = run / "checkpoint-3"
     damage(broken / name)
-    with pytest.warns(UserWarning, match=rf"Passing over .*checkpoint-3: .*{what}"):
+    with pytest.warns(UserWarning, match=rf"Skipping damaged checkpoint .*checkpoint-3: .*{what}"):
         assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
     with pytest.raises(CheckpointError, match=rf"go on from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"):
         trainer_of(run, **STEPS).train(resume_from_checkpoint=str(broken))
@@ -101,7 +101,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, d
 
 def test_the_trainer_goes_on_from_the_newest_whole_checkpoint(saved, run):
     cut(run / "checkpoint-3" / "optimizer.pt")
-    with pytest.warns(UserWarning, match=r"Passing over .*checkpoint-3: optimizer.pt"):
+    with pytest.warns(UserWarning, match=r"Skipping damaged checkpoint .*checkpoint-3: optimizer.pt"):
         step, weights = going_on(run, True)
     assert step == 2
     assert_same(saved[1], weights, atol=0, rtol=0)

@@ -11,6 +11,7 @@ from PIL import Image
 from test_visual import HOSTILE, check_places, make, texts
 
 from shapadapter.core.errors import ClassNotFoundError
+from shapadapter.core.phrases import one_line
 from shapadapter.core.statistics import Interval
 from shapadapter.visual import (
     alt_text,
@@ -27,7 +28,7 @@ from shapadapter.visual import (
     symmetric_limit,
 )
 from shapadapter.visual.maps import strongest
-from shapadapter.visual.wording import MINUS, columns, number, one_line
+from shapadapter.visual.wording import MINUS, columns, number
 
 
 def one_map(values, side=64, **options):

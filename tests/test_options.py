@@ -17,11 +17,11 @@ def model():
 @pytest.mark.parametrize(
     ("function", "wrong", "hint"),
     [
-        (explain, {"refin": 4}, "'refin'. Did you mean refine"),
+        (explain, {"refin": 4}, "'refin'. Did you mean 'refine'"),
         (explain, {"refine": "until", "max_evaluations": 128}, "relative_error, max_refine, seed"),
         (explain, {"interpolate_pos_encodings": True}, "mean interpolate_pos_encoding"),
         (explain, {"text_embeds": 3}, "ViTForImageClassification has an argument 'text_embeds'"),
-        (attribute, {"evalutions": 64}, "Did you mean evaluations"),
+        (attribute, {"evalutions": 64}, "Did you mean 'evaluations'"),
         (attribute, {"refine": 64}, "method='refined'"),
         (attribute, {"method": "refined", "max_refine": 64}, "Neither attribute nor ViT"),
     ],
@@ -45,5 +45,5 @@ def test_names_of_texts():
     model, processor = matching.wrapped("clip"), matching.processor("clip")
     arguments = {"texts": ["a cat", "a dog"], "interpolate_pos_encoding": True}
     explain(model, matching.pictures(1), processor, **arguments)
-    with pytest.raises(TypeError, match="Did you mean texts"):
+    with pytest.raises(TypeError, match="Did you mean 'texts'"):
         explain(model, matching.pictures(1), processor, text=["a cat"])

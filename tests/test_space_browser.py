@@ -19,8 +19,8 @@ from PIL import Image
 from spaces import NAMES, expected_map, noise, write_checkpoint
 
 from shapadapter import explain, load
+from shapadapter.core.phrases import one_line
 from shapadapter.hub.space import write_space
-from shapadapter.visual.wording import one_line
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")

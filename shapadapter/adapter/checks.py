@@ -37,7 +37,7 @@ def check_wrappable(model: nn.Module, tune: str, others: Mapping[str, ShapleyCon
     """Refuse a base model that holds what the new adapter's checkpoint could not describe; `others` are its Shapley adapters."""
     if isinstance(model, PeftModel):
         raise UnsupportedModelError(
-            "The model is a PeftModel already. Wrap the bare model, get_peft_model(model.unload(), ShapleyConfig(...)); "
+            "The model is a PeftModel already. Wrap the base model instead: get_peft_model(model.unload(), ShapleyConfig(...)); "
             "ShapleyConfig trains LoRA itself. A second Shapley adapter is added by model.add_adapter(name, config)."
         )
     if foreign := _foreign_adapters(model, others):
@@ -59,8 +59,8 @@ def check_loaded(model: nn.Module) -> None:
     if elsewhere is not None:
         raise UnsupportedModelError(
             f"The weights of {type(model).__name__} are not all in this process: {elsewhere} is on the meta device, and "
-            "wrapping tries the model on a tiny batch. Load it whole, in every process; offload it after it was wrapped or "
-            "its adapter loaded, accelerate.cpu_offload(model); with FSDP set fsdp_cpu_ram_efficient_loading: false in "
+            "wrapping tries the model on a tiny batch. Load all of them in every process, and offload the model after it was "
+            "wrapped or its adapter loaded, accelerate.cpu_offload(model); with FSDP set fsdp_cpu_ram_efficient_loading: false in "
             "accelerate's config."
         )
 

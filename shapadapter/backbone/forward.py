@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import threading
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shapadapter.backbone.families import Profile
+from shapadapter.core.phrases import did_you_mean
 
 _OWN = "_base_forward"
 
@@ -114,8 +114,8 @@ def check_options(model: nn.Module, options: Iterable[str], function: Callable[.
     known = {*forward, *_OURS, *_PASSED_ON, *(("text_embeds",) if hasattr(base, "get_text_features") else ())}
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, [*own, *sorted(known)], n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"{function.__name__} takes {', '.join(own)}."
+            taken = f"{function.__name__} takes {', '.join(own)}."
+            hint = did_you_mean(name, [*own, *sorted(known)], otherwise=taken)
             raise TypeError(f"Neither {function.__name__} nor {type(base).__name__} has an argument {name!r}. {hint}")
 
 

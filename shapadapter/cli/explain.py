@@ -70,7 +70,7 @@ def explain(
     """
     wanted = _formats(formats)
     output = output or (None if json else Path("explanations"))
-    with reporting(context, json, "The pictures written so far are whole.") as say, ExitStack() as stack:
+    with reporting(context, json, "The pictures written so far are complete.") as say, ExitStack() as stack:
         from shapadapter.cli.outputs import writing
         from shapadapter.hub.load import load
         from shapadapter.hub.locate import called
@@ -109,7 +109,7 @@ def _formats(given: str) -> frozenset[str]:
     names = [name.strip().lower() for name in given.split(",") if name.strip()]
     for name in names:
         if name not in FORMATS:
-            raise typer.BadParameter(f"Expected some of {', '.join(FORMATS)}, got {name!r}.", param_hint="--format")
+            raise typer.BadParameter(f"Choose from {', '.join(FORMATS)}, got {name!r}.", param_hint="--format")
     return frozenset(names)
 
 

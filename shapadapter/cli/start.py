@@ -32,7 +32,7 @@ def demo(
     config: Config = None,
 ) -> None:
     """Run the main job on real digits: train, wrap, fine-tune, save, load, explain, compare with the truth."""
-    hint = "What is in the output folder is whole; run the command again to start over."
+    hint = "What is in the output folder is complete; run the command again to start over."
     with reporting(context, json, hint) as say:
         for name in ("datasets", "mlxtend"):
             if find_spec(name) is None:

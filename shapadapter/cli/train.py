@@ -144,7 +144,7 @@ def train(
             raise FileNotFoundError(f"There is no file {launch_config}.")
         code = launch(MODULE, arguments, launch_config, quiet_output=json)
         if code:
-            typer.echo("Error: the training failed; what it said stands above.", err=True)
+            typer.echo("Error: the training failed; see the output above.", err=True)
             raise typer.Exit(1)
         results = output / "all_results.json"
         metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
@@ -213,7 +213,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
     script.error = refuse
     rest = script.parse_known_args(arguments)[1]
     if rest:
-        raise typer.BadParameter(f"{rest[0]!r} belongs to no option.")
+        raise typer.BadParameter(f"Unexpected argument {rest[0]!r}.")
 
 
 def _is_number(word: str) -> bool:

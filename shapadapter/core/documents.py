@@ -86,7 +86,7 @@ def described(kind: Any) -> str:
     if origin is tuple and Ellipsis not in parts:
         return f"({', '.join(described(part) for part in parts)})"
     if origin in (list, tuple) and parts:
-        return f"a list of which each is {described(parts[0])}"
+        return f"a list whose items are each {described(parts[0])}"
     if origin is dict or kind is dict or is_typeddict(kind) or is_dataclass(kind):
         return "a mapping"
     return _WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}"
@@ -217,7 +217,7 @@ def reading(path: Path | str) -> Iterator[None]:
         raise CheckpointError(f"There is no file {path}.") from error
     except MemoryError as error:
         raise CheckpointError(
-            f"{path} is damaged and cannot be read: what it announces does not fit into memory."
+            f"{path} is damaged and cannot be read: its declared size does not fit into memory."
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{path} is damaged and cannot be read: it is nested too deeply.") from error
@@ -309,7 +309,7 @@ def _unplain(value: Any) -> str | None:
         below: list[Any] = []
         for one in level:
             if isinstance(one, str) and _HALF_CHARACTER.search(one):
-                return "a text in it holds half of a character (a lone surrogate)"
+                return "a text in it holds an unpaired surrogate"
             if isinstance(one, int) and not -LARGEST <= one <= LARGEST:
                 return "a number in it has more than 64 bits"
             if isinstance(one, Mapping | list | tuple | set) and id(one) not in seen:  # yaml may name one many times

@@ -88,7 +88,7 @@ def check_versions() -> None:
     wanted = str(getattr(import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0"))
     if _numbers(here["peft"]) < _numbers(wanted):
         warnings.warn(
-            f"transformers {here['transformers']} wants peft {wanted} or newer for model.add_adapter and all that goes by "
+            f"transformers {here['transformers']} wants peft {wanted} or newer for model.add_adapter and everything built on "
             f'it, got {here["peft"]}: pip install "peft>={wanted}", or where there is no such release yet '
             f'pip install "transformers=={LOWEST["transformers"]}.*" (get_peft_model works with both).',
             stacklevel=2,

@@ -15,7 +15,7 @@ from shapadapter.core.errors import redacted
 
 _SHOWN = 10
 # What turns the direction of writing can make a name read as another one.
-_DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
+_DIRECTION = re.compile("[\u061c\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 
 
 def some(values: Iterable[object]) -> str:

@@ -156,7 +156,7 @@ def hub_trouble(error: BaseException, repo_id: str, revision: str | None = None)
     code = next((response.status_code for response in responses if response is not None), None)
     by_code = {
         None: None,
-        401: f"The Hub does not know who asks for {repo_id}: there is no token, or it is not valid. L{login[1:]}",
+        401: f"The Hub does not know who is asking for {repo_id}: there is no token, or it is not valid. L{login[1:]}",
         403: f"This token may not write to {repo_id}. Log in as somebody who may, or choose another name.",
     }
     return by_code.get(code, f"The Hub at {constants.ENDPOINT} answered {code} about {repo_id}.")

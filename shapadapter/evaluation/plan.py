@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.core.errors import ShapleyError
+from shapadapter.core.phrases import did_you_mean
 from shapadapter.core.statistics import seed_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.faithfulness import DRAWS, is_exact, removed_counts, top_count
@@ -194,9 +194,9 @@ def versions() -> dict[str, str]:
 def check_known(name: object, hint: str = "") -> None:
     """Refuse a name that is no method's; `hint` says what else there is."""
     if name not in KNOWN:
-        close = difflib.get_close_matches(str(name), KNOWN, n=3)
-        meant = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ShapleyError(f"There is no method {name!r}. {meant}The methods are {', '.join(KNOWN)}.{hint}")
+        meant = did_you_mean(str(name), KNOWN)
+        listed = f"The methods are {', '.join(KNOWN)}.{hint}"
+        raise ShapleyError(f"There is no method {name!r}. {meant}{' ' if meant else ''}{listed}")
 
 
 def _takes_classes(explainer: Explainer) -> bool:

@@ -118,7 +118,7 @@ class Evaluation:
         trouble = fault(self.about, About, "about")
         trouble = trouble or (None if "shapadapter" in self.methods else "methods lacks 'shapadapter'")
         if trouble is not None:
-            raise FieldError(f"This is no whole evaluation: {trouble}. Run `shapadapter evaluate` again.")
+            raise FieldError(f"This evaluation is incomplete: {trouble}. Run `shapadapter evaluate` again.")
 
     def table(self) -> str:
         """The results as text, 120 columns wide at most: blocks with a row for each method."""

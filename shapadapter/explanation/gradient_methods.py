@@ -42,7 +42,7 @@ def _blocks(case: Case) -> list[Tensor]:
     weights = [found.float().mean(dim=1) for found in collected[:blocks] if found is not None]
     if not blocks or len(weights) != blocks:
         raise ShapleyError(
-            "This model does not tell the attention between all its patches. Use a method that needs none, e.g. "
+            "This model does not expose attention weights between all its patches. Use a method that needs none, e.g. "
             "'kernel_shap', 'leave_one_out', 'grad_cam' or 'integrated_gradients'."
         )
     return weights

@@ -96,7 +96,7 @@ def _root(files: AdapterFiles, config: Any, base: str | Path | None) -> tuple[st
             raise ShapleyError(f"{error} Or say where it is: {argument('base')}") from error
     if is_path(str(recorded)):
         raise ShapleyError(
-            f"The adapter {files.name} names as its base model {recorded}, a folder of its author's, which nobody else has. If "
+            f"The adapter {files.name} names as its base model {recorded}, a local folder on its author's machine. If "
             f"you have that model, say where: {argument('base')} Its author can push both: push(folder, repo_id, base_repo_id=...) "
             "of shapadapter.hub."
         )

@@ -158,7 +158,7 @@ class LossMonitor(TrainerCallback):
         rate = f"learning_rate (now {self.trainer.args.learning_rate})"
         lost = next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
         if lost is not None:
-            return f"because weights are not: {lost}. An earlier step was too large: lower {rate}, or load an adapter that is whole."
+            return f"because weights are not: {lost}. An earlier step was too large: lower {rate}, or load an undamaged adapter."
         pixels = inputs.get("pixel_values")
         if isinstance(pixels, Tensor) and not bool(pixels.isfinite().all()):
             return "because pixel_values hold NaN or infinite numbers: look at the transform or the image processor."

@@ -98,7 +98,7 @@ def _newest_whole(
             return folder, passed
         passed.append(f"{folder.name}: {damage}")
         if warn:
-            warnings.warn(f"Passing over {folder}: {damage}.", stacklevel=3)
+            warnings.warn(f"Skipping damaged checkpoint {folder}: {damage}.", stacklevel=3)
     return None, passed
 
 
@@ -154,10 +154,14 @@ class Checkpoints:
         except Exception as error:
             reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
             before = next((one for one in newest_first(folder.parent) if damage_in(one) is None), None)
-            remedy = f"{before} is whole: go on" if before else "There is no earlier one that is whole: start again"
+            resume = (
+                f"resume from {before} with resume_from_checkpoint=True"
+                if before
+                else "start again: no earlier one is complete"
+            )
             raise CheckpointError(
                 f"Could not save {folder} ({type(reason).__name__}: {reason}; {free_megabytes(folder):,.1f} MB were free "
-                f"there). {remedy} {'with resume_from_checkpoint=True ' if before else ''}when the cause is gone."
+                f"there). Remove the cause, then {resume}."
             ) from error
         unfinished = Path(place[0])
         if args.local_process_index == 0 and unfinished.is_dir():  # another machine, with a disk of its own
@@ -181,9 +185,9 @@ class Checkpoints:
         folder, passed = _newest_whole(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
         if folder is not None:
             return str(folder)
-        found = f"none is whole ({'; '.join(passed)})" if passed else "there is none"
+        found = f"none is complete ({'; '.join(passed)})" if passed else "there is none"
         raise CheckpointError(
-            f"Expected a whole checkpoint in {run} to go on from, but {found}. Start again without resume_from_checkpoint."
+            f"Expected a complete checkpoint in {run} to resume from, but {found}. Start again without resume_from_checkpoint."
         )
 
     def _without_damage(self, folder: Path) -> str:
@@ -192,8 +196,8 @@ class Checkpoints:
             return str(folder)
         others = [one for one in self._listed(folder.parent) if one.name != folder.name]
         other, _ = _newest_whole(others, self.damage_in, warn=False)
-        remedy = f"Pass {other}" if other else "No other one beside it is whole: leave resume_from_checkpoint out"
-        raise CheckpointError(f"Cannot go on from {folder}: {damage}. {remedy}{' instead' if other else ''}.")
+        remedy = f"Pass {other}" if other else "No other one beside it is complete: leave resume_from_checkpoint out"
+        raise CheckpointError(f"Cannot resume from {folder}: {damage}. {remedy}{' instead' if other else ''}.")
 
     def damage_in(self, folder: Path) -> str | None:
         """What one process on each machine finds, since machines may have disks of their own; the same in all."""

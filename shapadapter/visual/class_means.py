@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from shapadapter.core.phrases import one_line
 from shapadapter.data.classes import find_class
 from shapadapter.visual.canvas import (
     BAR,
@@ -26,7 +27,7 @@ from shapadapter.visual.canvas import (
     new_canvas,
 )
 from shapadapter.visual.maps import Bytes, Floats, hatch, mark_signs, overlay, symmetric_limit
-from shapadapter.visual.wording import NO_UNIT, UNIT, number, one_line
+from shapadapter.visual.wording import NO_UNIT, UNIT, number
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from shapadapter.core.phrases import one_line
 from shapadapter.visual.canvas import (
     BAR,
     GAP,
@@ -25,7 +26,7 @@ from shapadapter.visual.canvas import (
 )
 from shapadapter.visual.maps import symmetric_limit
 from shapadapter.visual.panels import Look, draw_map, draw_rows, draw_tiles, make_row
-from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text, one_line
+from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation

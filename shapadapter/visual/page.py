@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from shapadapter.core.files import write_together
+from shapadapter.core.phrases import one_line
 from shapadapter.core.statistics import Interval
 from shapadapter.visual.charts import page_charts
 from shapadapter.visual.maps import BLUE, RED, WORTH_A_SIGN, symmetric_limit
-from shapadapter.visual.wording import Column, columns, likelihood, one_line, unit
+from shapadapter.visual.wording import Column, columns, likelihood, unit
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation

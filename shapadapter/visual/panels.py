@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from shapadapter.core.grid import Box, frame_of, laid_out
+from shapadapter.core.phrases import one_line
 from shapadapter.data.images import eight_bits, open_image
 from shapadapter.data.processors import unseen
 from shapadapter.visual.canvas import (
@@ -42,7 +43,7 @@ from shapadapter.visual.maps import (
     width_for_numbers,
     write_numbers,
 )
-from shapadapter.visual.wording import MINUS, Column, number, one_line, unit
+from shapadapter.visual.wording import MINUS, Column, number, unit
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from shapadapter.core.phrases import one_line
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
@@ -18,7 +19,6 @@ UNIT = "contribution to the logit"
 NO_UNIT = "relevance, does not sum to the logit"
 
 # Left unclosed in a class name they would turn the words and numbers after it.
-_TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,6 @@ def number(value: float, *, sign: bool = False) -> str:
 def likelihood(probability: float, score: float) -> str:
     """How a class stands: its probability, or the score itself where that is a quantity."""
     return f"= {number(score)}" if math.isnan(probability) else f"p={probability:.2f}"
-
-
-def one_line(label: str) -> str:
-    """A class name without line breaks, doubled blanks, control characters and marks that turn the direction of text."""
-    plain = "".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in label if sign not in _TURNS)
-    return " ".join(plain.split())
 
 
 # -- for those who do not see the picture -----------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
         ("top_k: !!python/object/apply:os.system ['touch ran']", "more than plain yaml"),
         ("top_k: !!python/name:os.system", "which could run code"),
         ("formats: png", "unknown option 'formats'"),
-        ("format: gif", "Expected some of png, html, json, npz, got 'gif'"),
+        ("format: gif", "Choose from png, html, json, npz, got 'gif'"),
     ],
 )
 def test_config_files_that_are_wrong_usage(tmp_path, text, said):

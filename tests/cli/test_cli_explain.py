@@ -220,7 +220,7 @@ def test_an_interruption_leaves_no_half_of_a_document(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing, "picture", stop)
     found = run("explain", "out", "photos", "--output", tmp_path, "--format", "png,html,json", code=130)
-    assert "Interrupted. The pictures written so far are whole." in found.stderr
+    assert "Interrupted. The pictures written so far are complete." in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["ant-0.attribution.png"]
 
 

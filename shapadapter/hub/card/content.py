@@ -13,14 +13,15 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from shapadapter.core.installation import how_to_install
+from shapadapter.core.phrases import one_line
 from shapadapter.hub.card.facts import (
+    LONG,
     MATCHING,
     Facts,
     code,
     count,
     mapping,
     number,
-    one_line,
     repository,
     table,
     text,
@@ -183,7 +184,7 @@ def metadata(facts: Facts) -> dict[str, Any]:
         datasets=unique([name for name in datasets if repository(name)]),
         metrics=unique([str(result.metric_type) for result in found]),
         eval_results=found or None,
-        model_name=one_line(facts.title) if found else None,
+        model_name=one_line(facts.title, LONG) if found else None,
     )
     return {key: value for key, value in data.to_dict().items() if value}
 

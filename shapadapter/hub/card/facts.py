@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shapadapter.adapter.saving import OWN_PICTURE
 from shapadapter.core.documents import fault
-from shapadapter.core.errors import redacted
+from shapadapter.core.phrases import one_line
 
-# Characters that change the direction of writing can make a name read as another one.
-_DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 _BAR = "\N{DIVIDES}"
-_LONG = 80
+LONG = 80
 
 
-def one_line(text: Any, limit: int = _LONG) -> str:
-    """Any value as one line of ordinary characters, without credentials, cut where it is long."""
-    characters = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in redacted(text))
-    known = "".join(characters).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
-    line = " ".join(_DIRECTION.sub("", known).split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def code(text: Any, limit: int = _LONG) -> str:
+def code(text: Any, limit: int = LONG) -> str:
     """A code span, in which Markdown reads nothing: no link, picture, tag or entity."""
     line = one_line(text, limit)
     if not line:
@@ -37,7 +25,7 @@ def code(text: Any, limit: int = _LONG) -> str:
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def words(text: Any, limit: int = _LONG) -> str:
+def words(text: Any, limit: int = LONG) -> str:
     """Ordinary text for a heading or a picture's description, every character of Markdown and HTML escaped."""
     line = one_line(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~!$^@:])", r"\\\1", line)
@@ -139,13 +127,6 @@ class Facts:
         return given or (
             self.name.split("/")[-1] if "/" in self.name else f"{self.base_name} with Shapley attributions"
         )
-
-    @property
-    def shown_pictures(self) -> list[Mapping[str, Any]]:
-        """`file` and `alt` of the pictures that the record lists and that are there."""
-        known = self.record.get("pictures")
-        listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
-        return [one for one in listed if one.get("file") in self.pictures and OWN_PICTURE.fullmatch(str(one["file"]))]
 
 
 def repository(name: Any) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from shapadapter.hub.card.facts import Facts, code, count, mapping, number, one_line, repository, text
+from shapadapter.core.phrases import one_line
+from shapadapter.hub.card.facts import LONG, Facts, code, count, mapping, number, repository, text
 
 _ABOUT = ("data", "images", "groups", "truth", "truth_evaluations", "truth_error", "removal", "players", "curves_read")
 _KEPT = ("error", "spearman", "insertion", "deletion", "evaluations", "time", "memory")
@@ -68,7 +69,7 @@ def compact(found: Mapping[str, Any]) -> dict[str, Any]:
         **({} if folder is None else {"data_name": PurePath(folder).name}),
         "task": {name: interval(value) for name, value in mapping(found.get("task")).items() if name in TASK},
         "methods": {
-            one_line(method): {name: interval(value) for name, value in mapping(values).items() if name in _KEPT}
+            one_line(method, LONG): {name: interval(value) for name, value in mapping(values).items() if name in _KEPT}
             for method, values in mapping(found.get("methods")).items()
         },
         "equivalent": mapping(found.get("equivalents")).get(_OWN),
@@ -157,10 +158,10 @@ def eval_results(facts: Facts) -> list[EvalResult]:
             task_type=facts.task,
             task_name=facts.task.replace("-", " ").capitalize(),
             dataset_type=repository(data.get("id")) or "image-folder",
-            dataset_name=one_line(text(about.get("data_name")) or text(data.get("name")) or "held-out images"),
+            dataset_name=one_line(text(about.get("data_name")) or text(data.get("name")) or "held-out images", LONG),
             metric_type=row.kind,
             metric_value=row.value,
-            metric_name=one_line(row.label.rstrip(" ↑↓")),
+            metric_name=one_line(row.label.rstrip(" ↑↓"), LONG),
             metric_args={
                 **({} if row.images is None else {"images": row.images}),
                 **({} if row.kind in of_task else how),

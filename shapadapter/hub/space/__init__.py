@@ -22,9 +22,9 @@ from shapadapter.core import installation
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
 from shapadapter.core.files import refuse_link, whole_folder
-from shapadapter.core.phrases import argument
+from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
-from shapadapter.hub.card.facts import one_line, text, words
+from shapadapter.hub.card.facts import LONG, text, words
 from shapadapter.hub.card.renewal import card_metadata
 from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space.limits import open_upload
@@ -123,7 +123,7 @@ def write_space(
             f"The base model of {checkpoint} is {source.base}, a folder on this computer, of which the Space would hold a copy. "
             f"If it may, pass {argument('copy_base', True)}"
         )
-    title = one_line(title or "") or one_line(f"{source.name.split('/')[-1]} explains itself")
+    title = one_line(title or "", LONG) or one_line(f"{source.name.split('/')[-1]} explains itself", LONG)
     readme, program = (
         _readme(source, title, license or source.license),
         _program(source, title, revision, bool(examples)),
