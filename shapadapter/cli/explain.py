@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import quiet, reporting, warn
+from shapadapter.cli.messages import Say, quiet, reporting, warn
 from shapadapter.cli.options import (
     OUTPUT,
     Base,
@@ -24,7 +24,7 @@ from shapadapter.cli.options import (
     Texts,
     TrustRemoteCode,
 )
-from shapadapter.cli.outputs import find_images, printable
+from shapadapter.cli.outputs import Written, find_images, printable
 from shapadapter.core.phrases import one_line
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def explain(
 
     What cannot be read is named, the others are explained all the same, and the exit code is 1.
     """
-    wanted = _formats(formats)
-    output = output or (None if json else Path("explanations"))
+    wanted, output = _formats(formats), output or (None if json else Path("explanations"))
     with reporting(context, json, "The pictures written so far are complete.") as say, ExitStack() as stack:
         from shapadapter.cli.outputs import writing
         from shapadapter.hub.load import load
@@ -87,22 +86,29 @@ def explain(
             trust_remote_code=trust_remote_code,
         )
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
-        name = called(checkpoint, subfolder)
-        written = stack.enter_context(writing(output, wanted, name, say.stream if json else None))
-        for path, image, found in _explained(model, processor, list(paths), batch_size, seed, asked):
-            if isinstance(found, Exception):
-                trouble: str | None = written.refuse(path, found)
-            else:
-                trouble = written.add(path, paths[path], found, image)
-            if trouble is not None:
-                warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
-            elif not json:
-                say(None, f"{one_line(printable(path))}: {_summary(found)}")
+        stream = say.stream if json else None
+        written = stack.enter_context(writing(output, wanted, called(checkpoint, subfolder), stream))
+        _write(
+            written, paths, _explained(model, processor, list(paths), batch_size, seed, asked), None if json else say
+        )
         if output is not None:
             there = f" in {output}" if written.count else ""
             warn(f"{written.count} of {len(paths)} images explained{there}.")
     if written.errors:
         raise typer.Exit(1)
+
+
+def _write(written: Written, paths: dict[Path, Path], explained: Iterator[Any], say: Say | None) -> None:
+    """Write what each image gives, and say it unless the output is json."""
+    for path, image, found in explained:
+        if isinstance(found, Exception):
+            trouble: str | None = written.refuse(path, found)
+        else:
+            trouble = written.add(path, paths[path], found, image)
+        if trouble is not None:
+            warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
+        elif say is not None:
+            say(None, f"{one_line(printable(path))}: {_summary(found)}")
 
 
 def _formats(given: str) -> frozenset[str]:

@@ -124,10 +124,8 @@ def write_space(
             f"If it may, pass {argument('copy_base', True)}"
         )
     title = one_line(title or "", LONG) or one_line(f"{source.name.split('/')[-1]} explains itself", LONG)
-    readme, program = (
-        _readme(source, title, license or source.license),
-        _program(source, title, revision, bool(examples)),
-    )
+    readme = _readme(source, title, license or source.license)
+    program = _program(source, title, revision, bool(examples))
     with whole_folder(folder, ours=(*_FILES, *_FOLDERS)) as place:
         source.copy(place)
         installation.copy_package(place)
