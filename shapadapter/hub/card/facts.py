@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shapadapter.adapter.saving import OWN_PICTURE
 from shapadapter.core.documents import fault
 from shapadapter.core.phrases import one_line
 
@@ -127,6 +128,13 @@ class Facts:
         return given or (
             self.name.split("/")[-1] if "/" in self.name else f"{self.base_name} with Shapley attributions"
         )
+
+    @property
+    def shown_pictures(self) -> list[Mapping[str, Any]]:
+        """`file` and `alt` of the pictures that the record lists and that are there; for the template of the card."""
+        known = self.record.get("pictures")
+        listed = [mapping(picture) for picture in known] if isinstance(known, list) else []
+        return [one for one in listed if one.get("file") in self.pictures and OWN_PICTURE.fullmatch(str(one["file"]))]
 
 
 def repository(name: Any) -> str | None:
