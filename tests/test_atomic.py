@@ -22,7 +22,14 @@ from test_trainer import trainer_of
 from shapadapter import ShapleyError, explain, export_program
 from shapadapter.core import files as atomic
 from shapadapter.core.errors import DiskFullError
-from shapadapter.core.files import naming, passing, remove_leftovers, whole_file, whole_folder, write_together
+from shapadapter.core.files import (
+    atomic_file,
+    atomic_folder,
+    remove_leftovers,
+    report_full_disk,
+    temporary_path,
+    write_together,
+)
 from shapadapter.evaluation.records import Records
 from shapadapter.hub.card.renewal import update_card
 from shapadapter.hub.space import write_space
@@ -125,7 +132,7 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
 def test_files_are_the_old_or_the_new_ones_and_nothing_is_left(tmp_path, single):
     def write(content):
         if single:
-            with whole_file(tmp_path / "a.png") as file:
+            with atomic_file(tmp_path / "a.png") as file:
                 file.write_bytes(content)
         else:
             write_together({tmp_path / "a.png": content, tmp_path / "b.json": content})
@@ -162,7 +169,7 @@ def test_the_weights_of_an_adapter_are_the_old_or_the_new_ones(tmp_path):
 
 
 def test_leftovers_are_told_from_what_is_written_now_and_from_the_users_files(tmp_path, a_dead_process):
-    mine = passing(tmp_path / "page.html")
+    mine = temporary_path(tmp_path / "page.html")
     theirs, yesterday = "0" * 8, time.time() - 2 * 86400
 
     here = atomic._machine()
@@ -201,7 +208,7 @@ def test_long_names_have_room_for_what_passes(tmp_path):
 def test_two_that_write_one_folder_both_end_whole(tmp_path):
     def write(name):
         for _ in range(30):
-            with whole_folder(tmp_path / "space", ours=("a", "b")) as folder:
+            with atomic_folder(tmp_path / "space", ours=("a", "b")) as folder:
                 for part in "ab":
                     (folder / part).write_text(name)
 
@@ -225,7 +232,7 @@ def test_links_and_permissions_of_the_user_stay(tmp_path):
     (folder / "data").symlink_to("../elsewhere")
     (folder / "locked").write_text("mine")
     (folder / "locked").chmod(0o400)
-    with whole_folder(folder, ours=("a",)) as place:
+    with atomic_folder(folder, ours=("a",)) as place:
         (place / "a").write_text("")
     assert (folder / "data").readlink() == Path("../elsewhere")
     assert (folder / "locked").stat().st_mode & 0o777 == 0o400
@@ -330,7 +337,7 @@ def test_a_card_that_has_no_room_leaves_the_old_one(checkpoint):
     ],
 )
 def test_words_of_other_libraries_become_one_sentence(error, number, tmp_path):
-    with pytest.raises(DiskFullError) as said, naming(tmp_path / "deep" / "adapter"):
+    with pytest.raises(DiskFullError) as said, report_full_disk(tmp_path / "deep" / "adapter"):
         raise error
     assert said.value.errno == number
     assert isinstance(said.value, ShapleyError)
@@ -339,7 +346,7 @@ def test_words_of_other_libraries_become_one_sentence(error, number, tmp_path):
 
 def test_other_errors_stay_what_they_are(tmp_path):
     for error in (PermissionError(errno.EACCES, "no"), ValueError("no"), ShapleyError("No space left"), OSError("no")):
-        with pytest.raises(type(error)) as said, naming(tmp_path):
+        with pytest.raises(type(error)) as said, report_full_disk(tmp_path):
             raise error
         assert said.value is error
 

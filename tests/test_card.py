@@ -467,7 +467,7 @@ def test_only_pictures_that_exist_are_shown(tmp_path):
 def test_a_crash_leaves_the_old_card(tmp_path, monkeypatch):
     write_card(tmp_path, CONFIG)
     before = (tmp_path / "README.md").read_bytes()
-    monkeypatch.setattr("shapadapter.core.files.to_disk", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("shapadapter.core.files.fsync_file", lambda path: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_card(tmp_path, {**CONFIG, "r": 99})
     assert (tmp_path / "README.md").read_bytes() == before

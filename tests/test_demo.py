@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.files import whole_folder
+from shapadapter.core.files import atomic_folder
 from shapadapter.demo.models import claim
 
 
@@ -17,11 +17,11 @@ def write(folder, text):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_leaves_what_was_there(tmp_path, error):
     target = tmp_path / "checkpoint"
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write(folder, "old")
 
     def interrupted():
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             write(folder, "half")
             raise error
 
@@ -34,7 +34,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, error):
 def test_a_finished_folder_replaces_the_one_before(tmp_path):
     target = tmp_path / "checkpoint"
     for text in ("old", "new"):
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             write(folder, text)
     assert (target / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]

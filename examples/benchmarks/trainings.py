@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.core.files import whole_folder
+from shapadapter.core.files import atomic_folder
 from shapadapter.demo.digits import build_digits
 from shapadapter.demo.models import Prepared, Scale, pretrain, tune
 
@@ -135,7 +135,7 @@ def objects_setting(output: Path, scale: Scale, base: str, stamps: Path | None, 
         model = AutoModelForImageClassification.from_pretrained(
             base, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
         )
-        with whole_folder(output / "base") as unfinished:
+        with atomic_folder(output / "base") as unfinished:
             model.save_pretrained(unfinished)
     pictures = ObjectScenes(train, scale.placements, 0, folder)
     return Setting("objects", output / "base", pictures, scenes, lambda index: scenes.scene(index)[2], scale, bf16)
@@ -177,7 +177,7 @@ def ours(setting: Setting, folder: Path, seed: int, shuffled: bool = False) -> P
             model = wrapped(setting.base, seed, **setting.recipe["adapter"])
             steps = steps_of(setting, setting.scale.tune_epochs)
             fit(ShapleyTrainer, setting, model, train, steps, seed, **setting.recipe["shapley"])
-            with whole_folder(folder) as unfinished:
+            with atomic_folder(folder) as unfinished:
                 model.save_pretrained(str(unfinished))
     # Always from the folder, so that a run that was interrupted measures what an uninterrupted one does.
     base = AutoModelForImageClassification.from_pretrained(setting.base)
@@ -236,7 +236,7 @@ def to_train(base: Path) -> Any:
 
 def save_merged(model: PeftModel, folder: Path) -> None:
     """Write a fine-tuned model as an ordinary one, LoRA folded into its weights."""
-    with whole_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         model.merge_and_unload().save_pretrained(unfinished)
 
 

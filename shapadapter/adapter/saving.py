@@ -20,7 +20,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ImageError
-from shapadapter.core.files import break_links, whole_file, write_together
+from shapadapter.core.files import atomic_file, break_links, write_together
 from shapadapter.core.remote import PICTURES
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _save_weights(theirs: Callable[..., None], tensors: Any, filename: Any, *arg
     if not any("lora_shapley" in name for name in tensors):
         theirs(tensors, filename, *args, **kwargs)
         return
-    with whole_file(Path(filename)) as temporary:
+    with atomic_file(Path(filename)) as temporary:
         theirs(tensors, temporary, *args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from shapadapter import __version__
-from shapadapter.core.files import naming, remove_leftovers, whole_file, write_together
+from shapadapter.core.files import atomic_file, remove_leftovers, report_full_disk, write_together
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
@@ -92,7 +92,7 @@ def writing(output: Path | None, formats: frozenset[str], checkpoint: str, strea
                 output.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(output)
                 if "json" in formats:
-                    file = stack.enter_context(whole_file(target))
+                    file = stack.enter_context(atomic_file(target))
                     handle = stack.enter_context(file.open("x", encoding="ascii"))
                     documents.append(JsonDocument(handle, checkpoint, target))
             written = Written(output, formats, checkpoint, documents)
@@ -168,14 +168,14 @@ class JsonDocument:
 
     def add(self, image: dict[str, Any]) -> None:
         """Write an image."""
-        with naming(self.target):
+        with report_full_disk(self.target):
             self.handle.write(self.before + json.dumps(image, allow_nan=False))
         self.before = ",\n"
 
     def finish(self, errors: list[dict[str, str]]) -> None:
         """Write what could not be explained, and the end."""
         start = "" if self.before == ",\n" else self.before
-        with naming(self.target):
+        with report_full_disk(self.target):
             self.handle.write(start + '\n], "errors": ' + json.dumps(errors) + "}\n")
             self.handle.flush()
 

@@ -22,12 +22,12 @@ def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None
     """Write several files so that none is ever seen half-written: each takes its name when all are complete."""
     for directory in {path.parent for path in contents} if tidy else ():
         remove_leftovers(directory)
-    staged = {path: passing(path) for path in contents}
+    staged = {path: temporary_path(path) for path in contents}
     try:
         for path, temporary in staged.items():
-            with naming(path):
+            with report_full_disk(path):
                 temporary.write_bytes(contents[path])
-                to_disk(temporary)
+                fsync_file(temporary)
         for path, temporary in staged.items():
             temporary.replace(path)
     finally:
@@ -36,21 +36,21 @@ def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the path of a file to write, which takes the name `path` at the end; after an error nothing of it is left."""
     remove_leftovers(path.parent)
-    temporary = passing(path)
+    temporary = temporary_path(path)
     try:
-        with naming(path):
+        with report_full_disk(path):
             yield temporary
-            to_disk(temporary)
+            fsync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a new folder to write into, which takes the place of `path` at the end; after an error nothing of it is left.
 
     It is called as `path` is, because a model card says by which name its folder is loaded. Where the system can exchange
@@ -59,15 +59,15 @@ def whole_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[Pa
     """
     final = path.resolve()
     remove_leftovers(final.parent)
-    around = passing(final)
+    around = temporary_path(final)
     new = around / final.name
     try:
-        with naming(path):
+        with report_full_disk(path):
             new.mkdir(parents=True)
             yield new
             for file in new.rglob("*"):
                 if file.is_file():
-                    to_disk(file)
+                    fsync_file(file)
             if ours is not None and final.is_dir():
                 _take_along([one for one in final.iterdir() if one.name not in ours], new)
         _take_place(new, final)
@@ -127,7 +127,7 @@ _DAY = 86400.0
 _NAME_LENGTH = 50  # characters, of four bytes at most: a name may have 255
 
 
-def passing(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name beside a path, for what takes its name later or not at all; it says which process of which machine wrote it."""
     mark = f"shapadapter-{_machine()}-{os.getpid()}-{_SELF}-{next(_COUNT)}"
     return path.with_name(f".{path.name[:_NAME_LENGTH]}.{mark}.tmp")
@@ -145,11 +145,11 @@ def remove_leftovers(directory: Path) -> None:
 def _is_left(path: Path, machine: str, process: int, run: str) -> bool:
     """Whether nobody writes it any more: its process has ended, or, on another machine, nothing happened for a day."""
     if machine == _machine() and os.name == "posix":
-        return run != _SELF if process == os.getpid() else not lives(process)
+        return run != _SELF if process == os.getpid() else not is_running(process)
     return time.time() - path.lstat().st_mtime > _DAY
 
 
-def lives(process: int) -> bool:
+def is_running(process: int) -> bool:
     """Whether there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
@@ -185,7 +185,7 @@ _OF_LIBRARIES = re.compile(
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def report_full_disk(path: Path) -> Iterator[None]:
     """Say in one sentence that there is no room for a file or folder, whatever library found out, and in what words."""
     try:
         yield
@@ -219,7 +219,7 @@ def free_megabytes(path: Path) -> float:
     return shutil.disk_usage(home).free / 1e6
 
 
-def to_disk(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.files import lives
+from shapadapter.core.files import is_running
 
 try:
     import fcntl
@@ -94,7 +94,7 @@ def _locked(file: Path, folder: Path) -> TextIO | None:
 def _ended(holder: str) -> bool:
     """Whether a process that noted itself in a lock file is known to have ended."""
     found = re.fullmatch(r"process (\d+) on (.*)", holder)
-    return found is not None and found[2] == socket.gethostname() and not lives(int(found[1]))
+    return found is not None and found[2] == socket.gethostname() and not is_running(int(found[1]))
 
 
 def _is(handle: TextIO, file: Path) -> bool:

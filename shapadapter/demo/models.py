@@ -25,7 +25,7 @@ from transformers import (
 
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.files import whole_folder
+from shapadapter.core.files import atomic_folder
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes
 from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments
 
@@ -64,7 +64,7 @@ def save_pictures(scenes: DigitScenes, output: Path) -> None:
     """Write `test/<class>/<number>.png` and, with the digit white on black, `masks/<class>/<number>.png`."""
     _, test = scenes.split()
     for kind, pictures in (("test", scenes.images), ("masks", scenes.masks)):
-        with whole_folder(output / kind) as folder:
+        with atomic_folder(output / kind) as folder:
             for number, index in enumerate(test[:SAVED]):
                 place = folder / NAMES[scenes.labels[index]]
                 place.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def pretrain(scenes: DigitScenes, folder: Path, scale: Scale, seed: int) -> floa
         id2label=dict(enumerate(NAMES)),
         label2id={name: index for index, name in enumerate(NAMES)},
     )
-    with whole_folder(folder) as unfinished, TemporaryDirectory() as runs:
+    with atomic_folder(folder) as unfinished, TemporaryDirectory() as runs:
         model = ViTForImageClassification(config)
         arguments = TrainingArguments(
             runs,
@@ -138,7 +138,7 @@ def tune(
     processor = AutoImageProcessor.from_pretrained(pretrained)
     config = ShapleyConfig(r=16, lora_alpha=32, target_modules="all-linear", shapley_token=shapley_token)
     model = get_peft_model(model, config)
-    with whole_folder(folder) as unfinished, TemporaryDirectory() as runs:
+    with atomic_folder(folder) as unfinished, TemporaryDirectory() as runs:
         trainer = ShapleyTrainer(
             model,
             ShapleyTrainingArguments(

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.core.errors import CheckpointError
-from shapadapter.core.files import whole_folder, write_together
+from shapadapter.core.files import atomic_folder, write_together
 from shapadapter.core.locks import alone_in
 from shapadapter.demo.digits import DigitScenes, build_digits
 from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pictures, tune
@@ -95,7 +95,7 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
 
 def _check_reload(expected: Explanation, output: Path) -> None:
     """Let a new process load the adapter and explain; its numbers must be the same."""
-    with whole_folder(output / "explanation") as folder, TemporaryDirectory() as images:
+    with atomic_folder(output / "explanation") as folder, TemporaryDirectory() as images:
         for number, pixels in enumerate(expected.images):
             Image.fromarray(pixels.numpy()).save(Path(images) / f"{number}.png")
         places = [output / "adapter", output / "pretrained", images, folder]

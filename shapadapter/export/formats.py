@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from shapadapter.core.errors import ExportError
-from shapadapter.core.files import whole_folder
+from shapadapter.core.files import atomic_folder
 from shapadapter.data.images import image_side
 from shapadapter.export.deployed import OUTPUTS, Job, first_line, prepare, quiet
 
@@ -169,7 +169,7 @@ def _new_folder(folder: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
         foreign = sorted(path.name for path in final.iterdir() if path.name not in names)
     if foreign:
         raise FileExistsError(f"{folder} holds {foreign[0]}, which is no part of an export: choose a new folder.")
-    with whole_folder(Path(folder)) as place:
+    with atomic_folder(Path(folder)) as place:
         yield place
 
 

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, redacted
-from shapadapter.core.files import naming, refuse_link, write_together
+from shapadapter.core.files import refuse_link, report_full_disk, write_together
 from shapadapter.core.remote import (
     ADAPTER_FILES,
     BASE_FILES,
@@ -135,7 +135,7 @@ def own_code(base: Path) -> list[str]:
 def _staged(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """A temporary copy of those files of a folder that belong to the upload."""
     with tempfile.TemporaryDirectory() as place:
-        with naming(Path(place)):
+        with report_full_disk(Path(place)):
             copy_files(folder, Path(place), patterns)
         yield Path(place)
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from shapadapter.core.errors import ShapleyCollapseWarning, ShapleyError
-from shapadapter.core.files import whole_file
+from shapadapter.core.files import atomic_file
 from shapadapter.core.losses import coalition_fit
 from shapadapter.data.augmentation import seeded
 from shapadapter.data.collator import TEXT_COLUMNS, find_column
@@ -212,7 +212,7 @@ class AttributionMaps(TrainerCallback):
                 taken = True
         if not taken:
             folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(folder / f"{name}-{step:06d}.png") as file:
+            with atomic_file(folder / f"{name}-{step:06d}.png") as file:
                 picture.save(file, format="png")
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.core.documents import open_tensors, reading
 from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
-from shapadapter.core.files import free_megabytes, passing, whole_folder
+from shapadapter.core.files import atomic_folder, free_megabytes, temporary_path
 from shapadapter.core.locks import alone_in
 
 # Saved together or not at all; without one of them transformers starts all of them anew and says nothing.
@@ -114,7 +114,7 @@ def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint, whose name goes first: a process that is killed leaves no half of it under that name."""
-    nameless = passing(folder)
+    nameless = temporary_path(folder)
     with suppress(OSError):  # it is not there
         folder.rename(nameless)
     shutil.rmtree(nameless, ignore_errors=True)
@@ -141,7 +141,7 @@ class Checkpoints:
             with ExitStack() as stack:
                 place: list[Any] = [None]
                 if args.process_index == 0:
-                    place = [str(stack.enter_context(whole_folder(folder)))]
+                    place = [str(stack.enter_context(atomic_folder(folder)))]
                 self.unfinished = Path(broadcast_object_list(place)[0])
                 stack.callback(setattr, self, "unfinished", None)
                 write()

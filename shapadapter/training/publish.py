@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from shapadapter.adapter.saving import publisher
 from shapadapter.core.errors import redacted
-from shapadapter.core.files import passing
+from shapadapter.core.files import temporary_path
 from shapadapter.core.remote import ADAPTER_FILES, PROCESSOR_FILES, hub_trouble, warn_of_local_base
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class PushingTrainer(Trainer):
         """One commit in the background; a future of it."""
         run, whole = Path(str(self.args.output_dir)), path_in_repo is not None
         # Of its own, because the checkpoint may be deleted, and the run's folder written anew, before all is uploaded.
-        copy = passing(run / "push")
+        copy = temporary_path(run / "push")
         copy.mkdir()
         try:
             own = folder if whole else own_folder(self, folder)

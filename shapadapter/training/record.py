@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.adapter.saving import publisher, read_config, write_record
-from shapadapter.core.files import naming
+from shapadapter.core.files import report_full_disk
 from shapadapter.training.arguments import ShapleyTrainingArguments
 from shapadapter.training.callbacks import CLASSES, explained
 from shapadapter.training.publish import PushingTrainer, own_folder
@@ -164,7 +164,7 @@ class RecordingTrainer(PushingTrainer):
         pushed = self.args.push_to_hub and not _internal_call  # which saves once more
         self._drawn = None if self._saving or pushed else self._draw()
         try:
-            with naming(Path(str(output_dir or self.args.output_dir))):
+            with report_full_disk(Path(str(output_dir or self.args.output_dir))):
                 super().save_model(output_dir, _internal_call)
         finally:
             self._drawn = None

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, HfArgumentParser, set_
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
-from shapadapter.core.files import naming
+from shapadapter.core.files import report_full_disk
 from shapadapter.core.phrases import some
 from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.folders import fifth, image_folder, in_words, list_folder, no_classes
@@ -284,7 +284,7 @@ def _train(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> No
         compute_metrics=accuracy,
     )
     result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
-    with naming(Path(str(training_args.output_dir))):
+    with report_full_disk(Path(str(training_args.output_dir))):
         finish(trainer, result.metrics, images["test"], args.explained_images)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset_name)

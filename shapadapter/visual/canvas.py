@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
 from matplotlib.textpath import TextToPath
 
-from shapadapter.core.files import whole_file
+from shapadapter.core.files import atomic_file
 from shapadapter.visual.maps import Bytes, mark_signs, signed_colors
 from shapadapter.visual.wording import number
 
@@ -56,7 +56,7 @@ class DescribedFigure(Figure):
             super().savefig(fname, transparent=transparent, **kwargs)
             return
         path = Path(fname) if named or kwargs.get("format") else Path(f"{fspath(fname)}.{kind}")  # as matplotlib does
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             super().savefig(temporary, transparent=transparent, **{**kwargs, "format": kind})
 
 

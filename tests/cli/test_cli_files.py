@@ -10,7 +10,7 @@ from commands import error_of, run
 from disks import small_disk
 from test_locks import another_run
 
-from shapadapter.core.files import passing
+from shapadapter.core.files import temporary_path
 from shapadapter.core.locks import NAME
 from shapadapter.training import script as finetune
 
@@ -22,7 +22,7 @@ def left_by_a_killed_run(file: Path) -> Path:
     """A passing file whose process has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    left = Path(str(passing(file)).replace(f"-{os.getpid()}-", f"-{process.pid}-"))
+    left = Path(str(temporary_path(file)).replace(f"-{os.getpid()}-", f"-{process.pid}-"))
     left.parent.mkdir(parents=True, exist_ok=True)
     left.write_text("half")
     return left

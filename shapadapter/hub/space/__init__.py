@@ -21,7 +21,7 @@ from shapadapter.adapter.config import check_files
 from shapadapter.core import installation
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
-from shapadapter.core.files import refuse_link, whole_folder
+from shapadapter.core.files import atomic_folder, refuse_link
 from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
 from shapadapter.hub.card.facts import LONG, text, words
@@ -126,7 +126,7 @@ def write_space(
     title = one_line(title or "", LONG) or one_line(f"{source.name.split('/')[-1]} explains itself", LONG)
     readme = _readme(source, title, license or source.license)
     program = _program(source, title, revision, bool(examples))
-    with whole_folder(folder, ours=(*_FILES, *_FOLDERS)) as place:
+    with atomic_folder(folder, ours=(*_FILES, *_FOLDERS)) as place:
         source.copy(place)
         installation.copy_package(place)
         _copy_examples(examples, place / "examples")
