@@ -4,9 +4,12 @@
 explanation, and in `expected.json` what they said then. Never write these files anew: they stand for those of users.
 """
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -38,3 +41,32 @@ def test_an_explanation_saved_before_reads_the_same():
     assert explanation.standard_errors.shape == explanation.attributions.shape
     shown = [torch.gather(table, 1, explanation.classes) for table in (explanation.logits, explanation.null_values)]
     torch.testing.assert_close(explanation.attributions.sum((1, 2)), shown[0] - shown[1], rtol=0, atol=1e-5)
+
+
+MOVED = [
+    "collator",
+    "errors",
+    "explaining",
+    "game",
+    "grid",
+    "images",
+    "inspecting",
+    "loading",
+    "objective",
+    "outputs",
+    "refinement",
+    "retrieval",
+    "shapley",
+    "texts",
+    "training.finetune",
+]
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_module_is_found_by_the_name_it_had(name):
+    sys.modules.pop(f"shapadapter.{name}", None)
+    with pytest.warns(DeprecationWarning, match=rf"shapadapter\.{name} is (\S+) now") as caught:
+        found = importlib.import_module(f"shapadapter.{name}")
+    new = str(caught[0].message).split(" is ")[1].removesuffix(" now.")
+    assert found is importlib.import_module(new)
+    assert found.__spec__.name == new
