@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.phrases import argument, some
+from shapadapter.core.phrases import some
 from shapadapter.data.images import DECODING_ERRORS
 
 SPLITS = {
@@ -73,7 +73,7 @@ def image_folder(folder: str | Path, corrupt_images: Literal["fail", "skip"] = "
     if listing.unread:
         files = f"{len(listing.unread)} files in {folder} are no images that can be read: {some(listing.unread)}."
         if corrupt_images == "fail":
-            raise ShapleyError(f"{files} Move them elsewhere, or pass {argument('corrupt_images', 'skip')}.")
+            raise ShapleyError(f"{files} Move them elsewhere, or pass corrupt_images='skip' (--corrupt-images skip).")
         warnings.warn(f"{files} They are left out.", stacklevel=2)
     names = sorted({name for split in listing.splits.values() for name in split})
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
