@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from shapadapter.adapter.saving import record_for, write_pictures
 from shapadapter.hub.card import content
 from shapadapter.hub.card.document import edited, renewed, untouched
-from shapadapter.hub.card.facts import Facts
+from shapadapter.hub.card.facts import Facts, words
 from shapadapter.hub.card.renewal import write_card
 
 EVIL = (
@@ -483,3 +483,7 @@ def test_results_belong_to_weights(tmp_path):
     # What was added to the folder since these weights were saved there stays; of other weights it does not.
     assert record_for({"training": {"steps": 4}}, "a", tmp_path) == {**record, "training": {"steps": 4}}
     assert record_for({"training": {"steps": 4}}, "b", tmp_path) == {"training": {"steps": 4}, "weights": "b"}
+
+
+def test_every_character_of_markdown_is_escaped_in_ordinary_text():
+    assert words("a*b_c [d](e) `f` <g> | #h ~i!") == r"a\*b\_c \[d\](e) \`f\` &lt;g&gt; \| \#h \~i\!"
