@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from shapadapter.adapter.saving import record_for, write_pictures
 from shapadapter.hub.card import content
 from shapadapter.hub.card.document import edited, renewed, untouched
-from shapadapter.hub.card.facts import Facts, words
+from shapadapter.hub.card.facts import Facts
+from shapadapter.hub.card.facts import words as escaped
 from shapadapter.hub.card.renewal import write_card
 
 EVIL = (
@@ -486,4 +487,4 @@ def test_results_belong_to_weights(tmp_path):
 
 
 def test_every_character_of_markdown_is_escaped_in_ordinary_text():
-    assert words("a*b_c [d](e) `f` <g> | #h ~i!") == r"a\*b\_c \[d\](e) \`f\` &lt;g&gt; \| \#h \~i\!"
+    assert escaped("a*b_c [d](e) `f` <g> | #h ~i!") == r"a\*b\_c \[d\](e) \`f\` &lt;g&gt; \| \#h \~i\!"
