@@ -95,7 +95,9 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, d
     damage(broken / name)
     with pytest.warns(UserWarning, match=rf"Skipping damaged checkpoint .*checkpoint-3: .*{what}"):
         assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=rf"go on from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"):
+    with pytest.raises(
+        CheckpointError, match=rf"Cannot resume from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"
+    ):
         trainer_of(run, **STEPS).train(resume_from_checkpoint=str(broken))
 
 
@@ -122,9 +124,9 @@ def test_several_broken_ones_are_all_named(run):
     cut(run / "checkpoint-3" / "scheduler.pt")
     (run / "checkpoint-2" / "trainer_state.json").unlink()
     (run / "checkpoint-10").mkdir()  # newer than 3, though not by the alphabet
-    with pytest.warns(UserWarning, match="Passing over") as said:
+    with pytest.warns(UserWarning, match="Skipping damaged") as said:
         assert last_whole_checkpoint(run) == str(run / "checkpoint-1")
-    passed = [str(one.message) for one in said if "Passing over" in str(one.message)]
+    passed = [str(one.message) for one in said if "Skipping damaged" in str(one.message)]
     assert ["checkpoint-10" in passed[0], "checkpoint-3" in passed[1], "checkpoint-2" in passed[2]] == [True] * 3
 
 
@@ -132,11 +134,11 @@ def test_nothing_whole_is_a_clear_error(run, tmp_path_factory):
     for step in (1, 2, 3):
         (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
     with (
-        pytest.warns(UserWarning, match="Passing over"),
-        pytest.raises(CheckpointError, match=r"none is whole .*checkpoint-1: optimizer.pt is missing.*Start again"),
+        pytest.warns(UserWarning, match="Skipping damaged"),
+        pytest.raises(CheckpointError, match=r"none is complete .*checkpoint-1: optimizer.pt is missing.*Start again"),
     ):
         trainer_of(run, **STEPS).train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="No other one beside it is whole"):
+    with pytest.raises(CheckpointError, match="No other one beside it is complete"):
         trainer_of(run, **STEPS).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     nowhere = tmp_path_factory.mktemp("empty") / "run"
     with pytest.raises(CheckpointError, match="there is none"):
@@ -173,7 +175,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(saved, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", save)
-        with pytest.raises(CheckpointError, match=r"checkpoint-3 .*MB were free.*checkpoint-2 is whole"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-3 .*MB were free.*resume from .*checkpoint-2"):
             trainer_of(tmp_path, **STEPS, save_total_limit=1).train()
     assert names_in(tmp_path) == {"checkpoint-2"}
     step, weights = going_on(tmp_path, True)
@@ -298,6 +300,6 @@ def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path):
     deaths = (tmp_path / "killed" / "deaths.txt").read_text().splitlines()
     assert len(deaths) >= 3, deaths
     assert {line.partition(":")[0] for line in deaths} == {"saving", "step"}
-    assert "Passing over" not in printed
+    assert "Skipping damaged" not in printed
     whole, killed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))
     assert_same(whole, killed, atol=0, rtol=0)

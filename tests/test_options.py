@@ -19,7 +19,7 @@ def model():
     [
         (explain, {"refin": 4}, "'refin'. Did you mean 'refine'"),
         (explain, {"refine": "until", "max_evaluations": 128}, "relative_error, max_refine, seed"),
-        (explain, {"interpolate_pos_encodings": True}, "mean interpolate_pos_encoding"),
+        (explain, {"interpolate_pos_encodings": True}, "mean 'interpolate_pos_encoding'"),
         (explain, {"text_embeds": 3}, "ViTForImageClassification has an argument 'text_embeds'"),
         (attribute, {"evalutions": 64}, "Did you mean 'evaluations'"),
         (attribute, {"refine": 64}, "method='refined'"),

@@ -155,7 +155,10 @@ def test_what_is_missing_is_said_with_what_to_type(adapter, online, tmp_path):
             "no repository",
             "base=...",
         ),
-        adapter("ada/path", base_model_name_or_path="/home/ada/base"): ("a folder of its author's", "base_repo_id"),
+        adapter("ada/path", base_model_name_or_path="/home/ada/base"): (
+            "a local folder on its author's machine",
+            "base_repo_id",
+        ),
         adapter("ada/squashed", revision="0" * 40): (f"no revision {'0' * 40}", f"load(..., base='{BASE}')"),
         adapter("ada/on-bin", base_model_name_or_path="ada/pickled-base", revision=None): (
             "ada/pickled-base has no safetensors file",
