@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever ends the process that writes them; links that lead out."""
+"""Files and folders that are complete or absent, whatever ends the process that writes them; links that lead out."""
 
 import ctypes
 import errno
@@ -19,7 +19,7 @@ from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
 
 
 def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None:
-    """Write several files so that none is ever seen half-written: each takes its name when all are complete."""
+    """Write several files, each of them atomically, once all are complete; a kill between two leaves new ones and old ones."""
     for directory in {path.parent for path in contents} if tidy else ():
         remove_leftovers(directory)
     staged = {path: temporary_path(path) for path in contents}

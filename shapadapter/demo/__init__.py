@@ -1,4 +1,4 @@
-"""`shapadapter demo`: the road of a real user in small, on real digits."""
+"""`shapadapter demo`: an end-to-end run on real digits."""
 
 from shapadapter.demo.run import run
 

@@ -54,9 +54,10 @@ class ShapleyTrainer(RecordingTrainer):
     | `_get_dataloader` | the row of an image that cannot be read is named, or left out |
     | `_get_output_dir` | while a checkpoint is written, it is beside its place |
     | `_load_best_model` | a damaged checkpoint must not cost the weights that were trained |
-    | `_push_from_checkpoint` | a checkpoint is pushed when it is whole |
+    | `_push_from_checkpoint` | a checkpoint is pushed when it is complete |
     | `_run_epoch` | a resumed data set is told its epoch, and a finished run takes no step more |
-    | `_save_checkpoint` | a checkpoint takes its name, and older ones go, when it is whole |
+    | `_save_checkpoint` | a checkpoint takes its name, and older ones go, when it is complete |
+    | `_inner_training_loop`, `_save`, `_finish_current_push` | time, record and failed uploads, in record.py and publish.py |
 
     Raises:
         ShapleyError: the model holds no Shapley adapter, the data set has other classes than the model, or there is a label
