@@ -79,10 +79,10 @@ def test_a_base_before_it_is_wrapped(trace):
 
 @pytest.mark.parametrize("trace", ["a folder"], indirect=True)
 def test_no_code_is_pushed(trace, online):
-    said = run("push", "out", "ada/on-code", "--base-repo", "ada/its-base", code=1).stderr
+    said = run("push", "out", "ada/never-pushed", "--base-repo", "ada/never-pushed-base", code=1).stderr
     assert "comes with code of its own (own.py), which is not pushed" in said
     assert "hf upload" in said
     assert "(own.py), which is not copied" in run("space", "out", "space", code=1).stderr
     assert not (trace.parent / "space").exists()
     assert not trace.exists()
-    assert not {("model", "ada/on-code"), ("model", "ada/its-base")} & set(online.repos)
+    assert not {("model", "ada/never-pushed"), ("model", "ada/never-pushed-base")} & set(online.repos)
