@@ -88,9 +88,8 @@ def explain(
         asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
         stream = say.stream if json else None
         written = stack.enter_context(writing(output, wanted, called(checkpoint, subfolder), stream))
-        _write(
-            written, paths, _explained(model, processor, list(paths), batch_size, seed, asked), None if json else say
-        )
+        explained = _explained(model, processor, list(paths), batch_size, seed, asked)
+        _write(written, paths, explained, None if json else say)
         if output is not None:
             there = f" in {output}" if written.count else ""
             warn(f"{written.count} of {len(paths)} images explained{there}.")
