@@ -79,12 +79,17 @@ class MatchingOutput(ShapleyOutput):
         return None if self.logits is None else self.logits.t()
 
 
-def answer(game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequence: bool) -> ShapleyOutput:
-    """The output of one call, from the base model's `output` and what the head has read off the cells."""
+def answer(
+    game: CoalitionGame, evidence: Evidence, output: Any, token_in_sequence: bool, weights: Tensor | None
+) -> ShapleyOutput:
+    """The output of one call, from the base model's `output` and what the head has read off the cells.
+
+    `weights` (B, cells) say how much of each cell is present, all of it if None.
+    """
     matching = game.anatomy.kind == "matching"
     if game.rules.prediction == "vote":
         assert game.null is not None
-        total = evidence.total()  # (B, K)
+        total = evidence.total(weights)  # (B, K)
         null = game.null.float().expand(total.shape[0], -1)  # (B, K)
         full = null + total  # (B, K)
     else:

@@ -16,7 +16,7 @@ from shapadapter.core.errors import ImageError, ShapleyError
 from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
 from shapadapter.data.collator import text_rules
 
-_OURS = ("coalitions", "coalition_sizes", "coalition_grad", "return_attributions")
+_OURS = ("coalitions", "coalition_sizes", "coalition_grad", "presence", "return_attributions")
 _EXTRAS = ("output_hidden_states", "output_attentions")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -80,9 +80,10 @@ class ModelCall:
     tiling: Tiling  # how the players lie on the images
     labels: Tensor | None
     texts: Texts | None  # what a matching model compares the images with
-    coalitions: Tensor | None  # (B, M, N) bool, True = present
+    coalitions: Tensor | None  # (B, M, N) bool, True = present; or in 0..1, present to a degree
     coalition_sizes: tuple[int, ...] | None  # (M,) players in each, where the caller knows it is so for all images
-    coalition_grad: bool  # whether gradients flow through the coalitions' values
+    coalition_grad: bool | str  # whether gradients flow through the coalitions' values; "present": not to those at 0
+    presence: Tensor | None  # (B, N) in 0..1, to what degree players are present in the prediction itself
     return_attributions: bool  # of every player, or with coalitions their sums alone
     return_dict: bool
     options: dict[str, Any]  # further keyword arguments of the base model, for coalitions as well
@@ -117,6 +118,9 @@ class ModelCall:
         coalitions = options.pop("coalitions", None)
         if coalitions is not None:
             _check_coalitions(coalitions, pixel_values.shape[0], tiling.players)
+        presence = options.pop("presence", None)
+        if presence is not None:
+            _check_coalitions(presence[:, None], pixel_values.shape[0], tiling.players)
         return cls(
             pixel_values=pixel_values,
             tiling=tiling,
@@ -125,6 +129,7 @@ class ModelCall:
             coalitions=coalitions,
             coalition_sizes=_checked_sizes(options.pop("coalition_sizes", None), coalitions),
             coalition_grad=options.pop("coalition_grad", False),
+            presence=presence,
             return_attributions=options.pop("return_attributions", True) or coalitions is None,
             return_dict=bool(model.config.return_dict if return_dict is None else return_dict),
             extras={name: options.pop(name) for name in _EXTRAS if name in options},
@@ -145,21 +150,29 @@ class ModelCall:
 
 def without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for the base model alone; coalitions, which nothing would look at, are refused."""
-    if kwargs.get("coalitions") is not None:
-        raise ValueError("coalitions were given but no Shapley adapter is active. Enable it, or leave them out.")
+    for name in ("coalitions", "presence"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} was given but no Shapley adapter is active. Enable it, or leave it out.")
     return {name: value for name, value in kwargs.items() if name not in _OURS}
 
 
 def _check_coalitions(coalitions: Any, images: int, players: tuple[int, int]) -> None:
-    if not isinstance(coalitions, Tensor) or coalitions.dtype != torch.bool or coalitions.ndim != 3:
+    kind = isinstance(coalitions, Tensor) and (coalitions.dtype == torch.bool or coalitions.is_floating_point())
+    if not kind or coalitions.ndim != 3:
         came = f"{coalitions.dtype} {tuple(coalitions.shape)}" if isinstance(coalitions, Tensor) else type(coalitions)
-        raise ImageError(f"Expected coalitions as a bool tensor (batch, coalitions, players), got {came}.")
+        raise ImageError(
+            "Expected coalitions (batch, coalitions, players) as a bool tensor, True = present, or as a float tensor, "
+            f"present to a degree from 0 to 1, got {came}."
+        )
     rows, cols = players
     if coalitions.shape[0] != images or coalitions.shape[2] != rows * cols:
         raise ImageError(
             f"Expected coalitions ({images}, M, {rows * cols}) for {images} images of {rows} x {cols} players, got "
             f"{tuple(coalitions.shape)}."
         )
+    if coalitions.is_floating_point() and not torch.compiler.is_compiling():
+        # On the device, where they are: reading them here would halt it.
+        torch._assert_async(((coalitions >= 0) & (coalitions <= 1)).all(), "Presence must be from 0 to 1.")
 
 
 def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | None:

@@ -89,9 +89,10 @@ class CoalitionGame:
     def value(self, images: Tensor | None, present: Tensor, size: int | None) -> Tensor:
         """v(S) of the images of index (R,), or of all, with the players `present` (R, N) bool: (R, K) fp32.
 
-        `size` is how many are in every row; it is not needed where pixels are replaced.
+        `size` is how many are in every row; it is not needed where pixels are replaced, nor of players that are present to
+        a degree, (R, N) in 0..1.
         """
-        inputs, current, weights = self._removed(self.call.inputs(images), present, size)
+        inputs, current, weights = self.removed(self.call.inputs(images), present, size)
         with self.hooks.during(current):
             scores = score(self.model, self.anatomy, inputs)
         if self.rules.prediction == "classifier":
@@ -102,8 +103,8 @@ class CoalitionGame:
         # Detached: as part of a target, the null value stands on both sides of the Shapley loss.
         return self.null.float().detach() + self.head.votes(current.features, self.call.tiling.cells, weights)
 
-    def _removed(
-        self, inputs: dict[str, Any], present: Tensor, size: int | None
+    def removed(
+        self, inputs: dict[str, Any], present: Tensor, size: int | None = None
     ) -> tuple[dict[str, Any], ForwardCall, Tensor | None]:
         """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
         tiling = self.call.tiling
@@ -121,15 +122,22 @@ class CoalitionGame:
                 ForwardCall(cells, without_token=without_token),
                 tiling.cell_weights(present),
             )
-        assert size is not None
         chosen = tiling.present_cells(present)  # (R, cells)
+        if present.is_floating_point():
+            index = None
+            if self.rules.removal == "drop" and self.call.coalition_grad == "present":
+                most = int((chosen > 0).sum(dim=1).amax())
+                index = chosen.detach().argsort(dim=1, descending=True, stable=True)[:, :most]  # (R, s)
+                chosen = chosen.gather(1, index)  # (R, s)
+            return inputs, ForwardCall(cells, index, presence=chosen, without_token=without_token), chosen
+        assert size is not None
         # A stable sort keeps the present ones in raster order, and asks the device for nothing, as `nonzero` would.
         order = chosen.byte().argsort(dim=1, descending=True, stable=True)  # (R, cells)
         index = order[:, : size * cells // tiling.count]  # (R, s)
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, ForwardCall(cells, index, self.rules.removal, native, without_token), None
+        return inputs, ForwardCall(cells, index, self.rules.removal, patch_mask=native, without_token=without_token), None
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""
@@ -162,7 +170,7 @@ class CoalitionGame:
         call = self.call
         if call.coalitions is None:
             return None
-        with self._targets(call.coalition_grad) as game:
+        with self._targets(bool(call.coalition_grad)) as game:
             if call.coalition_sizes is not None:
                 # A pass for each coalition, of all images: a pair costs what the full image does.
                 columns = [
@@ -172,13 +180,13 @@ class CoalitionGame:
             return game._values_of_any(call.coalitions)
 
     def _values_of_any(self, coalitions: Tensor) -> Tensor:
-        """v(S) of coalitions (B, M, N) of whatever sizes, (B, M, K)."""
+        """v(S) of coalitions (B, M, N) of whatever sizes, bool or in 0..1: (B, M, K)."""
         images, count = coalitions.shape[:2]
         if not images * count:
             return self.call.pixel_values.new_zeros(images, count, self.rules.classes, dtype=torch.float32)
         flat = coalitions.flatten(0, 1)  # (B * M, N)
         owners = torch.arange(images * count, device=coalitions.device) // count  # (B * M,), the image of each
-        if self.rules.removal == "pixels":
+        if self.rules.removal == "pixels" or coalitions.is_floating_point():
             return self.value(owners, flat, None).unflatten(0, (images, count))
         # Grouped by size, so that the tokens of a pass are a rectangle without padding.
         sizes = flat.sum(dim=1)  # (B * M,)

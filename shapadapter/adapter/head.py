@@ -42,10 +42,10 @@ class Evidence:
             summed = self.vote(weights @ self.normed) + self.share(weights @ self.centred)  # (B, M, s) @ (B, s, D)
             return summed.float() / self.cells  # (B, M, K)
 
-    def total(self) -> Tensor:
-        """What all cells contribute together, (B, K) fp32. The shares sum to zero."""
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        """What all cells vote for together, (B, K) fp32, each by its weight (B, s) if given. The shares sum to zero."""
         with precisely(self.normed):
-            return self.vote(self.normed.sum(dim=1)).float() / self.cells  # (B, s, D) -> (B, D) -> (B, K)
+            return self.vote(total_of(self.normed, weights)).float() / self.cells  # (B, D) -> (B, K)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class ProjectionHead:
         """
         # Summed before it is projected: the map is linear, and K may be a thousand.
         with precisely(features):
-            normed = self._normed(features, cells)  # (B, s, D)
-            total = normed.sum(dim=1) if weights is None else torch.einsum("bsd,bs->bd", normed, weights.to(normed))
+            total = total_of(self._normed(features, cells), weights)  # (B, s, D) -> (B, D)
             return self.vote(total).float() / math.prod(cells)  # (B, K)
 
     def read(self, features: Tensor, token: Tensor | None, cells: tuple[int, int]) -> Evidence:
@@ -128,6 +127,11 @@ class ProjectionHead:
         )
         read = F.scaled_dot_product_attention(*split)  # (B, heads, 1, W / heads)
         return query[:, 0] + read.flatten(1)  # (B, W)
+
+
+def total_of(normed: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of features (B, s, D) over the cells, by weights (B, s) if given: (B, D)."""
+    return normed.sum(dim=1) if weights is None else torch.einsum("bsd,bs->bd", normed, weights.to(normed))
 
 
 def precisely(like: Tensor) -> torch.autocast:

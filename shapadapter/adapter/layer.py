@@ -248,10 +248,6 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         call = ModelCall.of(model, args, kwargs, self.anatomy, self.tiling)
         freeze_statistics(model)
         texts = {} if call.texts is None else call.texts.for_base(call.pixel_values.device)
-        with self.hooks.during(ForwardCall(call.tiling.cells[0] * call.tiling.cells[1])) as current:
-            output = base_forward(model)(**call.inputs(), **texts, **call.extras, **self.anatomy.named_fields)
-        if current.features is None:
-            raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
         head = self.head(name)
         game = CoalitionGame(
             model=model,
@@ -263,9 +259,16 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
             fill=self._parameter("fill", name),
             call=call,
         )
+        inputs, current, weights = call.inputs(), ForwardCall(call.tiling.cells[0] * call.tiling.cells[1]), None
+        if call.presence is not None:
+            inputs, current, weights = game.removed(inputs, call.presence)
+        with self.hooks.during(current):
+            output = base_forward(model)(**inputs, **texts, **call.extras, **self.anatomy.named_fields)
+        if current.features is None:
+            raise ShapleyError("The blocks of the model were not run as they were when it was wrapped; wrap it again.")
         token = current.token if head.key is None else self.active_token()
         evidence = head.read(current.features, token, call.tiling.cells)
-        result = answer(game, evidence, output, token_in_sequence=current.token is not None)
+        result = answer(game, evidence, output, current.token is not None, weights)
         return result if call.return_dict else result.to_tuple()
 
 

@@ -100,7 +100,7 @@ def normalised(features: Any) -> Tensor:
 
 
 # What a wrapped model takes beyond the base model.
-_OURS = ("coalitions", "coalition_grad")
+_OURS = ("coalitions", "coalition_grad", "presence")
 
 # What models of transformers hand on in `**kwargs` without naming it in the signature of their forward.
 _PASSED_ON = ("interpolate_pos_encoding", "output_attentions", "output_hidden_states", "return_dict")

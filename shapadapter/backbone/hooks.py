@@ -3,6 +3,9 @@
 A pre-hook on the first block puts the Shapley token at index 0 and drops absent players; pre-hooks on all blocks mask
 the attention keys of absent players where they are not dropped; a hook on the last block takes the token, and masked
 players, out again, so that norms, poolers and heads never see them. A model without such blocks is only read.
+
+In the soft game a player is present to a degree m in [0, 1]: all tokens are computed, and attention weighs each by m,
+as `log m` added to its scores does; where the head averages tokens, the mean weighs them, too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shapadapter.backbone.anatomy import Anatomy, cells_first, first_tensor
@@ -40,6 +44,7 @@ class ForwardCall:
     cells: int  # of the full image
     present: Tensor | None = None  # (B, s) int64, ascending indices of the cells whose tokens stay; None if all do
     removal: Removal = "drop"  # how the others are taken out
+    presence: Tensor | None = None  # (B, cells) in 0..1, to what degree each token is there; with `present` (B, s), of those
     patch_mask: bool = False  # whether the model itself was told which are present, by `with_patch_mask`
     without_token: bool = False  # the pass has no gradient and only values are asked for
     features: Tensor | None = None  # (B, s, D), the present cells'; of a model without places (B, L, D), its latents
@@ -50,6 +55,13 @@ class ForwardCall:
     def enter(self, hidden: Tensor, prefix: int) -> Tensor:
         """What the blocks are to compute of (B, P + cells, D): (B, P + s, D) where absent cells are dropped."""
         self.hidden = 0
+        if self.presence is not None:
+            if self.present is not None:
+                hidden = keep_cells(hidden, self.present, prefix)  # (B, P + s, D)
+            padding = hidden.shape[1] - prefix - self.presence.shape[1]  # which the model itself masks
+            soft = F.pad(log_presence(self.presence), (prefix, padding))  # (B, P + cells + padding), 0 for what is always there
+            self.key_mask = soft.to(hidden.dtype)[:, None, None]
+            return hidden
         if self.present is None or self.patch_mask:
             return hidden
         if self.removal == "drop":
@@ -63,6 +75,12 @@ class ForwardCall:
 
     def leave(self, hidden: Tensor, prefix: int) -> Tensor:
         """Take the features from the blocks' (B, T, D), and return what those behind them are to see."""
+        if self.presence is not None:
+            # A zero feature stands for the empty image, as below.
+            somebody = (self.presence > 0).any(dim=1)[:, None, None]  # (B, 1, 1)
+            end = prefix + self.presence.shape[1]
+            self.features = torch.where(somebody, hidden[:, prefix:end], 0)  # (B, cells or s, D)
+            return torch.cat([hidden[:, :prefix], self.features, hidden[:, end:]], dim=1)
         if self.patch_mask:
             assert self.present is not None
             index = self.present[..., None].expand(-1, -1, hidden.shape[-1])  # (B, s, D)
@@ -82,6 +100,24 @@ class ForwardCall:
             empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])  # (B, 1, D)
             hidden = torch.cat([hidden, empty], dim=1)  # (B, P + 1, D)
         return hidden
+
+    def weigh(self, tokens: Tensor, prefix: int) -> Tensor:
+        """Tokens (B, P + cells, D) so weighed that their plain mean is the one by presence; the prefix as it is."""
+        assert self.presence is not None
+        total, count = self.presence.sum(dim=1, keepdim=True), self.presence.shape[1]  # (B, 1)
+        weights = torch.where(total > 0, self.presence * count / total.clamp(min=1e-12), 1.0)  # (B, cells)
+        weights = F.pad(weights, (prefix, tokens.shape[1] - prefix - count), value=1.0)  # (B, P + cells)
+        return tokens * weights[..., None].to(tokens.dtype)
+
+
+def log_presence(presence: Tensor) -> Tensor:
+    """The logarithm of (B, cells) in 0..1, for scores of attention; at 0 so low that nothing of the token is left.
+
+    Its gradient is 1 / m down to the floor, where it stays finite: there, too, the product with the token's attention,
+    about m, is the derivative by m.
+    """
+    floor = 1e-20
+    return (presence + (presence.clamp(min=floor) - presence).detach()).log()
 
 
 class _Running(threading.local):
@@ -143,6 +179,12 @@ class FeatureHooks:
                 self._handles.append(first)
             if own == self.anatomy.source:
                 self._handles.append(module.register_forward_hook(self._after_source))
+            if own == self.anatomy.pooled:
+                if isinstance(module, nn.MultiheadAttention):
+                    handle = module.register_forward_pre_hook(self._before_attention_pooling, with_kwargs=True)
+                else:
+                    handle = module.register_forward_hook(self._before_mean_pooling)
+                self._handles.append(handle)
             if own in self.anatomy.attentions:
                 patch_attention(module, self)
                 self._attentions.append(module)
@@ -197,7 +239,7 @@ class FeatureHooks:
         kernels = {module._shapadapter_patch.config._attn_implementation for module in self._attentions}
         if not kernels <= set(_MASKING_KERNELS):
             raise UnsupportedModelError(
-                f"removal='mask' needs attention kernels {_MASKING_KERNELS}, the model uses {sorted(map(str, kernels))}. "
+                f"Masked patches need attention kernels {_MASKING_KERNELS}, the model uses {sorted(map(str, kernels))}. "
                 "Call model.set_attn_implementation('sdpa')."
             )
 
@@ -237,6 +279,27 @@ class FeatureHooks:
                 f"returned {call.features.shape[1]}. Send images whose sides are multiples of {self.anatomy.cell} pixels."
             )
         return None
+
+    def _before_attention_pooling(
+        self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Arguments | None:
+        """Add the call's mask where a probe attends to all tokens."""
+        call = self.call
+        if call is None or call.presence is None or call.key_mask is None:
+            return None
+        mask, own = call.key_mask[:, 0].repeat_interleave(module.num_heads, 0), kwargs.get("attn_mask")  # (B * h, 1, T)
+        if own is not None:
+            own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(own, -3e4) if own.dtype == torch.bool else own
+            mask = own + mask
+        return args, {**kwargs, "attn_mask": mask.to(args[0].dtype)}
+
+    def _before_mean_pooling(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Registered after `_after_source`, and so run after it where both are on one module."""
+        call = self.call
+        if call is None or call.presence is None or call.key_mask is None:
+            return None
+        weighed = call.weigh(output[0] if isinstance(output, tuple) else output, self.anatomy.prefix)  # (B, P + cells, D)
+        return (weighed, *output[1:]) if isinstance(output, tuple) else weighed
 
     def _after_blocks(self, hidden: Tensor, call: ForwardCall | None) -> Tensor:
         """Take the token, and masked players, out of (B, T, D)."""

@@ -74,6 +74,7 @@ def find_sequence(model: nn.Module) -> Anatomy:
         width=width,
         blocks=blocks,
         attentions=_attentions(run, blocks),
+        pooled=_pooled(run, blocks[-1]),
     )
 
 
@@ -138,6 +139,17 @@ def _anatomy(run: DryRun, source: str, **parts: Any) -> Anatomy:
         options=run.options,
         **parts,
     )
+
+
+def _pooled(run: DryRun, source: str) -> str:
+    """The head's attention to the tokens; or the last module that returns a tensor like that of the last block, as a norm."""
+    shapes, after = {run.names.get(module): shape for module, shape in run.order}, run.finished(source)[1]
+    attention = next((run.names[module] for module in after if isinstance(module, nn.MultiheadAttention)), None)
+    if attention and run.profile.kind == "matching":  # Siglip2's classifier has one, too, and does not ask it
+        return attention
+    leaves = (module for module in after if not list(module.children()))
+    names = [run.names[module] for module in leaves if shapes[run.names[module]] == shapes[source]]
+    return names[-1] if names else source
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -56,13 +56,13 @@ class Tiling:
             return self._shares(contributions) @ contributions  # (N, cells) @ (B, cells, K) -> (B, N, K)
 
     def cell_weights(self, present: Tensor) -> Tensor:
-        """Which part of each cell belongs to present players: (R, N) bool to (R, cells) fp32."""
+        """Which part of each cell belongs to present players: (R, N) bool or in 0..1 to (R, cells) fp32."""
         weights = present.float()
         with torch.autocast(present.device.type, enabled=False):
             return weights if self.players == self.cells else weights @ self._shares(weights)
 
     def present_cells(self, present: Tensor) -> Tensor:
-        """The cells of present players, where each cell belongs to one player: (R, N) bool to (R, cells) bool."""
+        """The cells of present players, where each cell belongs to one player: (R, N) bool or in 0..1 to (R, cells)."""
         if self.players == self.cells:
             return present
         down, right = (cells // players for cells, players in zip(self.cells, self.players, strict=True))
@@ -117,20 +117,25 @@ def fill_absent(
 
     With `blur`, by the present pixels around, blurred into the gap; the color where there are none near. Players
     `present` (R, N) tile the part `seen` (height, width) of the image, in (rows, cols). What lies beyond belongs to the
-    last row and column: a convolution may reach into it.
+    last row and column: a convolution may reach into it. Of players that are present to a degree in 0..1, instead of
+    bool, the image and what would replace it are blended.
     """
     seen = seen or (images.shape[2], images.shape[3])
     beyond = (0, images.shape[3] - seen[1], 0, images.shape[2] - seen[0])
     tiles = pixels_of(present, players, seen)[:, None].to(images.dtype)  # (R, 1, h, w)
-    kept = F.pad(tiles, beyond, mode="replicate").bool()  # (R, 1, H, W)
+    share = F.pad(tiles, beyond, mode="replicate")  # (R, 1, H, W)
     shown = color.to(images.dtype).view(1, -1, 1, 1).expand_as(images)  # (R, C, H, W)
     if blur:
-        shown = _blurred(images, kept, shown, players)
-    return torch.where(kept, images, shown)
+        shown = _blurred(images, share, shown, players)
+    if present.is_floating_point():
+        # Nothing of an absent pixel, and all of a present one, whatever the numbers are.
+        images, shown = torch.where(share > 0, images, 0), torch.where(share < 1, shown, 0)
+        return share * images + (1 - share) * shown
+    return torch.where(share.bool(), images, shown)
 
 
 def pixels_of(present: Tensor, players: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Which pixels belong to present players: (R, N) to (R, H, W) bool. Tiles are equal, up to rounding."""
+    """Which pixels belong to present players: (R, N) to (R, H, W). Tiles are equal, up to rounding."""
     rows, cols = (_tile_of(pixels, tiles).to(present.device) for pixels, tiles in zip(size, players, strict=True))
     return present.unflatten(1, players)[:, rows][:, :, cols]  # (R, H, W)
 
@@ -151,11 +156,11 @@ def _tile_of(pixels: int, tiles: int) -> Tensor:
     return torch.arange(1, 2 * pixels, 2, device="cpu") * tiles // (2 * pixels)
 
 
-def _blurred(images: Tensor, kept: Tensor, color: Tensor, players: tuple[int, int]) -> Tensor:
-    """The kept pixels (R, 1, H, W) of the images, averaged with Gaussian weights as wide as a tile."""
-    weights = kept.to(images.dtype)
-    # Not a product: nothing times not-a-number is not nothing.
-    masked = torch.where(kept, images, torch.zeros_like(images))  # (R, C, H, W)
+def _blurred(images: Tensor, share: Tensor, color: Tensor, players: tuple[int, int]) -> Tensor:
+    """The pixels of the images, averaged with Gaussian weights as wide as a tile, by the share (R, 1, H, W) of each."""
+    weights = share
+    # Not a product alone: nothing times not-a-number is not nothing.
+    masked = torch.where(share > 0, images, 0) * share  # (R, C, H, W)
     for axis, (pixels, tiles) in enumerate(zip(images.shape[2:], players, strict=True)):
         sigma = pixels / tiles
         reach = max(1, round(2 * sigma))

@@ -119,6 +119,18 @@ class PatchGame:
         with torch.inference_mode():
             return evaluate_coalitions(evaluation_view(self.model), inputs, coalitions[None], self.batch_size)[0]
 
+    def value(self, presence: Tensor) -> Tensor:
+        """The soft game: v(m) of players that are present to a degree, (M, N) in 0..1: (M, K) fp32, differentiable.
+
+        At 0 and 1 it is `values`. In between, attention weighs tokens by m, and so do votes and means of tokens; where
+        pixels are replaced, they are blended with what would replace them. The gradient by `presence` is what each player
+        adds, there: see `shapadapter.explanation.presence`.
+        """
+        with torch.inference_mode(False), torch.set_grad_enabled(presence.requires_grad):
+            inputs = {"pixel_values": self.pixel_values.clone(), **self.options}
+            found = evaluation_view(self.model)(**inputs, coalitions=presence[None], coalition_grad=True)
+            return found.coalition_values[0]
+
     def exact(self) -> Tensor:
         """The Shapley values by enumeration of all 2^N coalitions, (N, K) float64; at most 16 players."""
         return exact_shapley_values(self.values(all_coalitions(self.players)).cpu())
