@@ -25,7 +25,7 @@ from shapadapter import Explanation, attribute, explain
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.images import prepare_opened, unpatchify
 from shapadapter.data.processors import frames, unseen
-from shapadapter.explanation.api import as_pictures
+from shapadapter.explanation.passes import as_pictures
 from shapadapter.training.validation import warn_of_crops
 from shapadapter.visual import draw_explanation, draw_strip
 

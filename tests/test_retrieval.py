@@ -11,7 +11,7 @@ from torch import nn
 
 from shapadapter import ImageError, ShapleyError, retrieval_after_deletion
 from shapadapter.evaluation.retrieval import recall_at_k
-from shapadapter.explanation.api import embed_texts
+from shapadapter.explanation.passes import embed_texts
 
 TEXTS = captions(6)
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0), (1.0, 1.0, -1.0))

@@ -12,7 +12,7 @@ from texts import LENGTHS, TEXT_FAMILIES, captions
 from shapadapter import Explanation, ImageError, ShapleyError, explain
 from shapadapter.core.errors import ClassNotFoundError
 from shapadapter.data.collator import TextRules, prepare_texts, text_rules
-from shapadapter.explanation.api import embed_texts
+from shapadapter.explanation.passes import embed_texts
 
 every_family = pytest.mark.parametrize("family", TEXT_FAMILIES)
 each_prediction = pytest.mark.parametrize("prediction", ["vote", "classifier"])

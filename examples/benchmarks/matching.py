@@ -32,7 +32,7 @@ from shapadapter.core.losses import contrastive_loss
 from shapadapter.data.collator import ImageCollator, text_rules
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
 from shapadapter.demo.models import Scale
-from shapadapter.explanation.api import embed_texts
+from shapadapter.explanation.passes import embed_texts
 
 TEMPLATES = ("a photo of the digit {}", "the number {}", "a bright {} in the dark", "handwritten {}")
 FULL = Scale(digits=5000, placements=4, pretrain_epochs=4, tune_epochs=1.5, truth_images=8, truth_evaluations=4096)

@@ -5,6 +5,7 @@ the posterior mean is the prediction, with many it tends to the Shapley value, a
 much as it has turned out to be worth on this very image and class.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -18,6 +19,9 @@ LOG_RATIOS = torch.linspace(-10, 30, 81, dtype=torch.float64, device="cpu")
 
 RANK = 1e-9
 """A singular value below this share of the largest is rounding."""
+
+STIFFNESS = 2.0
+"""The weights of predictions are taken to be known to one over this, see `calibrated`."""
 
 SMALLEST_REST = 0.05
 """The least `1 - leverage` to divide a squared residual by."""
@@ -57,7 +61,12 @@ def relative_error(mean: Tensor, standard_error: Tensor) -> Tensor:
 
 
 def shapley_posterior(
-    attributions: Tensor, coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor
+    attributions: Tensor,
+    coalitions: Tensor,
+    values: Tensor,
+    null_values: Tensor,
+    full_values: Tensor,
+    ratio: float = 1.0,
 ) -> Posterior:
     """Refine predicted Shapley values by evaluated coalitions.
 
@@ -80,6 +89,7 @@ def shapley_posterior(
         values: (..., M, K) value of each coalition.
         null_values: (..., K) value of the empty coalition.
         full_values: (..., K) value of the full coalition.
+        ratio: the median of R that the prior expects, 1 for a prediction of which nothing is known.
 
     Returns:
         The posterior. Its mean sums to `full_values - null_values`; with M = 0 it is `attributions` as they are.
@@ -91,17 +101,58 @@ def shapley_posterior(
     prior, null, full = attributions.double(), null_values.double(), full_values.double()
     if not count:
         return Posterior(prior, torch.full_like(prior, torch.nan))
-    if count % 2 or not bool((coalitions[..., 0::2, :] ^ coalitions[..., 1::2, :]).all()):
-        raise ValueError("Expected coalitions in pairs: rows 2 p and 2 p + 1 must be complements.")
     prior = prior + ((full - null - prior.sum(-2)) / players)[..., None, :]  # (..., N, K), efficient in float64
+    fit = _Fit.of(*_rows(prior, coalitions, values, null), ratio)
+    # The noise of one or two rows has no expectation under Jeffreys' prior.
+    error = fit.variance().clamp(min=0).sqrt() if count > 4 else torch.full_like(prior, torch.inf)
+    return Posterior(prior + fit.mean, error)
+
+
+def _rows(prior: Tensor, coalitions: Tensor, values: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
+    """The centred indicators (..., P, N) of one of each pair, and half of what `prior` leaves of their gap, (..., P, K)."""
+    if coalitions.shape[-2] % 2 or not bool((coalitions[..., 0::2, :] ^ coalitions[..., 1::2, :]).all()):
+        raise ValueError("Expected coalitions in pairs: rows 2 p and 2 p + 1 must be complements.")
     present = coalitions.double()  # (..., M, N)
     residuals = values.double() - null[..., None, :] - present @ prior  # (..., M, K)
     first = present[..., 0::2, :]  # (..., P, N)
     gaps = (residuals[..., 0::2, :] - residuals[..., 1::2, :]) / 2  # (..., P, K)
-    fit = _Fit.of(first - first.mean(-1, keepdim=True), gaps)
-    # The noise of one or two rows has no expectation under Jeffreys' prior.
-    error = fit.variance().clamp(min=0).sqrt() if count > 4 else torch.full_like(prior, torch.inf)
-    return Posterior(prior + fit.mean, error)
+    return first - first.mean(-1, keepdim=True), gaps
+
+
+def calibrated(
+    predictors: Tensor,
+    weights: Tensor,
+    coalitions: Tensor,
+    values: Tensor,
+    null_values: Tensor,
+    full_values: Tensor,
+) -> Tensor:
+    """Several predictions of the Shapley values as one: their weighted sum, with weights that explain the coalitions best.
+
+    A regression of the pairs' gaps on what each prediction says of them, for each image and class, with a ridge towards
+    `weights` (each is taken to be right to about 1 / `STIFFNESS`). Predictions err in ways of their own: the head does not
+    know the picture well, a gradient not what is far from the full image; so the sum is better than the best of them.
+
+    Args:
+        predictors: (..., N, K, F) of F predictions; what they have in common over the players has no say.
+        weights: (F,) of each, before anything is known.
+        coalitions, values, null_values, full_values: as for `shapley_posterior`.
+
+    Returns:
+        (..., N, K) float64; they sum to `full_values - null_values`.
+    """
+    null, full = null_values.double(), full_values.double()
+    equal = ((full - null) / predictors.shape[-3])[..., None, :]  # (..., 1, K)
+    centred = predictors.double() - predictors.double().mean(-3, keepdim=True)  # (..., N, K, F)
+    weights = weights.double().expand(*centred.shape[:-3], centred.shape[-2], -1)[..., None]  # (..., K, F, 1)
+    if coalitions.shape[-2]:
+        design, gaps = _rows(equal.expand(*centred.shape[:-1]), coalitions, values, null)  # (..., P, N), (..., P, K)
+        said = torch.einsum("...pn,...nkf->...kpf", design, centred)  # (..., K, P, F)
+        left = gaps.mT[..., None] - said @ weights  # (..., K, P, 1)
+        ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1], dtype=torch.float64)
+        # `lstsq` would do without the ridge; with it the matrix is regular unless everything is zero.
+        weights = weights + torch.linalg.pinv(said.mT @ said + ridge, hermitian=True) @ said.mT @ left
+    return equal + torch.einsum("...nkf,...kf->...nk", centred, weights[..., 0])  # (..., N, K)
 
 
 def exact_posterior(values: Tensor) -> Posterior:
@@ -128,7 +179,7 @@ class _Fit:
     noise: Tensor  # (..., G, K), the expected sigma^2 given the ratio
 
     @classmethod
-    def of(cls, design: Tensor, gaps: Tensor) -> "_Fit":
+    def of(cls, design: Tensor, gaps: Tensor, ratio: float) -> "_Fit":
         """Decompose the design (..., P, N) and weigh the ratios by the observations (..., P, K)."""
         pairs, players = design.shape[-2:]
         left, scales, right = torch.linalg.svd(design, full_matrices=False)
@@ -141,7 +192,8 @@ class _Fit:
         outside = (gaps.square().sum(-2) - seen.square().sum(-2)).clamp(min=0)  # (..., K)
         misfit = (1 / (1 + signal)).mT @ seen.square() + outside[..., None, :]  # (..., G, K)
         # Half-Cauchy for sqrt(R), as a density of log R.
-        prior = -torch.logaddexp(LOG_RATIOS / 2, -LOG_RATIOS / 2)  # (G,)
+        steps = LOG_RATIOS - math.log(ratio)
+        prior = -torch.logaddexp(steps / 2, -steps / 2)  # (G,)
         evidence = (prior - signal.log1p().sum(-2) / 2)[..., None] - pairs / 2 * misfit.clamp(min=1e-300).log()
         noise = misfit / max(pairs - 2, 1)
         return cls(left, scales, right, seen, gaps, ratios, evidence.softmax(-2), noise)

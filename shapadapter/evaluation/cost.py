@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.statistics import Interval
 from shapadapter.evaluation.plan import ALWAYS, ONE_PASS, Plan, image_of
-from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.passes import Predicted
 
 REPEATS = 11
 """How often a call of a few forward passes is timed; one of many is timed once."""

@@ -22,7 +22,7 @@ from shapadapter.core.shapley import (
     sample_sizes,
 )
 from shapadapter.core.statistics import generator_of, is_constant, pearson, relative_l2, spearman, top_k_overlap
-from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.passes import Predicted
 
 # -- the game --------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from shapadapter.data.images import prepare_images
 from shapadapter.evaluation.dataset import Rows
 from shapadapter.evaluation.plan import Plan
 from shapadapter.evaluation.records import Record, Records, digest, plain
-from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.passes import Predicted
 
 
 def energy_inside(attributions: Tensor, inside: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, se
 from shapadapter.evaluation.localization import mask_measures, saliency, tiles_inside
 from shapadapter.evaluation.plan import SALIENCY, Explainer, Plan, has_unit, images_of, stacked
 from shapadapter.evaluation.records import Means, Record, digest, plain
-from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.passes import Predicted
 from shapadapter.explanation.game import active_layer
 
 COALITIONS_PER_IMAGE = 8

@@ -17,7 +17,7 @@ from shapadapter.core.phrases import did_you_mean
 from shapadapter.core.statistics import seed_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.faithfulness import DRAWS, is_exact, removed_counts, top_count
-from shapadapter.explanation.api import Predicted, base_of, device_of, predictions
+from shapadapter.explanation.passes import Predicted, base_of, device_of, predictions
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.methods import METHODS as KNOWN

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
 from shapadapter.data.images import as_list
-from shapadapter.explanation.api import base_of, embed_texts, inputs_on, prepared_batches
+from shapadapter.explanation.passes import base_of, embed_texts, inputs_on, prepared_batches
 from shapadapter.explanation.game import active_layer
 
 

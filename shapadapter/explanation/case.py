@@ -16,7 +16,7 @@ from shapadapter.core.shapley import kernel_shap as fit
 from shapadapter.core.shapley import pays_for_all, sample_pairs, sample_sizes
 from shapadapter.core.statistics import generator_of
 from shapadapter.data.images import IMAGE_INPUTS
-from shapadapter.explanation.api import Predicted
+from shapadapter.explanation.passes import Predicted
 from shapadapter.explanation.game import BatchGame
 from shapadapter.explanation.refine import enumerated
 

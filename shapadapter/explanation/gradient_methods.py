@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shapadapter.backbone import attention_weights, cells_first, first_tensor, original_name
 from shapadapter.core.errors import ShapleyError
 from shapadapter.data.images import unpatchify
-from shapadapter.explanation.api import base_of
+from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.case import Answer, Case
 
 

@@ -14,7 +14,8 @@ from shapadapter.backbone import evaluation_view
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.phrases import did_you_mean
-from shapadapter.explanation.api import explain, join, one_pass, predictions
+from shapadapter.explanation.api import explain
+from shapadapter.explanation.passes import join, one_pass, predictions
 from shapadapter.explanation.case import (
     Answer,
     Case,

@@ -23,7 +23,7 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.phrases import argument
 from shapadapter.data.classes import class_names
-from shapadapter.explanation.api import base_of, embed_texts, prepared_batches
+from shapadapter.explanation.passes import base_of, embed_texts, prepared_batches
 from shapadapter.explanation.game import active_layer
 
 OUTPUTS = ("logits", "attributions", "null_values")

@@ -25,7 +25,7 @@ from shapadapter.backbone import Removal, choose_removal, configured_size
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
-from shapadapter.explanation.api import base_of
+from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.hub.load import comes_with_code, load, told
 from shapadapter.hub.locate import called, locate

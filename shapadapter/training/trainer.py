@@ -18,7 +18,7 @@ from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator, text_r
 from shapadapter.data.images import IMAGE_COLUMNS
 from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW
 from shapadapter.data.rows import GuardedRows, check_skipping, guarded, in_place, of_known
-from shapadapter.explanation.api import base_of
+from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.game import active_layer
 from shapadapter.training.arguments import ShapleyTrainingArguments, check_setting, prepare_fsdp, set_head_rate
 from shapadapter.training.callbacks import TASK, AttributionMaps, LossMonitor

@@ -22,7 +22,7 @@ from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, 
 from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, LabelRules, as_row, known_labels
 from shapadapter.data.processors import frames, unseen
 from shapadapter.data.rows import is_transformed, readable_rows, some_rows
-from shapadapter.explanation.api import base_of
+from shapadapter.explanation.passes import base_of
 from shapadapter.training.arguments import ShapleyTrainingArguments
 
 _LABEL_REMEDY = (

@@ -11,7 +11,7 @@ from shapadapter.backbone import Tiling
 from shapadapter.evaluation.deletion import areas, follow, orders
 from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, removed_counts, sensitivity
 from shapadapter.evaluation.localization import mask_measures
-from shapadapter.explanation.api import Predicted, predictions
+from shapadapter.explanation.passes import Predicted, predictions
 
 NULL = -1.0
 

@@ -11,7 +11,7 @@ from shapadapter import attribute, evaluate, explain
 from shapadapter.core.errors import ShapleyError
 from shapadapter.evaluation.dataset import Rows
 from shapadapter.evaluation.localization import montage, montage_groups, saliency, tiles_inside
-from shapadapter.explanation.api import predictions
+from shapadapter.explanation.passes import predictions
 
 pytestmark = pytest.mark.usefixtures("quick_evaluation")
 
