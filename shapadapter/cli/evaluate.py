@@ -175,8 +175,7 @@ def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
 
 def _rows(result: Evaluation) -> list[tuple[str, str]]:
     """The measures that stand on top: those of the model card."""
-    from shapadapter.hub.card.facts import Facts
-    from shapadapter.hub.card.results import compact, rows
+    from shapadapter.hub.card.facts import Facts, compact, rows
 
     facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
     return [(row.label, row.shown) for row in rows(facts)]

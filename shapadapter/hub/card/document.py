@@ -1,4 +1,4 @@
-"""The text of a card: one generated block between two marks, yaml above it, and whatever the user wrote around both.
+"""README.md: one generated block between two marks, yaml above it, and whatever the user wrote around both.
 
 The begin mark holds a digest of the block, and a comment in the block those of the metadata that were filled in: what no
 longer agrees with its digest was edited, and is the user's. Earlier cards had a pair of marks for each section.
@@ -9,12 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+
+from shapadapter.core.files import break_links, write_together
+from shapadapter.core.phrases import one_line
+from shapadapter.core.remote import CARD, PICTURES
+from shapadapter.hub.card import content
+from shapadapter.hub.card.facts import Facts
 
 LONGEST = 1_000_000
 """Characters of a card that is renewed; a longer one is left as it is."""
@@ -35,6 +43,58 @@ _NOTE = re.compile(r"<!-- shapadapter:metadata (\{(?:(?!<!--).)*?\}) -->\n?")  #
 _NOTE_OF_ANY_FORM = re.compile(r"<!-- shapadapter:metadata (?:(?!<!--).)*? -->", re.DOTALL)
 _YAML = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 _KEY = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)  # where a line begins that names a key
+
+
+def write_card(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tags: Sequence[str] = (),
+    start: str | None = None,
+    remote: Collection[str] = (),
+) -> str | None:
+    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered."""
+    path = folder / CARD
+    break_links(folder, [CARD])
+    there = [file.name for file in (folder / PICTURES).glob("*") if file.is_file()]
+    facts = Facts(config, name or folder.resolve().name, revision, [*there, *remote], subfolder)
+    try:
+        card = renewed(
+            read_card(path) if start is None else start, content.markdown(facts), content.metadata(facts), tags
+        )
+    except ValueError as error:
+        warnings.warn(f"{path} is left as it is, because {error}.", stacklevel=2)
+        return None
+    if edited(card):
+        warnings.warn(
+            f"What is between the marks in {path} was edited and is left as it is. To have it renewed, move your own words "
+            "below the end mark and delete what is between the marks.",
+            stacklevel=2,
+        )
+    write_together({path: card.encode()})
+    return card
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card, or so much of it as shows that it is too long; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(4 * LONGEST + 4).decode("utf-8-sig", "surrogateescape")
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The yaml of the card in a folder; empty where it cannot be read."""
+    try:
+        return read_yaml(split(read_card(folder / CARD) or "")[0])
+    except ValueError:
+        return {}
+
+
+# -- the text ---------------------------------------------------------------------------------------------------------
 
 
 def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
@@ -71,13 +131,13 @@ def untouched(card: str) -> bool:
         signs = {key: _signs(key, value) for key, value in read_yaml(head).items()}
     except ValueError:
         return False
+
+    def in_any_order(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: sorted(map(str, one)) if isinstance(one, list) else one for key, one in found.items()}
+
     around = _NOTE_OF_ANY_FORM.sub("", _BLOCK.sub("", body)).strip()
-    as_filled = _in_any_order(signs) == _in_any_order(_noted(body))
+    as_filled = in_any_order(signs) == in_any_order(_noted(body))
     return bool(_BEGIN.search(body)) and not around and not edited(card) and as_filled
-
-
-def _in_any_order(signs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in signs.items()}
 
 
 def edited(card: str) -> bool:
@@ -165,7 +225,7 @@ def read_yaml(block: str) -> dict[str, Any]:
             raise ValueError("its aliases make it too large")
         found = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        raise ValueError(f"the yaml at its top cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the yaml at its top cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict | None):
         raise ValueError("the yaml at its top is no mapping")
     return found or {}

@@ -24,8 +24,8 @@ from shapadapter.core.errors import ShapleyError, redacted
 from shapadapter.core.files import atomic_folder, refuse_link
 from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
+from shapadapter.hub.card.document import card_metadata
 from shapadapter.hub.card.facts import LONG, text, words
-from shapadapter.hub.card.renewal import card_metadata
 from shapadapter.hub.locate import AdapterFiles
 from shapadapter.hub.space.limits import open_upload
 from shapadapter.hub.upload import copy_files, own_code, upload
