@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import Say, quiet, reporting, warn
-from shapadapter.cli.options import (
-    OUTPUT,
-    Base,
-    Checkpoint,
-    Config,
-    Device,
-    Dtype,
-    Json,
-    Revision,
-    Subfolder,
-    Texts,
-    TrustRemoteCode,
-)
+from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, Texts, command, quiet, warn
 from shapadapter.cli.outputs import Written, find_images, printable
 from shapadapter.core.phrases import one_line
 
@@ -34,8 +20,9 @@ if TYPE_CHECKING:
 FORMATS = ("png", "html", "json", "npz")
 
 
+@command("The pictures written so far are complete.", place=PLACE)
 def explain(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
     output: Annotated[
@@ -55,41 +42,26 @@ def explain(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
-    subfolder: Subfolder = None,
-    base: Base = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """Predict images and explain why: pictures, a page, or numbers; folders are searched to the bottom.
 
     What cannot be read is named, the others are explained all the same, and the exit code is 1.
     """
-    wanted, output = _formats(formats), output or (None if json else Path("explanations"))
-    with reporting(context, json, "The pictures written so far are complete.") as say, ExitStack() as stack:
-        from shapadapter.cli.outputs import writing
-        from shapadapter.hub.load import load
-        from shapadapter.hub.locate import called
+    from shapadapter.cli.outputs import writing
+    from shapadapter.hub.load import load
+    from shapadapter.hub.locate import called
 
-        paths = find_images(images)
-        quiet()
-        model, processor = load(
-            checkpoint,
-            subfolder=subfolder,
-            base=base,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
-        stream = say.stream if json else None
-        written = stack.enter_context(writing(output, wanted, called(checkpoint, subfolder), stream))
+    wanted, output = _formats(formats), output or (None if say.as_json else Path("explanations"))
+    paths = find_images(images)
+    quiet()
+    model, processor = load(checkpoint, **place)
+    asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
+    stream = say.stream if say.as_json else None
+    with writing(output, wanted, called(checkpoint, place["subfolder"]), stream) as written:
         explained = _explained(model, processor, list(paths), batch_size, seed, asked)
-        _write(written, paths, explained, None if json else say)
+        _write(written, paths, explained, None if say.as_json else say)
         if output is not None:
             there = f" in {output}" if written.count else ""
             warn(f"{written.count} of {len(paths)} images explained{there}.")

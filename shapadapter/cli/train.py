@@ -17,8 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import reporting, warn
-from shapadapter.cli.options import GENERAL, MORE, Json, read_config, unknown
+from shapadapter.cli.options import MORE, Say, command, unknown, warn
 
 PATIENCE = 15.0
 """Seconds that the processes have to end after an interruption."""
@@ -93,8 +92,9 @@ OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder"
 """Arguments of the script that have another name here."""
 
 
+@command("Go on with the same command and --resume-from-checkpoint last.")
 def train(
-    context: typer.Context,
+    say: Say,
     model: Annotated[
         str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
     ],
@@ -113,17 +113,6 @@ def train(
             "--launch", help="File of `accelerate config`: which GPUs, FSDP, DeepSpeed; by default all GPUs."
         ),
     ] = None,
-    json: Json = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            help="Options and training arguments from a yaml file; those of the command line win.",
-            callback=read_config,
-            is_eager=True,
-            **GENERAL,
-        ),
-    ] = None,
 ) -> None:
     """Fine-tune a vision model that explains itself, on one CPU or many GPUs, through accelerate.
 
@@ -131,24 +120,21 @@ def train(
     --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
     --explained-images. --resume-from-checkpoint last goes on where a run stopped, --overwrite starts again in its folder.
     """
-    hint = "Go on with the same command and --resume-from-checkpoint last."
-    with reporting(context, json, hint) as say:
-        script = _script()
-        given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
-        _check_sources(model, data)
-        where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
-        arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
-        check(arguments, given, script)
-        _check_output(arguments, script)
-        if launch_config is not None and not launch_config.is_file():
-            raise FileNotFoundError(f"There is no file {launch_config}.")
-        code = launch(MODULE, arguments, launch_config, quiet_output=json)
-        if code:
-            typer.echo("Error: the training failed; see the output above.", err=True)
-            raise typer.Exit(1)
-        results = output / "all_results.json"
-        metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
-        say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
+    script = _script()
+    given = [*as_arguments(say.context.meta.get(MORE, {}), script), *say.context.args]
+    _check_sources(model, data)
+    where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
+    arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
+    check(arguments, given, script)
+    _check_output(arguments, script)
+    if launch_config is not None and not launch_config.is_file():
+        raise FileNotFoundError(f"There is no file {launch_config}.")
+    if launch(MODULE, arguments, launch_config, quiet_output=say.as_json):
+        typer.echo("Error: the training failed; see the output above.", err=True)
+        raise typer.Exit(1)
+    results = output / "all_results.json"
+    metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
+    say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
 
 
 def _script() -> Any:

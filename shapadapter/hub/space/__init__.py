@@ -20,7 +20,7 @@ import shapadapter
 from shapadapter.core import installation
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import ShapleyError, redacted
-from shapadapter.core.files import atomic_folder, refuse_link
+from shapadapter.core.files import atomic_folder, refuse_link, write_together
 from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, PROCESSOR_FILES, is_path
 from shapadapter.hub.card.document import card_metadata
@@ -98,12 +98,12 @@ def write_space(
         The folder.
 
     Raises:
-        ShapleyError: there is no such checkpoint, its base may not be copied, the folder holds something else; its
-            subclasses where files are damaged, an example is no PNG, JPEG or WebP image, or there is no room.
+        ShapleyError: no such checkpoint, a base that may not be copied, damaged files, an example that is no PNG, JPEG or
+            WebP image, a folder that holds something else, or no room.
     """
     folder, name = Path(folder), str(checkpoint)
     files = AdapterFiles(name, Path(name)) if Path(name).is_dir() else None
-    config = None if files is None else files.config()  # what could not be loaded is not shown
+    config = None if files is None else files.config()
     base = None if files is None else base_folder(files, config)
     if folder.exists() and not _is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
@@ -121,7 +121,7 @@ def write_space(
         license = license or text(card_metadata(files.folder).get("license"))
         name = files.folder.resolve().name
     title = one_line(title or "", LONG) or one_line(f"{name.split('/')[-1]} explains itself", LONG)
-    timm = config is not None and "timm" in str((config.auto_mapping or {}).get("parent_library"))
+    timm = "timm" in str((getattr(config, "auto_mapping", None) or {}).get("parent_library"))
     program = _program(name if files is None else None, base is not None, revision, title, bool(examples))
     texts = (_readme(title, license, on_hub), program, _requirements(timm))
     with atomic_folder(folder, ours=(*_FILES, *_FOLDERS)) as place:
@@ -129,8 +129,9 @@ def write_space(
             _copy_adapter(files, base, place)
         installation.copy_package(place)
         _copy_examples(examples, place / "examples")
-        for file, content in zip(_FILES, texts, strict=True):
-            (place / file).write_text(content, encoding="utf-8")
+        write_together(
+            {place / file: content.encode() for file, content in zip(_FILES, texts, strict=True)}, tidy=False
+        )
     return folder
 
 
