@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,13 +121,23 @@ def train(
     --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
     --explained-images. --resume-from-checkpoint last goes on where a run stopped, --overwrite starts again in its folder.
     """
-    script = _script()
+    if find_spec("datasets") is None:
+        raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
+    from shapadapter.training.script import beside, check_data, check_model, check_output, parser
+
+    script = parser()
     given = [*as_arguments(say.context.meta.get(MORE, {}), script), *say.context.args]
-    _check_sources(model, data)
+    check_model(model)
+    check_data(data)
+    for name in (model, data):
+        doubt = beside(name)
+        if not Path(name).is_dir() and (name == data or doubt):
+            warn(f"{name} is not a folder here: looking for it on the Hub.{doubt}")
     where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
     arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
     check(arguments, given, script)
-    _check_output(arguments, script)
+    asked = script.parse_known_args(arguments)[0]
+    check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
     if launch_config is not None and not launch_config.is_file():
         raise FileNotFoundError(f"There is no file {launch_config}.")
     if launch(MODULE, arguments, launch_config, quiet_output=say.as_json):
@@ -135,35 +146,6 @@ def train(
     results = output / "all_results.json"
     metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
     say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
-
-
-def _script() -> Any:
-    """The parser of the training script."""
-    if find_spec("datasets") is None:
-        raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
-    from shapadapter.training.script import parser
-
-    return parser()
-
-
-def _check_sources(model: str, data: str) -> None:
-    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub."""
-    from shapadapter.training.script import beside, check_data, check_model
-
-    check_model(model)
-    check_data(data)
-    for name in (model, data):
-        doubt = beside(name)
-        if not Path(name).is_dir() and (name == data or doubt):
-            warn(f"{name} is not a folder here: looking for it on the Hub.{doubt}")
-
-
-def _check_output(arguments: list[str], script: Any) -> None:
-    """Refuse the folder of an earlier training, before anything starts."""
-    from shapadapter.training.script import check_output
-
-    asked = script.parse_known_args(arguments)[0]
-    check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
 
 
 def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
@@ -185,7 +167,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
     known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
     for word in given:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if not word.startswith("--") and (not word.startswith("-") or _is_number(word)):
+        if not word.startswith("--") and (not word.startswith("-") or re.fullmatch(r"-[\d.]+([eE][+-]?\d+)?", word)):
             continue
         if name in OWN:
             raise typer.BadParameter(f"{word} is {OWN[name]} here.")
@@ -200,11 +182,3 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
     rest = script.parse_known_args(arguments)[1]
     if rest:
         raise typer.BadParameter(f"Unexpected argument {rest[0]!r}.")
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import refuse_link
-from shapadapter.core.phrases import argument
+from shapadapter.core.phrases import argument, reason
 from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.game import active_layer
@@ -33,15 +33,14 @@ def load(
 ) -> tuple[Any, Any]:
     """Load an adapter on its base model, and the processor that goes with them.
 
-    Weights are read from safetensors only. From the Hub comes what is needed, and no more: the adapter's two files, the
-    processor's, and the base model.
+    Weights are read from safetensors only. From the Hub come the adapter's two files, the processor's, and the base model.
 
     Args:
         checkpoint: the folder of an adapter, or its name on the Hub.
         subfolder: where in it the adapter is, if not at the top: PEFT saves one of another name than "default" in a folder
-            of that name. The processor may be beside it, or at the top.
-        base: the base model, where it is not to be found under the name the adapter was saved with: a folder, or another
-            name on the Hub. Its weights must be the same.
+            of that name.
+        base: the base model's folder or name on the Hub, where that is not what the adapter says. Its weights must be the
+            same.
         revision: branch, tag or commit of the adapter's repository; that of the base is written in the adapter.
         device: e.g. `"cpu"` or `"cuda:1"`; None for the GPU if there is one.
         dtype: of the base's weights, e.g. `torch.bfloat16` or `"bfloat16"`; None as they were saved. The adapter's own
@@ -54,10 +53,8 @@ def load(
         processor of both.
 
     Raises:
-        ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
-            safetensors.
-        CheckpointError: a file is damaged, or a link that leads out of its folder, or the base is not the one the adapter
-            was made for.
+        ShapleyError: there is no such adapter or base model, it may not be seen, or its weights are no safetensors.
+        CheckpointError: a file is damaged or a link out of its folder, or the base is not the one of the adapter.
     """
     place, kind = _device(device), _dtype(dtype)
     files = locate(str(checkpoint), subfolder, revision, token)
@@ -71,7 +68,9 @@ def load(
     except ShapleyError:
         raise
     except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
-        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
+        raise CheckpointError(
+            f"The adapter {files.name} does not fit its base model {root}: {reason(error)}"
+        ) from error
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
     options = options if own is None else {"trust_remote_code": False}
@@ -149,7 +148,7 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
         )
     if "trust_remote_code" in str(error):
         return comes_with_code(root)
-    return f"The base model {root} of the adapter {name} cannot be loaded: {told(error)}"
+    return f"The base model {root} of the adapter {name} cannot be loaded: {reason(error)}"
 
 
 def comes_with_code(base: str) -> str:
@@ -171,7 +170,7 @@ def _processor(model: Any, place: str, options: dict[str, Any], adapters_own: bo
         hub_trouble(error, place)  # for the credentials in it
         if "trust_remote_code" not in str(error):
             raise ShapleyError(
-                f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
+                f"There is no image processor with the adapter or in {place}: {reason(error)} Save one with the "
                 "adapter: processor.save_pretrained(folder)."
             ) from error
         if not adapters_own:
@@ -182,18 +181,13 @@ def _processor(model: Any, place: str, options: dict[str, Any], adapters_own: bo
         ) from error
 
 
-def told(error: BaseException) -> str:
-    """The first line of an error, or its kind."""
-    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
-
-
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ShapleyError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+        raise ShapleyError(f"There is no device {str(device)!r} here: {reason(error)}") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:

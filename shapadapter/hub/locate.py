@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
@@ -16,27 +16,18 @@ from shapadapter.adapter.registration import NAME
 from shapadapter.core.documents import read_json, shown
 from shapadapter.core.errors import CheckpointError, ShapleyError
 from shapadapter.core.files import refuse_links
-from shapadapter.core.phrases import argument
+from shapadapter.core.phrases import argument, some
 from shapadapter.core.remote import HUB_ERRORS, PROCESSOR_FILES, hub_trouble, is_path
-
-_NAMED = 5  # folders with an adapter, in an error
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The files of an adapter.
+    """The files of an adapter."""
 
-    Attributes:
-        source: the folder that was asked for, or the name on the Hub.
-        root: that folder, or the one with what was fetched.
-        subfolder: where in it the adapter is, with slashes; empty for the top.
-        token: for the Hub; of no meaning for a folder.
-    """
-
-    source: str
-    root: Path
-    subfolder: str = ""
-    token: str | bool | None = field(default=None, repr=False)
+    source: str  # the folder that was asked for, or the name on the Hub
+    root: Path  # that folder, or the one with what was fetched
+    subfolder: str = ""  # where in it the adapter is, with slashes; empty for the top
+    token: str | bool | None = field(default=None, repr=False)  # for the Hub; of no meaning for a folder
 
     @property
     def folder(self) -> Path:
@@ -71,7 +62,13 @@ class AdapterFiles:
                 f"{self.name} is an adapter of type {other}, not one of shapadapter. Load it with peft.AutoPeftModel."
             )
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{self._why_no_weights()}")
+            why = " The adapter is incomplete."
+            if (PurePosixPath(self.subfolder) / WEIGHTS_NAME).as_posix() in self._listed():
+                why = (
+                    f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
+                    "Ask for a safetensors file: model.save_pretrained(folder) writes one."
+                )
+            raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{why}")
         return ShapleyConfig.from_pretrained(str(self.root), subfolder=self.subfolder or None)
 
     def processor(self) -> Path | None:
@@ -87,25 +84,14 @@ class AdapterFiles:
             refuse_links(found)
         return found
 
-    def _why_no_weights(self) -> str:
-        inside = f"{self.subfolder}/" if self.subfolder else ""
-        if f"{inside}{WEIGHTS_NAME}" not in self._listed():
-            return " The adapter is incomplete."
-        return (
-            f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
-            "Ask for a safetensors file: model.save_pretrained(folder) writes one."
-        )
-
     def elsewhere(self) -> str:
         """Where below the root there are adapters, and what to type for one of them; nothing if there are none."""
         end = f"/{CONFIG_NAME}"
         found = sorted(file.removesuffix(end) for file in self._listed() if file.endswith(end))
         if not found:
             return ""
-        there = f" There {'is one' if len(found) == 1 else 'are some'} in "
-        there += ", ".join(f"{self.source}/{inner}" for inner in found[:_NAMED])
-        there += ", ..." if len(found) > _NAMED else "."
-        typed = next((inner for inner in found if _is_inside(inner)), None)
+        there = f" There {'is one' if len(found) == 1 else 'are some'} in {some(called(self.source, one) for one in found)}."
+        typed = next((inner for inner in found if _inside(inner) == inner), None)
         return f"{there} Say which: {argument('subfolder', typed, of='load')}." if self.fetched and typed else there
 
     def _listed(self) -> list[str]:
@@ -123,14 +109,23 @@ def called(source: str | Path, subfolder: str | None) -> str:
     return f"{str(source).rstrip('/')}/{subfolder}" if subfolder else str(source)
 
 
+def refuse_revision(revision: str | None, folder: str | Path) -> None:
+    """Refuse a revision of what is no repository."""
+    if revision is not None:
+        raise ShapleyError(
+            f"{argument('revision', revision)} is one of a repository on the Hub, but {folder} is a folder here."
+        )
+
+
 def locate(source: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> AdapterFiles:
     """Find the files of an adapter in a folder, or fetch them from the Hub."""
-    inner = _inside(subfolder)
+    inner = "" if subfolder is None else _inside(subfolder)
+    if inner is None:
+        raise ShapleyError(
+            f"{argument('subfolder', subfolder)} does not name a folder inside another one: expected a name such as 'best'."
+        )
     if Path(source).is_dir():
-        if revision is not None:
-            raise ShapleyError(
-                f"{argument('revision', revision)} is one of a repository on the Hub, but {source} is a folder here."
-            )
+        refuse_revision(revision, source)
         return AdapterFiles(source, Path(source), inner)
     if is_path(source):
         raise ShapleyError(f"There is no folder {source}.")
@@ -146,19 +141,7 @@ def locate(source: str, subfolder: str | None, revision: str | None, token: str 
     return AdapterFiles(source, Path(root), inner, token)
 
 
-def _is_inside(subfolder: str) -> bool:
-    with suppress(ShapleyError):
-        return _inside(subfolder) == subfolder
-    return False
-
-
-def _inside(subfolder: str | None) -> str:
-    """A subfolder with slashes; empty for none."""
-    if subfolder is None:
-        return ""
+def _inside(subfolder: str) -> str | None:
+    """The path of a subfolder, with slashes; None for what is not inside."""
     path = PureWindowsPath(subfolder)  # knows both kinds of slashes, and drives
-    if path.anchor or ".." in path.parts or not path.parts:
-        raise ShapleyError(
-            f"{argument('subfolder', subfolder)} does not name a folder inside another one: expected a name such as 'best'."
-        )
-    return path.as_posix()
+    return None if path.anchor or ".." in path.parts or not path.parts else path.as_posix()

@@ -122,21 +122,13 @@ def _read(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an adapter.
+    """What is known of an adapter."""
 
-    Attributes:
-        config: the content of `adapter_config.json`.
-        name: by which the adapter is loaded, a folder's name or one on the Hub.
-        revision: the branch on the Hub, None for the main one.
-        pictures: names of the pictures that are there to be shown.
-        subfolder: where the adapter is in the repository; None for the top.
-    """
-
-    config: Mapping[str, Any]
-    name: str
-    revision: str | None = None
-    pictures: Sequence[str] = ()
-    subfolder: str | None = None
+    config: Mapping[str, Any]  # the content of `adapter_config.json`
+    name: str  # by which the adapter is loaded, a folder's name or one on the Hub
+    revision: str | None = None  # the branch on the Hub, None for the main one
+    pictures: Sequence[str] = ()  # names of the pictures that are there to be shown
+    subfolder: str | None = None  # where the adapter is in the repository; None for the top
 
     @cached_property
     def record(self) -> dict[str, Any]:

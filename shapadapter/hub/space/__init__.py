@@ -25,7 +25,7 @@ from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, PROCESSOR_FILES, is_path
 from shapadapter.hub.card.document import card_metadata
 from shapadapter.hub.card.facts import LONG, text, words
-from shapadapter.hub.locate import AdapterFiles
+from shapadapter.hub.locate import AdapterFiles, refuse_revision
 from shapadapter.hub.space.limits import open_upload
 from shapadapter.hub.upload import base_folder, copy_files, hub_errors, upload
 
@@ -107,10 +107,8 @@ def write_space(
     base = None if files is None else base_folder(files, config)
     if folder.exists() and not _is_space(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ShapleyError(f"{folder} holds something that is not a Space of ours. Choose another folder.")
-    if revision is not None and files is not None:
-        raise ShapleyError(
-            f"{argument('revision', revision)} is one of a repository on the Hub, but {checkpoint} is a folder here."
-        )
+    if files is not None:
+        refuse_revision(revision, name)
     if base is not None and not copy_base:
         raise ShapleyError(
             f"The base model of {checkpoint} is {base}, a folder on this computer, of which the Space would hold a copy. "
