@@ -71,6 +71,8 @@ def explain(
 
 def _write(written: Written, paths: dict[Path, Path], explained: Iterator[Any], say: Say | None) -> None:
     """Write what each image gives, and say it unless the output is json."""
+    from shapadapter.visual.wording import likelihood
+
     for path, image, found in explained:
         if isinstance(found, Exception):
             trouble: str | None = written.refuse(path, found)
@@ -79,7 +81,8 @@ def _write(written: Written, paths: dict[Path, Path], explained: Iterator[Any], 
         if trouble is not None:
             warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
         elif say is not None:
-            say(None, f"{one_line(printable(path))}: {_summary(found)}")
+            best = (f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in found.top(3)[0])
+            say(None, f"{one_line(printable(path))}: {', '.join(best)}")
 
 
 def _formats(given: str) -> frozenset[str]:
@@ -105,14 +108,21 @@ def _explained(
     from tqdm.auto import tqdm
 
     from shapadapter import explain as explained
-    from shapadapter.core.errors import ImageError
+    from shapadapter.core.errors import ImageError, UnreadableImageError
+    from shapadapter.data.images import open_image
 
     # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
     size = 1 if asked["refine"] else batch_size
     with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(paths), size):
-            opened, failed = _opened(paths[start : start + size])
-            yield from ((path, None, error) for path, error in failed)
+            opened: dict[Path, Any] = {}
+            for path in paths[start : start + size]:
+                try:
+                    if path.exists() and not path.is_file():  # a pipe would wait for ever
+                        raise UnreadableImageError("It is no file.")
+                    opened[path] = open_image(os.fspath(path))
+                except (ImageError, OSError) as error:
+                    yield path, None, error
             try:
                 listed = list(opened.values())
                 together: Any = explained(model, listed, processor, seed=seed, **asked) if listed else []
@@ -124,26 +134,3 @@ def _explained(
                     except ImageError as error:
                         yield path, image, error
             bar.update(min(size, len(paths) - start))
-
-
-def _opened(paths: list[Path]) -> tuple[dict[Path, Any], list[tuple[Path, Exception]]]:
-    from shapadapter.core.errors import ImageError, UnreadableImageError
-    from shapadapter.data.images import open_image
-
-    opened: dict[Path, Any] = {}
-    failed: list[tuple[Path, Exception]] = []
-    for path in paths:
-        try:
-            if path.exists() and not path.is_file():  # a pipe would wait for ever
-                raise UnreadableImageError("It is no file.")
-            opened[path] = open_image(os.fspath(path))
-        except (ImageError, OSError) as error:
-            failed.append((path, error))
-    return opened, failed
-
-
-def _summary(explanation: Any) -> str:
-    from shapadapter.visual.wording import likelihood
-
-    best = explanation.top(3)[0]
-    return ", ".join(f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in best)

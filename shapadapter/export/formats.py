@@ -292,11 +292,7 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
     graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop("stack_trace", None)
-    return _without_unused(program)
-
-
-def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Leave out the weights that no operation reads, such as the text tower of a model whose texts are fixed."""
+    # No operation reads the text tower of a model whose texts are fixed.
     program.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _WITHOUT_EFFECT)
     places = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     signature = program.graph_signature

@@ -34,7 +34,7 @@ def _template() -> Template:
     # Words of others come in as values, through the filters, and are never read as a template.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters |= {"words": words, "code": code, "literal": _literal}
-    environment.globals["table"] = _table
+    environment.globals |= {"table": _table, "install": "\n".join(how_to_install())}
     return environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
 
 
@@ -64,7 +64,6 @@ def markdown(facts: Facts) -> str:
         features=_features(facts),
         class_names=[] if facts.quantity or matching else facts.classes,
         several=facts.config.get("problem_type") == "multi_label_classification",
-        install="\n".join(how_to_install()),
         place="" if facts.subfolder is None else f", subfolder={_literal(facts.subfolder)}",
         revision="" if facts.revision is None else f", revision={_literal(facts.revision)}",
         results=[[row.label, row.shown, "" if row.images is None else f"{row.images:,}"] for row in results],

@@ -109,7 +109,7 @@ def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: 
         raise ValueError("it is not in UTF-8")
     head, body = split(whole.replace("\r\n", "\n"))
     theirs = read_yaml(head)
-    if not body.strip() or _is_form(body):
+    if not body.strip() or _plain(body) == _plain(ModelCard.from_template(ModelCardData()).text):
         # What another tool has filled in of itself says nothing about the user's wishes.
         theirs = {key: value for key, value in theirs.items() if key not in metadata or key not in _BY_TOOLS}
         found, body = _filled(theirs, metadata, {}), f"\n{_block(markdown, metadata)}\n"
@@ -185,13 +185,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _is_form(body: str) -> bool:
-    """Whether it is an empty form that PEFT or transformers writes where there is no card."""
-    return _plain(body) == _plain(ModelCard.from_template(ModelCardData()).text)
-
-
 def _plain(form: str) -> str:
-    """A form without comments and what its makers fill in: PEFT its version, transformers a sentence."""
+    """A card's empty form, as tools write it, without comments and what they fill in: PEFT its version, transformers a sentence."""
     form = re.sub(r"### Framework versions\s+- PEFT \S+", "", form)
     form = re.sub(r"This is the model card of a 🤗 transformers model that has been pushed on the Hub\..*", "", form)
     kept, place = [], 0

@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import shapadapter
@@ -24,7 +22,7 @@ from shapadapter.core.files import atomic_folder, refuse_link, write_together
 from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, PROCESSOR_FILES, is_path
 from shapadapter.hub.card.document import card_metadata
-from shapadapter.hub.card.facts import LONG, text, words
+from shapadapter.hub.card.facts import LONG, repository, text, words
 from shapadapter.hub.locate import AdapterFiles, refuse_revision
 from shapadapter.hub.space.limits import open_upload
 from shapadapter.hub.upload import base_folder, copy_files, hub_errors, upload
@@ -156,12 +154,7 @@ def _copy_adapter(files: AdapterFiles, base: Path | None, place: Path) -> None:
 
 
 def _hub_name(name: str) -> str:
-    try:
-        validate_repo_id(name)
-        valid = not is_path(name)
-    except HFValidationError:
-        valid = False
-    if not valid:
+    if is_path(name) or repository(name) is None:
         raise ShapleyError(f"There is no folder {name}, and it cannot be a name on the Hub, which reads user/name.")
     return name
 

@@ -98,26 +98,20 @@ class Limits:
         elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
         else:
-            await self._take_in(scope, receive, send)
-
-    async def _take_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        announced = dict(scope["headers"]).get(b"content-length", b"")
-        size = int(announced) if announced.isdigit() and len(announced) < 20 else 0
-        if size > MAX_REQUEST:
-            await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
-            return
-        needed = (size or MAX_REQUEST) + _PICTURES
-        if not self._has_room(needed):
-            await PlainTextResponse("There is no room for uploads now. Try it again in a minute.", 503)(
-                scope, receive, send
-            )
-            return
-        self.awaited += needed
-        try:
-            await self.app(scope, _counted(receive, size or MAX_REQUEST), send)
-        finally:
-            self.awaited -= needed
-            self.used += needed  # until it is looked at
+            announced = dict(scope["headers"]).get(b"content-length", b"")
+            size = int(announced) if announced.isdigit() and len(announced) < 20 else 0
+            needed = (size or MAX_REQUEST) + _PICTURES
+            if size > MAX_REQUEST:
+                await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
+            elif not self._has_room(needed):
+                await PlainTextResponse(_FULL, 503)(scope, receive, send)
+            else:
+                self.awaited += needed
+                try:
+                    await self.app(scope, _counted(receive, size or MAX_REQUEST), send)
+                finally:
+                    self.awaited -= needed
+                    self.used += needed  # until it is looked at
 
     def _has_room(self, needed: int) -> bool:
         """Whether there is room for a request, beside those that are on their way."""
@@ -165,6 +159,7 @@ def _counted(receive: Receive, most: int) -> Receive:
     return counted
 
 
+_FULL = "There is no room for uploads now. Try it again in a minute."
 _TOO_LARGE = f"A request may have {MAX_REQUEST // 2**20} MB in all."
 
 
