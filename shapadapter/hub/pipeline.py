@@ -57,14 +57,14 @@ class ImageAttributionPipeline(Pipeline):
             )
         if isinstance(image_processor, str | Path):
             image_processor = load_processor(image_processor)
-        whole = image_processor if processor is None else processor
-        if whole is None:
+        self.prepares = image_processor if processor is None else processor
+        if self.prepares is None:
             raise ShapleyError(
                 f"pipeline({TASK!r}) needs the image processor of a model that is no name: pass "
                 "image_processor=AutoImageProcessor.from_pretrained(...)."
             )
-        self.prepares = whole
-        super().__init__(model=model, image_processor=image_side(whole), task=kwargs.pop("task", TASK), **kwargs)
+        side, task = image_side(self.prepares), kwargs.pop("task", TASK)
+        super().__init__(model=model, image_processor=side, task=task, **kwargs)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Explain one image or many.

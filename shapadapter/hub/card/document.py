@@ -102,12 +102,12 @@ def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: 
 
     A card that is not ours keeps its text and gets the metadata that it lacks.
     """
-    whole = card or ""
-    if len(whole) > LONGEST:
+    given = card or ""
+    if len(given) > LONGEST:
         raise ValueError(f"it has more than {LONGEST:,} characters")
-    if any("\udc80" <= character <= "\udcff" for character in whole):
+    if any("\udc80" <= character <= "\udcff" for character in given):
         raise ValueError("it is not in UTF-8")
-    head, body = split(whole.replace("\r\n", "\n"))
+    head, body = split(given.replace("\r\n", "\n"))
     theirs = read_yaml(head)
     if not body.strip() or _plain(body) == _plain(ModelCard.from_template(ModelCardData()).text):
         # What another tool has filled in of itself says nothing about the user's wishes.
@@ -120,8 +120,8 @@ def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: 
         found = {**theirs, **{key: value for key, value in metadata.items() if key not in theirs}}
     if tags:
         found = _filled(found, {"tags": list(tags)}, {})
-    text = f"---\n{_written(head, found)}---\n{body}"
-    return text.replace("\n", "\r\n") if "\r\n" in whole else text
+    card = f"---\n{_written(head, found)}---\n{body}"
+    return card.replace("\n", "\r\n") if "\r\n" in given else card
 
 
 def untouched(card: str) -> bool:

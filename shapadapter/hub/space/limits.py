@@ -71,7 +71,7 @@ _PICTURES = 4 * 2**20
 KEPT = 1800
 """Seconds after which an upload, its pictures and its explanation are gone."""
 
-_SETTLED = 60.0
+_IN_USE = 60.0
 """Seconds after which a file is no longer in use by the request that brought it."""
 
 Message = MutableMapping[str, Any]
@@ -115,7 +115,7 @@ class Limits:
 
     def _has_room(self, needed: int) -> bool:
         """Whether there is room for a request, beside those that are on their way."""
-        if self.used + self.awaited + needed > MAX_DISK or time.monotonic() > self.looked + _SETTLED:
+        if self.used + self.awaited + needed > MAX_DISK or time.monotonic() > self.looked + _IN_USE:
             self.used = self._make_room(MAX_DISK // 2)
         return self.used + self.awaited + needed <= MAX_DISK
 
@@ -129,7 +129,7 @@ class Limits:
         used = sum(size for *_, size in files)
         for path, since, size in files:
             age = time.time() - since
-            if age < _SETTLED or (used <= most and age < KEPT + _SETTLED):
+            if age < _IN_USE or (used <= most and age < KEPT + _IN_USE):
                 break
             if path not in self.own:
                 with suppress(OSError):  # gradio has deleted it
@@ -141,17 +141,17 @@ class Limits:
 
 def _counted(receive: Receive, most: int) -> Receive:
     """What brings the parts of a request, until they are more than they may be or take too long."""
-    came, ends, whole = 0, time.monotonic() + MAX_SECONDS, False
+    came, ends, complete = 0, time.monotonic() + MAX_SECONDS, False
 
     async def counted() -> Message:
-        nonlocal came, whole
-        if whole:  # what comes now is word that the visitor has left
+        nonlocal came, complete
+        if complete:  # what comes now is word that the visitor has left
             return await receive()
         try:
             message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
         except TimeoutError:
             raise HTTPException(408, f"A request may take {MAX_SECONDS:.0f} seconds to arrive.") from None
-        came, whole = came + len(message.get("body", b"")), not message.get("more_body", False)
+        came, complete = came + len(message.get("body", b"")), not message.get("more_body", False)
         if came > most:
             raise HTTPException(413, _TOO_LARGE)
         return message
