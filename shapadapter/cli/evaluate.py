@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
     from shapadapter.explanation.explanation import Explanation
 
-_CLASSES = 5
-"""Of each image, the likeliest ones, on the page."""
+_CLASSES = 5  # of each image, the likeliest ones, on the page
 
 
 def _names(methods: str) -> tuple[str, ...]:

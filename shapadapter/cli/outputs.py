@@ -73,8 +73,7 @@ class Names:
 
 
 FORMAT, FORMAT_VERSION = "shapadapter.explain", 1
-PAGE_IMAGES = 100
-"""Images on a page; more make a second one."""
+PAGE_IMAGES = 100  # images on a page; more make a second one
 
 
 @contextmanager

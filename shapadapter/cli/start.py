@@ -14,8 +14,7 @@ from shapadapter.core.phrases import one_line
 if TYPE_CHECKING:
     from shapadapter.hub.inspection import Inspection
 
-_SHOWN = 4
-"""Modules that are named; json has all."""
+_SHOWN = 4  # modules that are named; json has all
 
 
 @command("What is in the output folder is complete; run the command again to start over.")

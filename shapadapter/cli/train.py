@@ -20,8 +20,7 @@ import typer
 
 from shapadapter.cli.options import MORE, Say, command, unknown, warn
 
-PATIENCE = 15.0
-"""Seconds that the processes have to end after an interruption."""
+PATIENCE = 15.0  # seconds that the processes have to end after an interruption
 
 
 def launch(module: str, arguments: list[str], config: Path | None, *, quiet_output: bool) -> int:

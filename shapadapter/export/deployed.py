@@ -26,8 +26,7 @@ from shapadapter.data.classes import class_names
 from shapadapter.explanation.api import base_of, embed_texts, prepared_batches
 from shapadapter.explanation.game import active_layer
 
-OUTPUTS = ("logits", "attributions", "null_values")
-"""What an exported model returns: (B, K), (B, N, K) and (B, K)."""
+OUTPUTS = ("logits", "attributions", "null_values")  # what an exported model returns: (B, K), (B, N, K) and (B, K)
 
 
 class Deployed(nn.Module):
@@ -69,7 +68,7 @@ class Job:
     def refused(self, target: str, error: BaseException) -> str:
         """What to say when a tracer gives up."""
         name = type(self.deployed.model).__name__
-        return f"{name} cannot be exported to {target}: {type(error).__name__}: {reason(error)}"
+        return f"{name} cannot be exported to {target}: {type(error).__name__}: {reason(error).rstrip('.')}."
 
 
 def prepare(

@@ -28,12 +28,8 @@ from shapadapter.export.deployed import OUTPUTS, Job, prepare, quiet
 _ONNX, _PROGRAM = "model.onnx", "model.pt2"
 _COMPANIONS = ("config.json", "preprocessor_config.json")
 
-_TESTED = (2, 13)
-"""The release of torch that programs were tested with."""
-
-_BATCHES = (1, 2, 3)
-"""Sizes of the batches that are compared; the model was traced with two images."""
-
+_TESTED = (2, 13)  # the release of torch that programs were tested with
+_BATCHES = (1, 2, 3)  # sizes of the batches that are compared; the model was traced with two images
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
 
 # What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
@@ -42,8 +38,7 @@ _WITHOUT_EFFECT = (
     torch.ops.aten._assert_tensor_metadata.default,
 )
 
-_Run = Callable[[Tensor], Mapping[str, Tensor]]
-"""An exported model, from images (B, C, H, W) to its outputs by name."""
+_Run = Callable[[Tensor], Mapping[str, Tensor]]  # an exported model, from images (B, C, H, W) to its outputs by name
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,7 @@ def _compare(run: _Run, job: Job, tolerance: float) -> dict[str, float]:
                 found = run(job.pixels[part])
         except Exception as error:  # of many kinds, by what runs the file
             raise ExportError(
-                f"The exported model cannot run a batch of {len(part)}: {reason(error)} Nothing was written."
+                f"The exported model cannot run a batch of {len(part)}: {reason(error).rstrip('.')}. Nothing was written."
             ) from error
         for name, values in found.items():
             expected = job.expected[name][part]
@@ -258,7 +253,9 @@ def _in_onnxruntime(path: Path) -> _Run:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # of onnxruntime's own kinds
-        raise ExportError(f"onnxruntime cannot load the file: {reason(error)} Try another opset.") from error
+        raise ExportError(
+            f"onnxruntime cannot load the file: {reason(error).rstrip('.')}. Try another opset."
+        ) from error
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Tensor) -> dict[str, Tensor]:

@@ -24,12 +24,8 @@ from shapadapter.core.remote import CARD, PICTURES
 from shapadapter.hub.card import content
 from shapadapter.hub.card.facts import Facts
 
-LONGEST = 1_000_000
-"""Characters of a card that is renewed; a longer one is left as it is."""
-
-_LONGEST_YAML = 50_000
-"""Characters of yaml that are read, and values in it."""
-
+LONGEST = 1_000_000  # characters of a card that is renewed; a longer one is left as it is
+_LONGEST_YAML = 50_000  # characters of yaml that are read, and values in it
 _DEEPEST = 100
 _LISTS = ("tags", "datasets", "metrics", "model-index")
 _BY_TOOLS = ("library_name", "base_model")

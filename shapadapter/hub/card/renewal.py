@@ -24,8 +24,7 @@ from shapadapter.hub.card.facts import compact
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
 
-_CLASSES = 3
-"""Maps beside each picture."""
+_CLASSES = 3  # maps beside each picture
 
 
 def card_for_push(

@@ -29,9 +29,7 @@ from shapadapter.hub.upload import base_folder, copy_files, hub_errors, upload
 
 __all__ = ["push_space", "write_space"]
 
-GRADIO = "6.31.0"
-"""The release a Space gets where none is installed: the one the app was last tested with."""
-
+GRADIO = "6.31.0"  # the release a Space gets where none is installed: the one the app was last tested with
 _FILES = ("README.md", "app.py", "requirements.txt")
 _FOLDERS = ("adapter", "base", "examples", "shapadapter")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -50,7 +48,6 @@ app = build_app(
 if __name__ == "__main__":
     launch(app)
 '''
-
 _BODY = """\
 # {title}
 

@@ -17,8 +17,7 @@ from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import overlay, symmetric_limit
 from shapadapter.visual.wording import MINUS, Column, adding_up, columns, number
 
-SIDE = 512
-"""Pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges."""
+SIDE = 512  # pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from shapadapter.data.images import DECODING_ERRORS, open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 10 * 2**20
-MAX_PIXELS = 40_000_000
-"""Of a photograph as telephones take them; decoded, it needs 160 MB."""
+MAX_PIXELS = 40_000_000  # of a photograph as telephones take them; decoded, it needs 160 MB
 
 
 def open_upload(path: Path) -> Image.Image:
@@ -56,23 +55,12 @@ def open_upload(path: Path) -> Image.Image:
 MAX_REQUEST = MAX_BYTES + 2**20
 """Bytes of one request in all: an upload and what is around it, however many files it is cut into."""
 
-MAX_SECONDS = 120.0
-"""For a request to arrive: so long there is room for it."""
-
-MAX_DISK = 2**30
-"""Bytes of uploads and pictures that are kept; the oldest go first."""
-
-_BLOCK = 4096
-"""A file takes no less of a disk."""
-
-_PICTURES = 4 * 2**20
-"""What the answer to one request may leave, in pictures."""
-
-KEPT = 1800
-"""Seconds after which an upload, its pictures and its explanation are gone."""
-
-_IN_USE = 60.0
-"""Seconds after which a file is no longer in use by the request that brought it."""
+MAX_SECONDS = 120.0  # for a request to arrive: so long there is room for it
+MAX_DISK = 2**30  # bytes of uploads and pictures that are kept; the oldest go first
+_BLOCK = 4096  # a file takes no less of a disk
+_PICTURES = 4 * 2**20  # what the answer to one request may leave, in pictures
+KEPT = 1800  # seconds after which an upload, its pictures and its explanation are gone
+_IN_USE = 60.0  # seconds after which a file is no longer in use by the request that brought it
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
