@@ -26,7 +26,7 @@ def _names(methods: str) -> tuple[str, ...]:
 _PLACE = without(PLACE, "dtype")
 _MEASURED: dict[str, tuple[Any, Any]] = {
     "data": (
-        Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)],
+        Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.")],
         ...,
     ),
     "masks": (
@@ -99,8 +99,7 @@ def evaluate_checkpoint(
     from shapadapter.adapter.saving import weights_digest
     from shapadapter.evaluation.evaluator import check_run, evaluate_folder
     from shapadapter.explanation.game import active_layer
-    from shapadapter.hub.load import load
-    from shapadapter.hub.locate import called
+    from shapadapter.hub.load import called, load
 
     quiet()
     place = place or {}

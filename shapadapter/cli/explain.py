@@ -24,7 +24,7 @@ FORMATS = ("png", "html", "json", "npz")
 def explain(
     say: Say,
     checkpoint: Checkpoint,
-    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT),
@@ -50,8 +50,7 @@ def explain(
     What cannot be read is named, the others are explained all the same, and the exit code is 1.
     """
     from shapadapter.cli.outputs import writing
-    from shapadapter.hub.load import load
-    from shapadapter.hub.locate import called
+    from shapadapter.hub.load import called, load
 
     wanted, output = _formats(formats), output or (None if say.as_json else Path("explanations"))
     paths = find_images(images)

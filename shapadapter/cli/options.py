@@ -89,8 +89,8 @@ LOADING: dict[str, Any] = {"rich_help_panel": "Loading"}
 OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
 GENERAL: dict[str, Any] = {"rich_help_panel": "General"}
 
-Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.")]
 Texts = Annotated[
     list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
 ]

@@ -30,12 +30,11 @@ _MOST_IMAGES = 32
 def export(
     say: Say,
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="Folder for the files.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     images: Annotated[
         list[Path],
         typer.Option(
             help=f"An image, or a folder of them, to compare on, the first {_MOST_IMAGES}; may be repeated.",
-            show_default=False,
         ),
     ],
     to: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's own ExportedProgram.")] = "onnx",
@@ -86,7 +85,7 @@ def card(
 def push(
     say: Say,
     checkpoint: Folder,
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. you/vit-beans.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. you/vit-beans.")],
     base_repo: Annotated[
         str | None,
         typer.Option(help="Repository for the base model, if it is a folder of your own; pushed beside it."),
@@ -120,7 +119,7 @@ def push(
 def space(
     say: Say,
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="Folder for the app.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the app.")],
     title: Annotated[str | None, typer.Option(help="Heading of the app.")] = None,
     examples: Annotated[
         list[Path] | None, typer.Option("--example", help="An image that visitors can click; may be repeated.")

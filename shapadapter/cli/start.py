@@ -42,9 +42,7 @@ def demo(
 @command(place=without(PLACE, "dtype"))
 def inspect(
     say: Say,
-    checkpoint: Annotated[
-        str, typer.Argument(help="Adapter, or base model: a folder, or a name on the Hub.", show_default=False)
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="Adapter, or base model: a folder, or a name on the Hub.")],
     place: dict[str, Any],
 ) -> None:
     """Say what an adapter offers, or what wrapping a base model would give, and run the self-test again.

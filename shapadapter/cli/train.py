@@ -95,18 +95,12 @@ OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder"
 @command("Go on with the same command and --resume-from-checkpoint last.")
 def train(
     say: Say,
-    model: Annotated[
-        str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
-    ],
+    model: Annotated[str, typer.Option(help="Vision model to start from: on the Hub, or a folder.")],
     data: Annotated[
         str,
-        typer.Option(
-            help="Folder with a subfolder of images for each class, or a data set on the Hub.", show_default=False
-        ),
+        typer.Option(help="Folder with a subfolder of images for each class, or a data set on the Hub."),
     ],
-    output: Annotated[
-        Path, typer.Option(help="Folder for adapter, checkpoints and explanations.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(help="Folder for adapter, checkpoints and explanations.")],
     launch_config: Annotated[
         Path | None,
         typer.Option(

@@ -28,8 +28,7 @@ from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
 from shapadapter.explanation.api import base_of
 from shapadapter.explanation.game import active_layer
-from shapadapter.hub.load import comes_with_code, load
-from shapadapter.hub.locate import called, locate
+from shapadapter.hub.load import called, comes_with_code, load, locate
 
 SHOWN_CLASSES = 10
 

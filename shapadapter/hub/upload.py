@@ -28,8 +28,7 @@ from shapadapter.core.remote import (
     hub_trouble,
 )
 from shapadapter.hub.card.renewal import card_for_push
-from shapadapter.hub.load import load
-from shapadapter.hub.locate import AdapterFiles
+from shapadapter.hub.load import AdapterFiles, load
 
 
 def push(

@@ -156,7 +156,7 @@ def update_card(
     """
     # Late, because a save writes a card, too, and needs none of them.
     from shapadapter.evaluation import Evaluation
-    from shapadapter.hub.locate import AdapterFiles
+    from shapadapter.hub.load import AdapterFiles
 
     folder = Path(folder)
     AdapterFiles(str(folder), folder).config()  # what cannot be loaded is refused

@@ -23,7 +23,7 @@ from shapadapter.core.phrases import argument, one_line
 from shapadapter.core.remote import BASE_FILES, PROCESSOR_FILES, is_path
 from shapadapter.hub.card.document import card_metadata
 from shapadapter.hub.card.facts import LONG, repository, text, words
-from shapadapter.hub.locate import AdapterFiles, refuse_revision
+from shapadapter.hub.load import AdapterFiles, refuse_revision
 from shapadapter.hub.space.limits import open_upload
 from shapadapter.hub.upload import base_folder, copy_files, hub_errors, upload
 
