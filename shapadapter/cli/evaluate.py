@@ -25,10 +25,7 @@ def _names(methods: str) -> tuple[str, ...]:
 
 _PLACE = without(PLACE, "dtype")
 _MEASURED: dict[str, tuple[Any, Any]] = {
-    "data": (
-        Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.")],
-        ...,
-    ),
+    "data": (Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.")], ...),
     "masks": (
         Annotated[
             Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")

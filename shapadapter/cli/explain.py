@@ -26,8 +26,7 @@ def explain(
     checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT),
+        Path | None, typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT)
     ] = None,
     formats: Annotated[
         str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", **OUTPUT)

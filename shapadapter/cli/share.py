@@ -33,9 +33,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     images: Annotated[
         list[Path],
-        typer.Option(
-            help=f"An image, or a folder of them, to compare on, the first {_MOST_IMAGES}; may be repeated.",
-        ),
+        typer.Option(help=f"An image, or a folder of them, to compare on, the first {_MOST_IMAGES}; may be repeated."),
     ],
     to: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's own ExportedProgram.")] = "onnx",
     texts: Texts = None,

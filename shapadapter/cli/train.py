@@ -9,11 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -31,31 +28,20 @@ def launch(module: str, arguments: list[str], config: Path | None, *, quiet_outp
     """
     chosen = [] if config is None else ["--config_file", str(config)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *chosen, "-m", module, *arguments]
-    with _ends_as_interruptions():
+    # What a cluster or a closed terminal sends counts as a Ctrl-C; what is ignored (`nohup`) stays so.
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ends = [number for number in ends if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, signal.default_int_handler)
+    try:
         process = subprocess.Popen(command, stdout=sys.__stderr__ if quiet_output else None, start_new_session=True)
         try:
             return process.wait()
         except KeyboardInterrupt:
             _end(process)
             raise
-
-
-@contextmanager
-def _ends_as_interruptions() -> Iterator[None]:
-    """Take what a cluster or a closed terminal sends for a Ctrl-C; what is ignored (`nohup`) stays so."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        """Answer a signal as Python answers Ctrl-C."""
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
     finally:
-        for number in numbers:
+        for number in ends:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -88,8 +74,8 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
 
 MODULE = "shapadapter.training.script"
 
+# Arguments of the script that have another name here.
 OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder": "--data", "dataset_name": "--data"}
-"""Arguments of the script that have another name here."""
 
 
 @command("Go on with the same command and --resume-from-checkpoint last.")
@@ -97,8 +83,7 @@ def train(
     say: Say,
     model: Annotated[str, typer.Option(help="Vision model to start from: on the Hub, or a folder.")],
     data: Annotated[
-        str,
-        typer.Option(help="Folder with a subfolder of images for each class, or a data set on the Hub."),
+        str, typer.Option(help="Folder with a subfolder of images for each class, or a data set on the Hub.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for adapter, checkpoints and explanations.")],
     launch_config: Annotated[
@@ -128,8 +113,7 @@ def train(
             warn(f"{name} is not a folder here: looking for it on the Hub.{doubt}")
     where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
     arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
-    check(arguments, given, script)
-    asked = script.parse_known_args(arguments)[0]
+    asked = check(arguments, given, script)
     check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
     if launch_config is not None and not launch_config.is_file():
         raise FileNotFoundError(f"There is no file {launch_config}.")
@@ -155,8 +139,8 @@ def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
     return words
 
 
-def check(arguments: list[str], given: list[str], script: Any) -> None:
-    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense."""
+def check(arguments: list[str], given: list[str], script: Any) -> Any:
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense; else their values."""
     known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
     for word in given:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
@@ -172,6 +156,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
         raise typer.BadParameter(message)
 
     script.error = refuse
-    rest = script.parse_known_args(arguments)[1]
+    asked, rest = script.parse_known_args(arguments)
     if rest:
         raise typer.BadParameter(f"Unexpected argument {rest[0]!r}.")
+    return asked

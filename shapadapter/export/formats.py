@@ -33,10 +33,7 @@ _BATCHES = (1, 2, 3)  # sizes of the batches that are compared; the model was tr
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
 
 # What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
-_WITHOUT_EFFECT = (
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-)
+_WITHOUT_EFFECT = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten._assert_tensor_metadata.default)
 
 _Run = Callable[[Tensor], Mapping[str, Tensor]]  # an exported model, from images (B, C, H, W) to its outputs by name
 

@@ -167,10 +167,7 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
     image, players = _players(base, processor)
     matching = anatomy.kind == "matching"
     names = [] if matching else list((config.id2label or base.config.id2label).values())
-    prediction = {
-        "vote": "vote: the sum of the attributions",
-        "classifier": "classifier: the base model's own head",
-    }[config.prediction]
+    how = {"vote": "vote: the sum of the attributions", "classifier": "classifier: the base model's own head"}
     works = removals.get(config.removal) == "works"
     size = sum(value.numel() for value in saved.values())
     return replace(
@@ -186,7 +183,7 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
         features=anatomy.source,
         removal=config.removal,
         removals=removals,
-        prediction="similarity of image and text" if matching else prediction,
+        prediction="similarity of image and text" if matching else how[config.prediction],
         tune=config.tune,
         lora_targets=tuple(sorted(config.target_modules)) if config.tune == "lora" else (),
         parameters=sum(parameter.numel() for parameter in base.parameters()) - size,

@@ -19,14 +19,7 @@ from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, redacted
 from shapadapter.core.files import refuse_link, report_full_disk, write_together
 from shapadapter.core.phrases import one_line
-from shapadapter.core.remote import (
-    ADAPTER_FILES,
-    BASE_FILES,
-    HUB_ERRORS,
-    PROCESSOR_FILES,
-    find_base,
-    hub_trouble,
-)
+from shapadapter.core.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble
 from shapadapter.hub.card.renewal import card_for_push
 from shapadapter.hub.load import AdapterFiles, load
 
@@ -64,7 +57,7 @@ def push(
         ShapleyError: the folder holds no complete adapter, others could not load it, or the Hub refused.
         CheckpointError: a file is damaged, or the base on this computer is not the one the adapter was made for.
     """
-    folder, api = Path(folder), HfApi(token=token)
+    folder = Path(folder)
     if not folder.is_dir():
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
@@ -76,12 +69,12 @@ def push(
             copy_files(processor, staged, PROCESSOR_FILES)
         if base is not None and base_repo_id is not None:
             load(folder, base=base, device="cpu")  # were it another model, nobody could load the pushed adapter
-            about = read_json(staged / CONFIG_NAME) | _push_base(base, base_repo_id, private, token)
+            with _staged(base, BASE_FILES) as copy:
+                name, info = _send(copy, base_repo_id, private, token, message="Upload base model", card=False)
+            about = {**read_json(staged / CONFIG_NAME), "base_model_name_or_path": name, "revision": info.oid}
             (staged / CONFIG_NAME).write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
-        with hub_errors(repo_id, revision):
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            options: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
-            info = upload(staged, name, message=commit_message or "Upload adapter", **options)
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        name, info = _send(staged, repo_id, private, token, message=commit_message or "Upload adapter", **options)
     if create_pr:
         if info.pr_url is None:
             raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
@@ -105,12 +98,11 @@ def _base_to_push(files: AdapterFiles, base_repo_id: str | None) -> Path | None:
     return base
 
 
-def _push_base(base: Path, repo_id: str, private: bool | None, token: Any) -> dict[str, str]:
-    """Push a base model; what an adapter's configuration says of it then."""
-    with _staged(base, BASE_FILES) as copy, hub_errors(repo_id):
+def _send(folder: Path, repo_id: str, private: bool | None, token: Any, **options: Any) -> tuple[str, CommitInfo]:
+    """Upload a folder to a repository that is created if need be; its full name, and the commit."""
+    with hub_errors(repo_id, options.get("revision")):
         name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = upload(copy, name, message="Upload base model", token=token, card=False).oid
-    return {"base_model_name_or_path": name, "revision": commit}
+        return name, upload(folder, name, token=token, **options)
 
 
 def base_folder(files: AdapterFiles, config: Any) -> Path | None:
