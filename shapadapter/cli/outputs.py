@@ -106,7 +106,8 @@ class Written:
     def __init__(
         self, output: Path | None, formats: frozenset[str], checkpoint: str, documents: list[JsonDocument]
     ) -> None:
-        self.output, self.formats, self.checkpoint, self.documents = output, formats, checkpoint, documents
+        self.output, self.checkpoint, self.documents = output, checkpoint, documents
+        self.formats = frozenset[str]() if output is None else formats
         self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
         self.page: list[tuple[str, Explanation]] = []
         self.pages = 0
@@ -116,9 +117,9 @@ class Written:
         name, shown = self.names.of(place), printable(path)
         contents: dict[str, bytes] = {}
         try:
-            if self.output is not None and "png" in self.formats:
+            if "png" in self.formats:
                 contents[f"{name}.png"] = picture(one, image)
-            if self.output is not None and "npz" in self.formats:
+            if "npz" in self.formats:
                 contents[f"{name}.npz"] = _archive(one)
         except ValueError as error:  # not finite
             return self.refuse(path, error)

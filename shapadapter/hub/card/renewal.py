@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
@@ -18,11 +18,12 @@ from shapadapter.core.documents import read_tensors
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.files import write_together
 from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
+from shapadapter.evaluation import Evaluation
+from shapadapter.explanation.api import explain
 from shapadapter.hub.card.document import card_metadata, read_card, renewed, untouched, write_card
 from shapadapter.hub.card.facts import compact
-
-if TYPE_CHECKING:
-    from shapadapter.evaluation import Evaluation
+from shapadapter.hub.load import AdapterFiles, load
+from shapadapter.visual import sample_pictures
 
 _CLASSES = 3  # maps beside each picture
 
@@ -154,10 +155,6 @@ def update_card(
         ShapleyError: no adapter of ours there, an evaluation of another one, or images that cannot be explained.
         CheckpointError: a file cannot be read, or is a link out of the folder.
     """
-    # Late, because a save writes a card, too, and needs none of them.
-    from shapadapter.evaluation import Evaluation
-    from shapadapter.hub.load import AdapterFiles
-
     folder = Path(folder)
     AdapterFiles(str(folder), folder).config()  # what cannot be loaded is refused
     config, digest = read_config(folder), weights_digest(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
@@ -172,22 +169,12 @@ def update_card(
         record |= {"evaluation": compact(found.to_dict()), "players": list(found.about["players"])}
     pictures: dict[str, bytes] = {}
     if images is not None:
-        pictures, record["pictures"] = _drawn(folder, images, processor, texts, trust_remote_code)
+        record["pictures"] = []
+    if images is not None and len(images):
+        model, own = load(folder, trust_remote_code=trust_remote_code)
+        explanation = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+        pictures, record["pictures"] = sample_pictures(explanation, _CLASSES)
     write_together({folder / CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode()})
     write_pictures(folder, pictures, record)
     write_card(folder, config, name=name)
     return folder / CARD
-
-
-def _drawn(
-    folder: Path, images: Any, processor: Any, texts: Any, trust_remote_code: bool
-) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    from shapadapter.explanation.api import explain
-    from shapadapter.hub.load import load
-    from shapadapter.visual import sample_pictures
-
-    if not len(images):
-        return {}, []
-    model, own = load(folder, trust_remote_code=trust_remote_code)
-    found = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
-    return sample_pictures(found, _CLASSES)
