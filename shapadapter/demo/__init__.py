@@ -41,13 +41,7 @@ explain(model, sorted(Path(images).glob("*.png")), processor).save(result)
 
 
 def run(output: Path, seed: int = 0, quick: bool = False) -> list[tuple[str, str]]:
-    """Train, wrap, fine-tune, save, load in a new process, measure, draw; returns the rows of the table it prints.
-
-    Args:
-        output: folder for everything the demo writes.
-        seed: seed of data, training and estimates.
-        quick: a smoke run under a minute; its numbers mean little.
-    """
+    """Train, wrap, fine-tune, save, load in a new process, measure, draw; returns the rows of the table it prints."""
     claim(output)
     with alone_in(output):
         return _run(output, seed, QUICK if quick else FULL)
@@ -71,8 +65,7 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     _check_reload(explanation, output)
     print("5/6  Compared with the truth")
     rows = [("accuracy of the base model", f"{base_accuracy:.3f}"), *_measure(model, processor, scenes, scale, seed)]
-    report: dict[str, Any] = {"seed": seed, "rows": rows}
-    write_together({output / "table.json": json.dumps(report, indent=2).encode()})
+    write_together({output / "table.json": json.dumps({"seed": seed, "rows": rows}, indent=2).encode()})
     if scale is QUICK:
         print("     A smoke run: these numbers mean little.")
     width = max(len(name) for name, _ in rows)
