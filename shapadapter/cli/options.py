@@ -177,9 +177,8 @@ class Say:
 
     def __call__(self, data: Any, text: str) -> None:
         """Print a result: what json takes, or the text for people."""
-        readable = text.encode(
-            "utf-8", "backslashreplace"
-        ).decode()  # it may name files, and classes called as folders
+        # It may name files, and classes called as folders.
+        readable = text.encode("utf-8", "backslashreplace").decode()
         typer.echo(json_format.dumps(data, allow_nan=False) if self.as_json else readable, file=self.stream)
 
 

@@ -84,6 +84,7 @@ def _pictures(value: Any) -> list[tuple[str, Any]]:
     return [(one["file"], one.get("alt", "")) for one in listed if OWN_PICTURE.fullmatch(str(one.get("file")))]
 
 
+# What is read of each value; `...` stands for any name.
 _RECORD: dict[Any, Any] = {
     "kind": text,
     "quantised": text,
@@ -108,7 +109,6 @@ _RECORD: dict[Any, Any] = {
         "equivalent": {"evaluations": _number, "bound": text, "low": _number, "high": _number},
     },
 }
-"""What is read of each value; `...` stands for any name."""
 
 
 def _read(value: Any, kind: Any) -> Any:
