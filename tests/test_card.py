@@ -13,10 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from shapadapter.adapter.saving import record_for, write_pictures
 from shapadapter.hub.card import content
-from shapadapter.hub.card.document import edited, renewed, untouched
+from shapadapter.hub.card.document import edited, renewed, untouched, write_card
 from shapadapter.hub.card.facts import Facts
 from shapadapter.hub.card.facts import words as escaped
-from shapadapter.hub.card.renewal import write_card
 
 EVIL = (
     "<script>alert(1)</script> [click](http://evil.test) ![see](http://evil.test/x.png) `code` ``more`` | bar \\| \n"

@@ -6,8 +6,7 @@ import pytest
 from spaces import write_checkpoint
 
 from shapadapter.hub import update_card
-from shapadapter.hub.card.document import renewed, untouched
-from shapadapter.hub.card.renewal import card_metadata, read_card
+from shapadapter.hub.card.document import card_metadata, read_card, renewed, untouched
 from shapadapter.hub.space import write_space
 
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from shapadapter import CheckpointError, ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, load
 from shapadapter.core.files import refuse_links
 from shapadapter.hub import push, update_card
-from shapadapter.hub.locate import AdapterFiles
+from shapadapter.hub.load import AdapterFiles
 from shapadapter.hub.space import push_space, write_space
 
 SECRET = "PRIVATE KEY of mine"

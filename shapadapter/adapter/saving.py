@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import peft.peft_model
 import torch
@@ -31,33 +32,24 @@ _TYPE = "SHAPLEY"
 # -- those who write cards and upload ---------------------------------------------------------------------------------
 
 
-class Publisher(Protocol):
-    """What `shapadapter.hub` does for this room and training, which may not import it; see `register_publisher`."""
-
-    def write_card(self, folder: Path, config: Mapping[str, Any], tags: Sequence[str] = ()) -> str | None:
-        """Write the model card of a folder; its text, None where the one that is there had to be left alone."""
-
-    def prepare_upload(self, model: Any, folder: Path, repo_id: str, revision: str | None, token: Any) -> None:
-        """Write the cards of a folder that PEFT or transformers is about to upload."""
-
-    def copy_files(self, folder: Path, target: Path, patterns: Sequence[str], link: bool = False) -> None:
-        """Copy the files of a folder that match a pattern, or give them a second name."""
-
-    def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
-        """Upload a folder in one commit."""
+_modules: dict[str, str] = {}
 
 
-_publishers: list[Publisher] = []
+def register_publisher(**modules: str) -> None:
+    """Say in which modules the functions are that write cards and upload; this room and training may not import them."""
+    _modules.update(modules)
 
 
-def register_publisher(publisher: Publisher) -> None:
-    """Let this one write cards and upload from now on."""
-    _publishers[:] = [publisher]
+class _Publisher:
+    """The registered functions, each of whose modules is imported when it is first needed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(_modules[name]), name)
 
 
-def publisher() -> Publisher:
-    """The registered one."""
-    return _publishers[0]
+def publisher() -> Any:
+    """`write_card`, `prepare_upload`, `copy_files` and `upload` of `shapadapter.hub`."""
+    return _Publisher()
 
 
 # -- the record -------------------------------------------------------------------------------------------------------

@@ -8,24 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import quiet, reporting
-from shapadapter.cli.options import (
-    OUTPUT,
-    Base,
-    BatchSize,
-    Checkpoint,
-    Config,
-    Data,
-    Device,
-    Json,
-    Masks,
-    Measured,
-    Methods,
-    Revision,
-    Seed,
-    Subfolder,
-    TrustRemoteCode,
-)
+from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, command, quiet, without
 from shapadapter.cli.outputs import printable
 from shapadapter.core.locks import alone_in
 
@@ -33,77 +16,69 @@ if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation
     from shapadapter.explanation.explanation import Explanation
 
-_CLASSES = 5
-"""Of each image, the likeliest ones, on the page."""
+_CLASSES = 5  # of each image, the likeliest ones, on the page
 
 
+def _names(methods: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in methods.split(",") if name.strip())
+
+
+_PLACE = without(PLACE, "dtype")
+_MEASURED: dict[str, tuple[Any, Any]] = {
+    "data": (Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.")], ...),
+    "masks": (
+        Annotated[
+            Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
+        ],
+        None,
+    ),
+    "images": (Annotated[int, typer.Option(help="How many images are measured.", min=1)], 32),
+    "methods": (
+        Annotated[str, typer.Option(help="Methods to compare with, separated by commas.", callback=_names)],
+        "",
+    ),
+    "seed": (Annotated[int, typer.Option(help="Seed of all that is drawn.")], 0),
+    "batch_size": (Annotated[int, typer.Option(help="Images in a forward pass.", min=1)], 32),
+}
+
+
+@command("Run the command again to go on, if it had an --output.", measured=_MEASURED, place=_PLACE)
 def evaluate(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
-    data: Data,
-    masks: Masks = None,
-    images: Measured = 32,
-    methods: Methods = "",
-    seed: Seed = 0,
-    batch_size: BatchSize = 32,
+    *,
+    measured: dict[str, Any],
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT),
+        Path | None, typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT)
     ] = None,
-    subfolder: Subfolder = None,
-    base: Base = None,
-    revision: Revision = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
+    place: dict[str, Any],
 ) -> None:
     """Measure a fine-tuned model and its explanations, side by side with other methods."""
-    with reporting(context, json, "Run the command again to go on, if it had an --output.") as say, alone_in(output):
-        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
-        place["trust_remote_code"] = trust_remote_code
-        settings = {"images": images, "seed": seed, "batch_size": batch_size}
-        result = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)[-1]
+    with alone_in(output):
+        result = evaluate_checkpoint(checkpoint, output=output, place=place, **measured)[-1]
         say(result.to_dict(), result.table())
 
 
+@command("Run the command again to go on.", measured=_MEASURED, place=_PLACE)
 def report(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
-    data: Data,
-    masks: Masks = None,
-    images: Measured = 32,
+    *,
+    measured: dict[str, Any],
     shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1, max=500)] = 12,
-    methods: Methods = "",
-    seed: Seed = 0,
-    batch_size: BatchSize = 32,
     output: Annotated[Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", **OUTPUT)] = Path(
         "report"
     ),
-    subfolder: Subfolder = None,
-    base: Base = None,
-    revision: Revision = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
+    place: dict[str, Any],
 ) -> None:
     """Evaluate a fine-tuned model and write a page: its measures, and images with their explanations.
 
     A second run with the same --output takes what has been measured from there.
     """
-    with reporting(context, json, "Run the command again to go on.") as say, alone_in(output):
-        place: dict[str, Any] = {"subfolder": subfolder, "base": base, "revision": revision, "device": device}
-        place["trust_remote_code"] = trust_remote_code
-        settings = {"images": images, "seed": seed, "batch_size": batch_size}
-        measured = evaluate_checkpoint(checkpoint, data, masks, _names(methods), output, place, **settings)
-        page = _page(measured, data, output / "report.html", shown, seed)
-        result = measured[-1]
+    with alone_in(output):
+        model, processor, result = evaluate_checkpoint(checkpoint, output=output, place=place, **measured)
+        page = _page(model, processor, result, measured["data"], output / "report.html", shown, measured["seed"])
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
-
-
-def _names(methods: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in methods.split(",") if name.strip())
 
 
 def evaluate_checkpoint(
@@ -121,8 +96,7 @@ def evaluate_checkpoint(
     from shapadapter.adapter.saving import weights_digest
     from shapadapter.evaluation.evaluator import check_run, evaluate_folder
     from shapadapter.explanation.game import active_layer
-    from shapadapter.hub.load import load
-    from shapadapter.hub.locate import called
+    from shapadapter.hub.load import called, load
 
     quiet()
     place = place or {}
@@ -135,27 +109,28 @@ def evaluate_checkpoint(
     return model, processor, evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
 
 
-def _page(measured: tuple[Any, Any, Evaluation], data: Path, file: Path, shown: int, seed: int) -> Path:
-    """Explain some of the images, and show them below the measures, the wrong predictions first."""
+def _page(model: Any, processor: Any, result: Evaluation, data: Path, file: Path, shown: int, seed: int) -> Path:
+    """Explain some of the images, and show them below the measures of the model card, the wrong predictions first."""
     from shapadapter.data.classes import class_names
     from shapadapter.evaluation.dataset import choose, labelled_images
     from shapadapter.evaluation.tables import blocks, summary
     from shapadapter.explanation.game import active_layer
+    from shapadapter.hub.card.facts import Facts, compact, rows
     from shapadapter.visual import write_page
     from shapadapter.visual.page import Measures
 
-    model, processor, result = measured
-    rows = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
-    chosen = [rows[index] for index in choose(len(rows), shown, seed)]
+    listed = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
+    chosen = [listed[index] for index in choose(len(listed), shown, seed)]
     # One by one, for they may differ in size.
     explained = [(row, _explained(model, processor, row)) for row in chosen]
     explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
     notes = (summary(result.about), *result.notes)
+    facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
     return write_page(
         [explanation for _, explanation in explained],
         file,
         title=f"{result.about['checkpoint']} on {printable(data)}",
-        table=_rows(result),
+        table=[(row.label, row.shown) for row in rows(facts)],
         names=[printable(Path(row["image"]).relative_to(data)) for row, _ in explained],
         true_labels=[row["label"] for row, _ in explained],
         measures=Measures(blocks(result), result.curves, result.about["curves_read"], notes),
@@ -171,12 +146,3 @@ def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
     if row["label"] in shown:
         return found
     return explain(model, row["image"], processor, targets=[*shown, row["label"]])
-
-
-def _rows(result: Evaluation) -> list[tuple[str, str]]:
-    """The measures that stand on top: those of the model card."""
-    from shapadapter.hub.card.facts import Facts
-    from shapadapter.hub.card.results import compact, rows
-
-    facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
-    return [(row.label, row.shown) for row in rows(facts)]

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import Say, quiet, reporting, warn
-from shapadapter.cli.options import (
-    OUTPUT,
-    Base,
-    Checkpoint,
-    Config,
-    Device,
-    Dtype,
-    Json,
-    Revision,
-    Subfolder,
-    Texts,
-    TrustRemoteCode,
-)
+from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, Texts, command, quiet, warn
 from shapadapter.cli.outputs import Written, find_images, printable
 from shapadapter.core.phrases import one_line
 
@@ -34,13 +20,13 @@ if TYPE_CHECKING:
 FORMATS = ("png", "html", "json", "npz")
 
 
+@command("The pictures written so far are complete.", place=PLACE)
 def explain(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
-    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT),
+        Path | None, typer.Option(help="Folder for the files; by default 'explanations', with --json none.", **OUTPUT)
     ] = None,
     formats: Annotated[
         str, typer.Option("--format", help=f"What to write: {', '.join(FORMATS)}.", **OUTPUT)
@@ -55,41 +41,25 @@ def explain(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
-    subfolder: Subfolder = None,
-    base: Base = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """Predict images and explain why: pictures, a page, or numbers; folders are searched to the bottom.
 
     What cannot be read is named, the others are explained all the same, and the exit code is 1.
     """
-    wanted, output = _formats(formats), output or (None if json else Path("explanations"))
-    with reporting(context, json, "The pictures written so far are complete.") as say, ExitStack() as stack:
-        from shapadapter.cli.outputs import writing
-        from shapadapter.hub.load import load
-        from shapadapter.hub.locate import called
+    from shapadapter.cli.outputs import writing
+    from shapadapter.hub.load import called, load
 
-        paths = find_images(images)
-        quiet()
-        model, processor = load(
-            checkpoint,
-            subfolder=subfolder,
-            base=base,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
-        stream = say.stream if json else None
-        written = stack.enter_context(writing(output, wanted, called(checkpoint, subfolder), stream))
+    wanted, output = _formats(formats), output or (None if say.as_json else Path("explanations"))
+    paths = find_images(images)
+    quiet()
+    model, processor = load(checkpoint, **place)
+    asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
+    stream = say.stream if say.as_json else None
+    with writing(output, wanted, called(checkpoint, place["subfolder"]), stream) as written:
         explained = _explained(model, processor, list(paths), batch_size, seed, asked)
-        _write(written, paths, explained, None if json else say)
+        _write(written, paths, explained, None if say.as_json else say)
         if output is not None:
             there = f" in {output}" if written.count else ""
             warn(f"{written.count} of {len(paths)} images explained{there}.")
@@ -99,6 +69,8 @@ def explain(
 
 def _write(written: Written, paths: dict[Path, Path], explained: Iterator[Any], say: Say | None) -> None:
     """Write what each image gives, and say it unless the output is json."""
+    from shapadapter.visual.wording import likelihood
+
     for path, image, found in explained:
         if isinstance(found, Exception):
             trouble: str | None = written.refuse(path, found)
@@ -107,7 +79,8 @@ def _write(written: Written, paths: dict[Path, Path], explained: Iterator[Any], 
         if trouble is not None:
             warn(trouble if repr(os.fspath(path)) in trouble else f"{printable(path)}: {trouble}")
         elif say is not None:
-            say(None, f"{one_line(printable(path))}: {_summary(found)}")
+            best = (f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in found.top(3)[0])
+            say(None, f"{one_line(printable(path))}: {', '.join(best)}")
 
 
 def _formats(given: str) -> frozenset[str]:
@@ -133,14 +106,21 @@ def _explained(
     from tqdm.auto import tqdm
 
     from shapadapter import explain as explained
-    from shapadapter.core.errors import ImageError
+    from shapadapter.core.errors import ImageError, UnreadableImageError
+    from shapadapter.data.images import open_image
 
     # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
     size = 1 if asked["refine"] else batch_size
     with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(paths), size):
-            opened, failed = _opened(paths[start : start + size])
-            yield from ((path, None, error) for path, error in failed)
+            opened: dict[Path, Any] = {}
+            for path in paths[start : start + size]:
+                try:
+                    if path.exists() and not path.is_file():  # a pipe would wait for ever
+                        raise UnreadableImageError("It is no file.")
+                    opened[path] = open_image(os.fspath(path))
+                except (ImageError, OSError) as error:
+                    yield path, None, error
             try:
                 listed = list(opened.values())
                 together: Any = explained(model, listed, processor, seed=seed, **asked) if listed else []
@@ -152,26 +132,3 @@ def _explained(
                     except ImageError as error:
                         yield path, image, error
             bar.update(min(size, len(paths) - start))
-
-
-def _opened(paths: list[Path]) -> tuple[dict[Path, Any], list[tuple[Path, Exception]]]:
-    from shapadapter.core.errors import ImageError, UnreadableImageError
-    from shapadapter.data.images import open_image
-
-    opened: dict[Path, Any] = {}
-    failed: list[tuple[Path, Exception]] = []
-    for path in paths:
-        try:
-            if path.exists() and not path.is_file():  # a pipe would wait for ever
-                raise UnreadableImageError("It is no file.")
-            opened[path] = open_image(os.fspath(path))
-        except (ImageError, OSError) as error:
-            failed.append((path, error))
-    return opened, failed
-
-
-def _summary(explanation: Any) -> str:
-    from shapadapter.visual.wording import likelihood
-
-    best = explanation.top(3)[0]
-    return ", ".join(f"{one_line(one.label)} {likelihood(one.probability, one.logit)}" for one in best)

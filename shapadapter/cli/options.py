@@ -1,15 +1,22 @@
-"""Options that several commands share, also from a yaml file."""
+"""What all commands share: options, also from a yaml file; results on the standard output, and errors in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import json as json_format
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from datetime import date
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from shapadapter.core.phrases import did_you_mean
+from shapadapter.core.phrases import as_options, did_you_mean, one_line
 
 MORE = "shapadapter.more"
 """Where a command finds, in `context.meta`, the keys of the yaml file that are none of its own options."""
@@ -78,50 +85,135 @@ def _as_words(key: str, value: Any, parameter: Any) -> Any:
 
 
 # The groups of options in `--help`, beside a command's own.
-LOADING = {"rich_help_panel": "Loading"}
-OUTPUT = {"rich_help_panel": "Output"}
-GENERAL = {"rich_help_panel": "General"}
+LOADING: dict[str, Any] = {"rich_help_panel": "Loading"}
+OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
+GENERAL: dict[str, Any] = {"rich_help_panel": "General"}
 
-Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
-Subfolder = Annotated[
-    str | None,
-    typer.Option(help="Where in that folder or repository the adapter is; by default at the top.", **LOADING),
-]
-Base = Annotated[
-    str | None, typer.Option(help="Base model, if it is not where the adapter says: a folder or name.", **LOADING)
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.", **LOADING)]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.", **LOADING)
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by default as the base was saved.", **LOADING)
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that comes with the base model. Read it first.", **LOADING),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on the standard output.", **GENERAL)]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="Options from a yaml file; those of the command line win.",
-        callback=read_config,
-        is_eager=True,
-        **GENERAL,
-    ),
-]
+Checkpoint = Annotated[str, typer.Argument(help="Folder of the adapter, or its name on the Hub.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.")]
 Texts = Annotated[
     list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
 ]
 
-# What `evaluate` and `report` measure.
-Data = Annotated[Path, typer.Option(help="Folder with a subfolder of images for each class.", show_default=False)]
-Masks = Annotated[
-    Path | None, typer.Option(help="Folder with a png mask of the object at the same path for each image.")
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with the base model. Read it first.", **LOADING),
 ]
-Measured = Annotated[int, typer.Option(help="How many images are measured.", min=1)]
-Methods = Annotated[str, typer.Option(help="Methods to compare with, separated by commas.")]
-Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
-BatchSize = Annotated[int, typer.Option(help="Images in a forward pass.", min=1)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.", **LOADING)]
+
+# Options that several commands take together, each with its default.
+PLACE: dict[str, tuple[Any, Any]] = {
+    name: (Annotated[str | None, typer.Option(help=words, **LOADING)], None)
+    for name, words in {
+        "subfolder": "Where in that folder or repository the adapter is; by default at the top.",
+        "base": "Base model, if it is not where the adapter says: a folder or name.",
+        "revision": "Branch, tag or commit of the adapter on the Hub.",
+        "device": "cpu, cuda, cuda:1, ...; by default a GPU if there is one.",
+        "dtype": "float32, bfloat16 or float16; by default as the base was saved.",
+    }.items()
+} | {"trust_remote_code": (TrustRemoteCode, False)}
+_GENERAL: dict[str, tuple[Any, Any]] = {
+    "json": (
+        Annotated[bool, typer.Option("--json", help="Print json and nothing else on the standard output.", **GENERAL)],
+        False,
+    ),
+    "config": (
+        Annotated[
+            Path | None,
+            typer.Option(
+                help="Options from a yaml file; those of the command line win.",
+                callback=read_config,
+                is_eager=True,
+                **GENERAL,
+            ),
+        ],
+        None,
+    ),
+}
+
+
+def without(group: Mapping[str, tuple[Any, Any]], *names: str) -> dict[str, tuple[Any, Any]]:
+    """A group of options but for some."""
+    return {name: option for name, option in group.items() if name not in names}
+
+
+def command(
+    hint: str = "Run the command again to start over.", **groups: Mapping[str, tuple[Any, Any]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes `say`; it gets --json and --config, and each group of options as a dict."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        """The function that typer calls."""
+
+        @wraps(function)
+        def run(*, context: typer.Context, json: bool, config: Path | None, **given: Any) -> None:
+            """Put the options of each group together."""
+            together = {name: {option: given.pop(option) for option in group} for name, group in groups.items()}
+            with reporting(context, json, hint) as say:
+                function(say, **given, **together)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+        for own in list(inspect.signature(function, eval_str=True).parameters.values())[1:]:
+            expanded = groups.get(own.name, {own.name: (own.annotation, own.default)})
+            parameters += [inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in expanded.items()]
+        parameters += [inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in _GENERAL.items()]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Say:
+    """Prints results on the standard output, `stream`: json, if that is wanted, or text."""
+
+    stream: TextIO
+    as_json: bool
+    context: typer.Context
+
+    def __call__(self, data: Any, text: str) -> None:
+        """Print a result: what json takes, or the text for people."""
+        # It may name files, and classes called as folders.
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        typer.echo(json_format.dumps(data, allow_nan=False) if self.as_json else readable, file=self.stream)
+
+
+@contextmanager
+def reporting(context: typer.Context, as_json: bool, hint: str) -> Iterator[Say]:
+    """Run a command: what goes wrong is said in one line, with exit code 1; an interruption has 130."""
+    say = Say(sys.stdout, as_json, context)
+    options = {name.lstrip("-").replace("-", "_"): name for one in context.command.params for name in one.opts}
+    try:
+        with redirect_stdout(sys.stderr if as_json else say.stream), as_options(options):
+            yield say
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. {hint}", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        from shapadapter.core.errors import ShapleyError
+
+        # What the Hub's client raises where nobody answers, if it is in use at all.
+        client = sys.modules.get("huggingface_hub.utils")
+        network = () if client is None else (client.httpx.HTTPError,)
+        # These are the user's to mend; others are ours, and keep their traceback.
+        if not isinstance(error, (ShapleyError, ImportError, OSError, ValueError, *network)):
+            raise
+        typer.echo(f"Error: {one_line(error) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+def warn(text: str) -> None:
+    """Say something beside the result."""
+    typer.echo(one_line(text), err=True)
+
+
+def quiet() -> None:
+    """Leave out what other libraries tell each other: bars of loading weights, and what will be renamed one day."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)")

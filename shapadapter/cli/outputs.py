@@ -29,24 +29,21 @@ def find_images(given: list[Path]) -> dict[Path, Path]:
     Links to folders are not followed, and neither hidden files nor what this command wrote are images.
     """
     from shapadapter.core.errors import ShapleyError
+    from shapadapter.evaluation.dataset import IMAGE_SUFFIXES
 
     found: dict[Path, Path] = {}
     for path in given:
-        inside = _images_below(path) if path.is_dir() else [path]
+        if not path.is_dir():
+            found.setdefault(path, Path(path.name))
+            continue
+        files = [Path(place, name) for place, _, names in os.walk(path) for name in names if not name.startswith(".")]
+        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        inside = sorted(image for image in images if not image.stem.lower().endswith(MARK))
         if not inside:
             raise ShapleyError(f"There are no images in the folder {printable(path)}.")
         for image in inside:
-            found.setdefault(image, image.relative_to(path) if path.is_dir() else Path(path.name))
+            found.setdefault(image, image.relative_to(path))
     return found
-
-
-def _images_below(folder: Path) -> list[Path]:
-    from shapadapter.evaluation.dataset import IMAGE_SUFFIXES
-
-    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    return sorted(
-        path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.lower().endswith(MARK)
-    )
 
 
 def printable(path: Path) -> str:
@@ -76,8 +73,7 @@ class Names:
 
 
 FORMAT, FORMAT_VERSION = "shapadapter.explain", 1
-PAGE_IMAGES = 100
-"""Images on a page; more make a second one."""
+PAGE_IMAGES = 100  # images on a page; more make a second one
 
 
 @contextmanager
@@ -110,7 +106,8 @@ class Written:
     def __init__(
         self, output: Path | None, formats: frozenset[str], checkpoint: str, documents: list[JsonDocument]
     ) -> None:
-        self.output, self.formats, self.checkpoint, self.documents = output, formats, checkpoint, documents
+        self.output, self.checkpoint, self.documents = output, checkpoint, documents
+        self.formats = frozenset[str]() if output is None else formats
         self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
         self.page: list[tuple[str, Explanation]] = []
         self.pages = 0
@@ -118,16 +115,20 @@ class Written:
     def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
         """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
         name, shown = self.names.of(place), printable(path)
-        makers = {"png": lambda explained: picture(explained, image), "npz": archive}
-        wanted = [kind for kind in makers if kind in self.formats and self.output is not None]
+        contents: dict[str, bytes] = {}
         try:
-            contents = {f"{name}.{kind}": makers[kind](one) for kind in wanted}
+            if "png" in self.formats:
+                contents[f"{name}.png"] = picture(one, image)
+            if "npz" in self.formats:
+                contents[f"{name}.npz"] = _archive(one)
         except ValueError as error:  # not finite
             return self.refuse(path, error)
         if self.output is not None:
             write_together({self.output / file: content for file, content in contents.items()}, tidy=False)
+        about = one.to_dict()
+        about |= about.pop("images")[0]
         for document in self.documents:
-            document.add({"path": shown, "files": sorted(contents), **entry(one)})
+            document.add({"path": shown, "files": sorted(contents), **about})
         self.count += 1
         if self.output is not None and "html" in self.formats:
             self.page.append((shown, one))
@@ -137,9 +138,9 @@ class Written:
 
     def refuse(self, path: Path, error: Exception) -> str:
         """Note an image that could not be explained; returns why."""
-        told = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file
-        self.errors.append({"path": printable(path), "error": told})
-        return told
+        trouble = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file
+        self.errors.append({"path": printable(path), "error": trouble})
+        return trouble
 
     def finish(self) -> None:
         """Write the last page and the end of the json."""
@@ -180,22 +181,14 @@ class JsonDocument:
             self.handle.flush()
 
 
-def entry(one: Explanation) -> dict[str, Any]:
-    """What json says of an explanation of one image: `Explanation.to_dict` without its list."""
-    whole = one.to_dict()
-    (image,) = whole.pop("images")
-    return {**whole, **image}
-
-
-def archive(one: Explanation) -> bytes:
+def _archive(one: Explanation) -> bytes:
     """The numbers about one image as npz, without its pixels; no pickle in it."""
     import numpy as np
 
-    arrays = {name: values for name, values in one.to_numpy().items() if name != "images"}
-    shown = [one.labels[index] for index in one.classes[0].tolist()]
-    buffer = io.BytesIO()
     # (1, ...) -> (...), for there is one image
-    np.savez_compressed(buffer, labels=np.array(shown), **{name: values[0] for name, values in arrays.items()})
+    arrays = {name: values[0] for name, values in one.to_numpy().items() if name != "images"}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, labels=np.array([one.labels[index] for index in arrays["classes"]]), **arrays)
     return buffer.getvalue()
 
 

@@ -8,69 +8,56 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shapadapter.cli.messages import quiet, reporting
 from shapadapter.cli.options import (
     OUTPUT,
-    Base,
+    PLACE,
     Checkpoint,
-    Config,
     Folder,
-    Json,
     Revision,
-    Subfolder,
+    Say,
     Texts,
     TrustRemoteCode,
+    command,
+    quiet,
+    without,
 )
 from shapadapter.cli.outputs import find_images
 
 _MOST_IMAGES = 32
 
 
+@command(place=without(PLACE, "device", "dtype"))
 def export(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="Folder for the files.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     images: Annotated[
         list[Path],
-        typer.Option(
-            help=f"An image, or a folder of them, to compare on, the first {_MOST_IMAGES}; may be repeated.",
-            show_default=False,
-        ),
+        typer.Option(help=f"An image, or a folder of them, to compare on, the first {_MOST_IMAGES}; may be repeated."),
     ],
     to: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's own ExportedProgram.")] = "onnx",
     texts: Texts = None,
-    subfolder: Subfolder = None,
-    base: Base = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """Export model and explanations in one file: logits, attributions and null values, for any number of images.
 
     What the file computes is compared with the model on the images, and nothing is written if it differs.
     """
-    with reporting(context, json) as say:
-        from shapadapter.export import export_onnx, export_program
-        from shapadapter.hub.load import load
+    from shapadapter.export import export_onnx, export_program
+    from shapadapter.hub.load import load
 
-        quiet()
-        chosen = list(find_images(images))[:_MOST_IMAGES]
-        model, processor = load(
-            checkpoint,
-            subfolder=subfolder,
-            base=base,
-            revision=revision,
-            device="cpu",
-            trust_remote_code=trust_remote_code,
-        )
-        exporter: Any = export_onnx if to == "onnx" else export_program
-        result = exporter(model, output, images=chosen, processor=processor, texts=texts or None)
-        say(result.to_dict(), f"Wrote {result}")
+    quiet()
+    chosen = list(find_images(images))[:_MOST_IMAGES]
+    model, processor = load(checkpoint, device="cpu", **place)
+    exporter: Any = export_onnx if to == "onnx" else export_program
+    result = exporter(model, output, images=chosen, processor=processor, texts=texts or None)
+    say(result.to_dict(), f"Wrote {result}")
 
 
+@command()
 def card(
-    context: typer.Context,
+    say: Say,
     checkpoint: Folder,
     evaluation: Annotated[
         Path | None, typer.Option(help="evaluation.json of `shapadapter evaluate`, for the table of results.")
@@ -81,24 +68,22 @@ def card(
     ] = None,
     shown: Annotated[int, typer.Option(help="How many of the images are shown, spread evenly.", min=1)] = 4,
     trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    config: Config = None,
 ) -> None:
     """Write the model card of an adapter, with results and pictures; what you wrote in it stays."""
-    with reporting(context, json) as say:
-        from shapadapter.hub.card.renewal import update_card
+    from shapadapter.hub.card.renewal import update_card
 
-        quiet()
-        found = list(find_images(images)) if images else None
-        chosen = found and found[:: max(1, len(found) // shown)][:shown]
-        written = update_card(checkpoint, evaluation=evaluation, images=chosen, trust_remote_code=trust_remote_code)
-        say({"card": str(written)}, f"Wrote {written}.")
+    quiet()
+    found = list(find_images(images)) if images else None
+    chosen = found and found[:: max(1, len(found) // shown)][:shown]
+    written = update_card(checkpoint, evaluation=evaluation, images=chosen, trust_remote_code=trust_remote_code)
+    say({"card": str(written)}, f"Wrote {written}.")
 
 
+@command("Run the command again: what was uploaded is not uploaded twice.")
 def push(
-    context: typer.Context,
+    say: Say,
     checkpoint: Folder,
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. you/vit-beans.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. you/vit-beans.")],
     base_repo: Annotated[
         str | None,
         typer.Option(help="Repository for the base model, if it is a folder of your own; pushed beside it."),
@@ -109,32 +94,30 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.", **OUTPUT)] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.", **OUTPUT)] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.", **OUTPUT)] = None,
-    json: Json = False,
-    config: Config = None,
 ) -> None:
     """Push an adapter to the Hub, with its card, pictures and processor.
 
     The token is that of `hf auth login`, or of the variable HF_TOKEN; it is never an option, where others could read it.
     """
-    with reporting(context, json, "Run the command again: what was uploaded is not uploaded twice.") as say:
-        from shapadapter import hub
+    from shapadapter import hub
 
-        url = hub.push(
-            checkpoint,
-            repo,
-            base_repo_id=base_repo,
-            private=private,
-            revision=revision,
-            create_pr=pr,
-            commit_message=message,
-        )
-        say({"url": url}, url)
+    url = hub.push(
+        checkpoint,
+        repo,
+        base_repo_id=base_repo,
+        private=private,
+        revision=revision,
+        create_pr=pr,
+        commit_message=message,
+    )
+    say({"url": url}, url)
 
 
+@command()
 def space(
-    context: typer.Context,
+    say: Say,
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="Folder for the app.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the app.")],
     title: Annotated[str | None, typer.Option(help="Heading of the app.")] = None,
     examples: Annotated[
         list[Path] | None, typer.Option("--example", help="An image that visitors can click; may be repeated.")
@@ -152,24 +135,19 @@ def space(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="For a Space that is made now.", show_default=False)
     ] = None,
-    json: Json = False,
-    config: Config = None,
 ) -> None:
     """Write a Gradio app that shows why: it runs here, and as a Space of the Hugging Face Hub."""
-    with reporting(context, json) as say:
-        from shapadapter.hub.space import push_space, write_space
+    from shapadapter.hub.space import push_space, write_space
 
-        folder = write_space(
-            checkpoint,
-            output,
-            revision=revision,
-            title=title,
-            license=license_,
-            copy_base=copy_base,
-            examples=examples or (),
-        )
-        url = push_space(folder, push, private=private) if push else None
-        install = f"pip install -r {folder}/requirements.txt && " if find_spec("gradio") is None else ""
-        say(
-            {"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: {install}python {folder}/app.py'}"
-        )
+    folder = write_space(
+        checkpoint,
+        output,
+        revision=revision,
+        title=title,
+        license=license_,
+        copy_base=copy_base,
+        examples=examples or (),
+    )
+    url = push_space(folder, push, private=private) if push else None
+    install = f"pip install -r {folder}/requirements.txt && " if find_spec("gradio") is None else ""
+    say({"folder": str(folder), "url": url}, f"Wrote {folder}. {url or f'Try it: {install}python {folder}/app.py'}")

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json as json_format
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from shapadapter.cli.messages import reporting, warn
-from shapadapter.cli.options import GENERAL, MORE, Json, read_config, unknown
+from shapadapter.cli.options import MORE, Say, command, unknown, warn
 
-PATIENCE = 15.0
-"""Seconds that the processes have to end after an interruption."""
+PATIENCE = 15.0  # seconds that the processes have to end after an interruption
 
 
 def launch(module: str, arguments: list[str], config: Path | None, *, quiet_output: bool) -> int:
@@ -32,31 +28,20 @@ def launch(module: str, arguments: list[str], config: Path | None, *, quiet_outp
     """
     chosen = [] if config is None else ["--config_file", str(config)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *chosen, "-m", module, *arguments]
-    with _ends_as_interruptions():
+    # What a cluster or a closed terminal sends counts as a Ctrl-C; what is ignored (`nohup`) stays so.
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ends = [number for number in ends if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, signal.default_int_handler)
+    try:
         process = subprocess.Popen(command, stdout=sys.__stderr__ if quiet_output else None, start_new_session=True)
         try:
             return process.wait()
         except KeyboardInterrupt:
             _end(process)
             raise
-
-
-@contextmanager
-def _ends_as_interruptions() -> Iterator[None]:
-    """Take what a cluster or a closed terminal sends for a Ctrl-C; what is ignored (`nohup`) stays so."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        """Answer a signal as Python answers Ctrl-C."""
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
     finally:
-        for number in numbers:
+        for number in ends:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -89,39 +74,22 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
 
 MODULE = "shapadapter.training.script"
 
+# Arguments of the script that have another name here.
 OWN = {"model_name_or_path": "--model", "output_dir": "--output", "image_folder": "--data", "dataset_name": "--data"}
-"""Arguments of the script that have another name here."""
 
 
+@command("Go on with the same command and --resume-from-checkpoint last.")
 def train(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Vision model to start from: on the Hub, or a folder.", show_default=False)
-    ],
+    say: Say,
+    model: Annotated[str, typer.Option(help="Vision model to start from: on the Hub, or a folder.")],
     data: Annotated[
-        str,
-        typer.Option(
-            help="Folder with a subfolder of images for each class, or a data set on the Hub.", show_default=False
-        ),
+        str, typer.Option(help="Folder with a subfolder of images for each class, or a data set on the Hub.")
     ],
-    output: Annotated[
-        Path, typer.Option(help="Folder for adapter, checkpoints and explanations.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(help="Folder for adapter, checkpoints and explanations.")],
     launch_config: Annotated[
         Path | None,
         typer.Option(
             "--launch", help="File of `accelerate config`: which GPUs, FSDP, DeepSpeed; by default all GPUs."
-        ),
-    ] = None,
-    json: Json = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            help="Options and training arguments from a yaml file; those of the command line win.",
-            callback=read_config,
-            is_eager=True,
-            **GENERAL,
         ),
     ] = None,
 ) -> None:
@@ -131,53 +99,30 @@ def train(
     --push-to-hub; so are --prediction, --tune, --lora-rank, --streaming, --label-column, --train-split, --test-split and
     --explained-images. --resume-from-checkpoint last goes on where a run stopped, --overwrite starts again in its folder.
     """
-    hint = "Go on with the same command and --resume-from-checkpoint last."
-    with reporting(context, json, hint) as say:
-        script = _script()
-        given = [*as_arguments(context.meta.get(MORE, {}), script), *context.args]
-        _check_sources(model, data)
-        where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
-        arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
-        check(arguments, given, script)
-        _check_output(arguments, script)
-        if launch_config is not None and not launch_config.is_file():
-            raise FileNotFoundError(f"There is no file {launch_config}.")
-        code = launch(MODULE, arguments, launch_config, quiet_output=json)
-        if code:
-            typer.echo("Error: the training failed; see the output above.", err=True)
-            raise typer.Exit(1)
-        results = output / "all_results.json"
-        metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
-        say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
-
-
-def _script() -> Any:
-    """The parser of the training script."""
     if find_spec("datasets") is None:
         raise ImportError('Training needs datasets: pip install "shapadapter[train]"')
-    from shapadapter.training.script import parser
+    from shapadapter.training.script import beside, check_data, check_model, check_output, parser
 
-    return parser()
-
-
-def _check_sources(model: str, data: str) -> None:
-    """Refuse a model and data that cannot be, and say of names that they are looked for on the Hub."""
-    from shapadapter.training.script import beside, check_data, check_model
-
+    script = parser()
+    given = [*as_arguments(say.context.meta.get(MORE, {}), script), *say.context.args]
     check_model(model)
     check_data(data)
     for name in (model, data):
         doubt = beside(name)
         if not Path(name).is_dir() and (name == data or doubt):
             warn(f"{name} is not a folder here: looking for it on the Hub.{doubt}")
-
-
-def _check_output(arguments: list[str], script: Any) -> None:
-    """Refuse the folder of an earlier training, before anything starts."""
-    from shapadapter.training.script import check_output
-
-    asked = script.parse_known_args(arguments)[0]
+    where = "--image_folder" if Path(data).is_dir() else "--dataset_name"
+    arguments = ["--model_name_or_path", model, where, data, "--output_dir", str(output), *given]
+    asked = check(arguments, given, script)
     check_output(Path(asked.output_dir), asked.resume_from_checkpoint, asked.overwrite)
+    if launch_config is not None and not launch_config.is_file():
+        raise FileNotFoundError(f"There is no file {launch_config}.")
+    if launch(MODULE, arguments, launch_config, quiet_output=say.as_json):
+        typer.echo("Error: the training failed; see the output above.", err=True)
+        raise typer.Exit(1)
+    results = output / "all_results.json"
+    metrics = json_format.loads(results.read_text("utf-8")) if results.is_file() else {}
+    say({"output": str(output), "metrics": metrics}, f"Done: {output}. Next: shapadapter explain {output} IMAGES")
 
 
 def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
@@ -194,12 +139,12 @@ def as_arguments(values: dict[str, Any], script: Any) -> list[str]:
     return words
 
 
-def check(arguments: list[str], given: list[str], script: Any) -> None:
-    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense."""
+def check(arguments: list[str], given: list[str], script: Any) -> Any:
+    """Refuse, before anything starts, arguments that nobody knows or whose values make no sense; else their values."""
     known = {option.lstrip("-").replace("-", "_") for option in script._option_string_actions} - {"h", "help"}
     for word in given:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if not word.startswith("--") and (not word.startswith("-") or _is_number(word)):
+        if not word.startswith("--") and (not word.startswith("-") or re.fullmatch(r"-[\d.]+([eE][+-]?\d+)?", word)):
             continue
         if name in OWN:
             raise typer.BadParameter(f"{word} is {OWN[name]} here.")
@@ -211,14 +156,7 @@ def check(arguments: list[str], given: list[str], script: Any) -> None:
         raise typer.BadParameter(message)
 
     script.error = refuse
-    rest = script.parse_known_args(arguments)[1]
+    asked, rest = script.parse_known_args(arguments)
     if rest:
         raise typer.BadParameter(f"Unexpected argument {rest[0]!r}.")
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return asked

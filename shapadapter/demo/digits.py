@@ -35,21 +35,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DigitScenes:
-    """Scenes with their labels and with the pixels that belong to the digit.
+    """Scenes with their labels and with the pixels that belong to the digit."""
 
-    Attributes:
-        images: Color scenes, uint8 (count, 64, 64, 3).
-        labels: The digit in each scene, int64 (count,).
-        masks: True where the digit is, bool (count, 64, 64).
-        digits: Which of the 5,000 source digits each scene shows, int64 (count,).
-        is_test: True for the scenes of the test part, bool (count,).
-    """
-
-    images: NDArray[np.uint8]
-    labels: Ints
-    masks: NDArray[np.bool_]
-    digits: Ints
-    is_test: NDArray[np.bool_]
+    images: NDArray[np.uint8]  # Color scenes, uint8 (count, 64, 64, 3)
+    labels: Ints  # The digit in each scene, int64 (count,)
+    masks: NDArray[np.bool_]  # True where the digit is, bool (count, 64, 64)
+    digits: Ints  # Which of the 5,000 source digits each scene shows, int64 (count,)
+    is_test: NDArray[np.bool_]  # True for the scenes of the test part, bool (count,)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -71,12 +71,12 @@ def save_pictures(scenes: DigitScenes, output: Path) -> None:
                 Image.fromarray(pictures[index]).save(place / f"{number}.png")
 
 
+@dataclass(eq=False)
 class Prepared(Dataset[dict[str, Any]]):
     """Scenes as the processor below would prepare them, without the way through PNG files: the training is long."""
 
-    def __init__(self, scenes: DigitScenes, indices: Any) -> None:
-        self.scenes = scenes
-        self.indices = indices
+    scenes: DigitScenes
+    indices: Any
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -99,21 +99,13 @@ def pretrain(scenes: DigitScenes, folder: Path, scale: Scale, seed: int) -> floa
         initializer_range=0.08,  # from scratch and in two minutes: transformers' 0.02 takes twice as long to get going
         image_size=SIZE,
         patch_size=PATCH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(NAMES)),
         label2id={name: index for index, name in enumerate(NAMES)},
     )
     with atomic_folder(folder) as unfinished, TemporaryDirectory() as runs:
         model = ViTForImageClassification(config)
-        arguments = TrainingArguments(
-            runs,
-            num_train_epochs=scale.pretrain_epochs,
-            learning_rate=2e-3,
-            adam_beta2=0.98,
-            weight_decay=0.05,
-            **_common(seed),
-        )
+        rates: dict[str, Any] = {"learning_rate": 2e-3, "adam_beta2": 0.98, "weight_decay": 0.05}
+        arguments = TrainingArguments(runs, num_train_epochs=scale.pretrain_epochs, **rates, **_common(seed))
         trainer = Trainer(
             model,
             arguments,
@@ -138,18 +130,12 @@ def tune(
     processor = AutoImageProcessor.from_pretrained(pretrained)
     config = ShapleyConfig(r=16, lora_alpha=32, target_modules="all-linear", shapley_token=shapley_token)
     model = get_peft_model(model, config)
+    # Ten times the default for LoRA: this base model has been pretrained for a minute, not for days.
+    rates: dict[str, Any] = {"learning_rate": 5e-3, "head_learning_rate": 5e-3, "shapley_weight": 20.0}
     with atomic_folder(folder) as unfinished, TemporaryDirectory() as runs:
         trainer = ShapleyTrainer(
             model,
-            ShapleyTrainingArguments(
-                runs,
-                num_train_epochs=scale.tune_epochs,
-                # Ten times the default for LoRA: this base model has been pretrained for a minute, not for days.
-                learning_rate=5e-3,
-                head_learning_rate=5e-3,
-                shapley_weight=20.0,
-                **_common(seed),
-            ),
+            ShapleyTrainingArguments(runs, num_train_epochs=scale.tune_epochs, **rates, **_common(seed)),
             train_dataset=train,
             eval_dataset=test,
             processing_class=processor,

@@ -21,13 +21,12 @@ from shapadapter.adapter.checks import check_mergeable
 from shapadapter.adapter.weights import is_quantised
 from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
-from shapadapter.core.phrases import argument
+from shapadapter.core.phrases import argument, reason
 from shapadapter.data.classes import class_names
 from shapadapter.explanation.passes import base_of, embed_texts, prepared_batches
 from shapadapter.explanation.game import active_layer
 
-OUTPUTS = ("logits", "attributions", "null_values")
-"""What an exported model returns: (B, K), (B, N, K) and (B, K)."""
+OUTPUTS = ("logits", "attributions", "null_values")  # what an exported model returns: (B, K), (B, N, K) and (B, K)
 
 
 class Deployed(nn.Module):
@@ -52,21 +51,14 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Job:
-    """What there is to export, and what it has to compute.
+    """What there is to export, and what it has to compute."""
 
-    Attributes:
-        deployed: the model, on the CPU, in fp32.
-        pixels: (B, C, H, W), the images on which it is traced and compared.
-        expected: what the user's own model says of them, by output.
-        labels: the K names of the classes.
-        about: written into the file: the names of the classes, (rows, cols) of the players, (height, width) of the part of
-            the image that they tile.
-    """
-
-    deployed: Deployed
-    pixels: Tensor
-    expected: dict[str, Tensor]
-    labels: tuple[str, ...]
+    deployed: Deployed  # the model, on the CPU, in fp32
+    pixels: Tensor  # (B, C, H, W), the images on which it is traced and compared
+    expected: dict[str, Tensor]  # what the user's own model says of them, by output
+    labels: tuple[str, ...]  # the K names of the classes
+    # Written into the file: the names of the classes, (rows, cols) of the players, (height, width) of the part of the
+    # image that they tile.
     about: dict[str, str]
 
     def two_images(self) -> Tensor:
@@ -76,7 +68,7 @@ class Job:
     def refused(self, target: str, error: BaseException) -> str:
         """What to say when a tracer gives up."""
         name = type(self.deployed.model).__name__
-        return f"{name} cannot be exported to {target}: {type(error).__name__}: {first_line(error)}."
+        return f"{name} cannot be exported to {target}: {type(error).__name__}: {reason(error).rstrip('.')}."
 
 
 def prepare(
@@ -100,11 +92,18 @@ def prepare(
     labels, embeds = _classes(model, layer, texts, processor)
     copied = copy.deepcopy(base_of(model)).cpu().float().eval().requires_grad_(False)
     deployed = Deployed(copied, options, None if embeds is None else embeds.cpu().float())
-    tiling = active_layer(copied).tiling(pixels, **options)
+    inner = active_layer(copied)
+    tiling = inner.tiling(pixels, **options)
     with torch.no_grad():
         parts = [deployed(part) for part in pixels.split(8)]
         expected = {name: torch.cat([part[name] for part in parts]) for name in OUTPUTS}
-        _fix_null_value(deployed, pixels[:1])
+        rule = inner.rules[str(inner.active)]
+        if rule.prediction == "classifier":
+            # No pixel enters v(empty): a second pass of the base model in the graph would compute it each time.
+            output = deployed.output(pixels[:1])
+            embeds = getattr(output, "null_embeds", None)
+            empty = output.null_values if embeds is None else embeds  # (1, K or P)
+            inner.rules[str(inner.active)] = replace(rule, empty=empty)
     with suppress(ShapleyError):  # where the sum of the weights does not compute the sum of the layers
         check_mergeable(copied)
         for module in copied.modules():
@@ -115,7 +114,7 @@ def prepare(
         "labels": json.dumps(labels),
         "players": json.dumps(tiling.players),
         "seen": json.dumps(tiling.seen),
-        "prediction": layer.rules[str(layer.active)].prediction,
+        "prediction": rule.prediction,
     }
     return Job(deployed, pixels, expected, labels, about)
 
@@ -151,22 +150,6 @@ def _classes(
         return class_names(config.id2label, layer.classes), None
     listed = (texts,) if isinstance(texts, str) else tuple(texts)
     return listed, embed_texts(model, listed, processor)
-
-
-def _fix_null_value(deployed: Deployed, image: Tensor) -> None:
-    """Note v(empty), which no pixel enters: a second pass of the base model in the graph would compute it each time."""
-    layer = active_layer(deployed.model)
-    name = str(layer.active)
-    if layer.rules[name].prediction == "classifier":
-        output = deployed.output(image)
-        embeds = getattr(output, "null_embeds", None)
-        empty = output.null_values if embeds is None else embeds  # (1, K or P)
-        layer.rules[name] = replace(layer.rules[name], empty=empty)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the story that tracers tell after it."""
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
 @contextmanager

@@ -21,28 +21,21 @@ from torch.export.graph_signature import InputKind
 
 from shapadapter.core.errors import ExportError
 from shapadapter.core.files import atomic_folder
+from shapadapter.core.phrases import reason
 from shapadapter.data.images import image_side
-from shapadapter.export.deployed import OUTPUTS, Job, first_line, prepare, quiet
+from shapadapter.export.deployed import OUTPUTS, Job, prepare, quiet
 
 _ONNX, _PROGRAM = "model.onnx", "model.pt2"
 _COMPANIONS = ("config.json", "preprocessor_config.json")
 
-_TESTED = (2, 13)
-"""The release of torch that programs were tested with."""
-
-_BATCHES = (1, 2, 3)
-"""Sizes of the batches that are compared; the model was traced with two images."""
-
+_TESTED = (2, 13)  # the release of torch that programs were tested with
+_BATCHES = (1, 2, 3)  # sizes of the batches that are compared; the model was traced with two images
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
 
 # What counts as having an effect though it computes something, which nobody may need, or checks what tracing has settled.
-_WITHOUT_EFFECT = (
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-)
+_WITHOUT_EFFECT = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten._assert_tensor_metadata.default)
 
-_Run = Callable[[Tensor], Mapping[str, Tensor]]
-"""An exported model, from images (B, C, H, W) to its outputs by name."""
+_Run = Callable[[Tensor], Mapping[str, Tensor]]  # an exported model, from images (B, C, H, W) to its outputs by name
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,11 @@ class ExportReport:
 
     def __str__(self) -> str:
         kind = "torch.export program" if self.opset is None else f"ONNX, opset {self.opset}"
-        size = sum(self.sizes.values()) / 1e6
         largest = ", ".join(f"{name} {difference:.1e}" for name, difference in self.differences.items())
-        images = f"{self.images} image" + ("" if self.images == 1 else "s")
-        batches = f"batches of {_BATCHES[0]} to {_BATCHES[-1]}"
-        return f"{self.path} ({kind}, {size:.1f} MB)\nlargest difference on {images}, {batches}: {largest}"
+        return (
+            f"{self.path} ({kind}, {sum(self.sizes.values()) / 1e6:.1f} MB)\nlargest difference on {self.images} "
+            f"image{'s' * (self.images != 1)}, batches of {_BATCHES[0]} to {_BATCHES[-1]}: {largest}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as what json can hold."""
@@ -110,11 +103,8 @@ def export_onnx(
 
     Raises:
         ExportError: the model cannot be traced, or the file differs by more than `tolerance`. Nothing is written then.
-        UnsupportedModelError: the base model is quantised.
-        ImageError: the images cannot be read, or are of several sizes.
-        ShapleyError: texts or an active adapter are missing.
+        ShapleyError: the base is quantised, the images are of several sizes, texts or an adapter are missing, no room.
         FileExistsError: the folder holds other files.
-        DiskFullError: there is no room for it; what was there is unchanged.
         ImportError: a package is missing or too old.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
@@ -164,10 +154,8 @@ def export_program(
 def _new_folder(folder: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
     """A folder to write to, which takes its name at the end, in place of an older export with the files `names`."""
     final = Path(folder).resolve()
-    foreign = [final.name] if final.is_file() else []
-    if final.is_dir():
-        foreign = sorted(path.name for path in final.iterdir() if path.name not in names)
-    if foreign:
+    there = sorted(path.name for path in final.iterdir()) if final.is_dir() else [final.name] * final.is_file()
+    if foreign := [name for name in there if final.is_file() or name not in names]:
         raise FileExistsError(f"{folder} holds {foreign[0]}, which is no part of an export: choose a new folder.")
     with atomic_folder(Path(folder)) as place:
         yield place
@@ -202,7 +190,7 @@ def _compare(run: _Run, job: Job, tolerance: float) -> dict[str, float]:
                 found = run(job.pixels[part])
         except Exception as error:  # of many kinds, by what runs the file
             raise ExportError(
-                f"The exported model cannot run a batch of {len(part)}: {first_line(error)}. Nothing was written."
+                f"The exported model cannot run a batch of {len(part)}: {reason(error).rstrip('.')}. Nothing was written."
             ) from error
         for name, values in found.items():
             expected = job.expected[name][part]
@@ -262,7 +250,9 @@ def _in_onnxruntime(path: Path) -> _Run:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # of onnxruntime's own kinds
-        raise ExportError(f"onnxruntime cannot load the file: {first_line(error)}. Try another opset.") from error
+        raise ExportError(
+            f"onnxruntime cannot load the file: {reason(error).rstrip('.')}. Try another opset."
+        ) from error
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
@@ -296,11 +286,7 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
     graphs = (part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop("stack_trace", None)
-    return _without_unused(program)
-
-
-def _without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Leave out the weights that no operation reads, such as the text tower of a model whose texts are fixed."""
+    # No operation reads the text tower of a model whose texts are fixed.
     program.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _WITHOUT_EFFECT)
     places = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     signature = program.graph_signature

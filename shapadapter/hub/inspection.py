@@ -23,73 +23,47 @@ from shapadapter import __version__
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.backbone import Removal, choose_removal, configured_size
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
+from shapadapter.core.phrases import reason
 from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
 from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.game import active_layer
-from shapadapter.hub.load import comes_with_code, load, told
-from shapadapter.hub.locate import called, locate
+from shapadapter.hub.load import called, comes_with_code, load, locate
 
 SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        name: the folder, or the name on the Hub.
-        adapter: whether it is an adapter; else a base model, and what wrapping it with the defaults would give.
-        supported: whether the self-test passed.
-        trouble: why not.
-        family: transformers' name of the architecture, e.g. "vit".
-        model_class: the class of the base model.
-        kind: "classifier", "headless" or "matching".
-        image: (height, width) of the images that the processor makes, or the model is configured for.
-        players: (rows, cols) on such an image.
-        mechanism: how the token works: "sequence", "readout" or "latents".
-        features: the module whose output is explained.
-        removal: how absent players are taken out.
-        removals: for each way of it "works", or why it does not.
-        prediction: where the logits come from.
-        tune: what is trained beside token and head.
-        lora_targets: the modules that LoRA adapts.
-        parameters: of the base model.
-        adapter_parameters: of the adapter, all that is saved.
-        adapter_bytes: their size.
-        classes: how many; None for a model that matches images with texts.
-        class_names: the first of them.
-        base: the base model's name or folder.
-        base_revision: its commit, if that was recorded.
-        versions: of shapadapter, PEFT, transformers and torch here, and of shapadapter when the adapter was written.
-        record: what the adapter knows of its training.
-    """
-
-    name: str
-    adapter: bool
-    supported: bool = False
-    trouble: str | None = None
-    family: str | None = None
-    model_class: str | None = None
-    kind: str | None = None
+    name: str  # the folder, or the name on the Hub
+    adapter: bool  # whether it is an adapter; else a base model, and what wrapping it with the defaults would give
+    supported: bool = False  # whether the self-test passed
+    trouble: str | None = None  # why not
+    family: str | None = None  # transformers' name of the architecture, e.g. "vit"
+    model_class: str | None = None  # the class of the base model
+    kind: str | None = None  # "classifier", "headless" or "matching"
+    # (height, width) of the images that the processor makes, or the model is configured for.
     image: tuple[int, ...] | None = None
-    players: tuple[int, int] | None = None
-    mechanism: str | None = None
-    features: str | None = None
-    removal: str | None = None
-    removals: dict[str, str] = field(default_factory=dict)
-    prediction: str | None = None
-    tune: str | None = None
-    lora_targets: tuple[str, ...] = ()
-    parameters: int | None = None
-    adapter_parameters: int | None = None
-    adapter_bytes: int | None = None
-    classes: int | None = None
-    class_names: tuple[str, ...] = ()
-    base: str | None = None
-    base_revision: str | None = None
+    players: tuple[int, int] | None = None  # (rows, cols) on such an image
+    mechanism: str | None = None  # how the token works: "sequence", "readout" or "latents"
+    features: str | None = None  # the module whose output is explained
+    removal: str | None = None  # how absent players are taken out
+    removals: dict[str, str] = field(default_factory=dict)  # for each way of it "works", or why it does not
+    prediction: str | None = None  # where the logits come from
+    tune: str | None = None  # what is trained beside token and head
+    lora_targets: tuple[str, ...] = ()  # the modules that LoRA adapts
+    parameters: int | None = None  # of the base model
+    adapter_parameters: int | None = None  # of the adapter, all that is saved
+    adapter_bytes: int | None = None  # their size
+    classes: int | None = None  # how many; None for a model that matches images with texts
+    class_names: tuple[str, ...] = ()  # the first of them
+    base: str | None = None  # the base model's name or folder
+    base_revision: str | None = None  # its commit, if that was recorded
+    # Of shapadapter, PEFT, transformers and torch here, and of shapadapter when the adapter was written.
     versions: dict[str, str | None] = field(default_factory=dict)
-    record: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None  # what the adapter knows of its training
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as json takes them."""
@@ -166,7 +140,7 @@ def _base_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         trouble = None if Path(name).is_dir() else hub_trouble(error, name, options["revision"])
         if trouble is None:
             below = locate(name, None, options["revision"], options["token"]).elsewhere()
-            trouble = f"{told(error)}{below}"
+            trouble = f"{reason(error)}{below}"
         raise ShapleyError(f"{name} cannot be loaded. {trouble}") from error
     try:
         return model, AutoImageProcessor.from_pretrained(name, **options)
@@ -179,14 +153,21 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
     base, layer = base_of(model), active_layer(model)
     config, anatomy = model.peft_config[layer.active], layer.anatomy
     saved = get_peft_model_state_dict(model, adapter_name=str(layer.active))
-    removals = _removals(base, config)
+    removals: dict[str, str] = {}
+    layer.detach(base)  # the self-test is of the model without the adapter's hooks, as when it was wrapped
+    try:
+        for removal in get_args(Removal):
+            try:
+                choose_removal(base, anatomy, removal, config.grid, config.shapley_token)
+                removals[removal] = "works"
+            except UnsupportedModelError as error:
+                removals[removal] = str(error)
+    finally:
+        layer.attach(base)
     image, players = _players(base, processor)
     matching = anatomy.kind == "matching"
     names = [] if matching else list((config.id2label or base.config.id2label).values())
-    prediction = {
-        "vote": "vote: the sum of the attributions",
-        "classifier": "classifier: the base model's own head",
-    }[config.prediction]
+    how = {"vote": "vote: the sum of the attributions", "classifier": "classifier: the base model's own head"}
     works = removals.get(config.removal) == "works"
     size = sum(value.numel() for value in saved.values())
     return replace(
@@ -202,7 +183,7 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
         features=anatomy.source,
         removal=config.removal,
         removals=removals,
-        prediction="similarity of image and text" if matching else prediction,
+        prediction="similarity of image and text" if matching else how[config.prediction],
         tune=config.tune,
         lora_targets=tuple(sorted(config.target_modules)) if config.tune == "lora" else (),
         parameters=sum(parameter.numel() for parameter in base.parameters()) - size,
@@ -215,22 +196,6 @@ def _found(start: Inspection, model: Any, processor: Any) -> Inspection:
         versions=_versions(config.shapadapter_version if start.adapter else None),
         record=config.record,
     )
-
-
-def _removals(model: Any, config: Any) -> dict[str, str]:
-    """The self-test with each way of removing players, of the model without the adapter's hooks, as when it was wrapped."""
-    layer, found = active_layer(model), dict[str, str]()
-    layer.detach(model)
-    try:
-        for removal in get_args(Removal):
-            try:
-                choose_removal(model, layer.anatomy, removal, config.grid, config.shapley_token)
-                found[removal] = "works"
-            except UnsupportedModelError as error:
-                found[removal] = str(error)
-    finally:
-        layer.attach(model)
-    return found
 
 
 def _players(model: Any, processor: Any) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:

@@ -1,23 +1,29 @@
-"""Load an adapter from a folder or from the Hub, with the base model it names and the processor of either."""
+"""Load an adapter from a folder or from the Hub, at the top or in a subfolder, with its base model and processor."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import glob
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, PreTrainedModel
 
+from shapadapter.adapter import ShapleyConfig
+from shapadapter.adapter.registration import NAME
+from shapadapter.core.documents import read_json, shown
 from shapadapter.core.errors import CheckpointError, ShapleyError
-from shapadapter.core.files import refuse_link
-from shapadapter.core.phrases import argument
-from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
+from shapadapter.core.files import refuse_link, refuse_links
+from shapadapter.core.phrases import argument, reason, some
+from shapadapter.core.remote import HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble, is_path
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.game import active_layer
-from shapadapter.hub.locate import AdapterFiles, locate
 
 
 def load(
@@ -33,15 +39,14 @@ def load(
 ) -> tuple[Any, Any]:
     """Load an adapter on its base model, and the processor that goes with them.
 
-    Weights are read from safetensors only. From the Hub comes what is needed, and no more: the adapter's two files, the
-    processor's, and the base model.
+    Weights are read from safetensors only. From the Hub come the adapter's two files, the processor's, and the base model.
 
     Args:
         checkpoint: the folder of an adapter, or its name on the Hub.
         subfolder: where in it the adapter is, if not at the top: PEFT saves one of another name than "default" in a folder
-            of that name. The processor may be beside it, or at the top.
-        base: the base model, where it is not to be found under the name the adapter was saved with: a folder, or another
-            name on the Hub. Its weights must be the same.
+            of that name.
+        base: the base model's folder or name on the Hub, where that is not what the adapter says. Its weights must be the
+            same.
         revision: branch, tag or commit of the adapter's repository; that of the base is written in the adapter.
         device: e.g. `"cpu"` or `"cuda:1"`; None for the GPU if there is one.
         dtype: of the base's weights, e.g. `torch.bfloat16` or `"bfloat16"`; None as they were saved. The adapter's own
@@ -54,10 +59,8 @@ def load(
         processor of both.
 
     Raises:
-        ShapleyError: there is no such adapter, repository or base model, it may not be seen, or its weights are no
-            safetensors.
-        CheckpointError: a file is damaged, or a link that leads out of its folder, or the base is not the one the adapter
-            was made for.
+        ShapleyError: there is no such adapter or base model, it may not be seen, or its weights are no safetensors.
+        CheckpointError: a file is damaged or a link out of its folder, or the base is not the one of the adapter.
     """
     place, kind = _device(device), _dtype(dtype)
     files = locate(str(checkpoint), subfolder, revision, token)
@@ -71,7 +74,9 @@ def load(
     except ShapleyError:
         raise
     except Exception as error:  # whatever PEFT makes of values that are of the right kind and mean nothing to it
-        raise CheckpointError(f"The adapter {files.name} does not fit its base model {root}: {told(error)}") from error
+        raise CheckpointError(
+            f"The adapter {files.name} does not fit its base model {root}: {reason(error)}"
+        ) from error
     own = files.processor()
     # Code that comes with an adapter never runs: what is trusted is the base.
     options = options if own is None else {"trust_remote_code": False}
@@ -149,7 +154,7 @@ def _why_no_base(name: str, root: str, revision: str | None, error: BaseExceptio
         )
     if "trust_remote_code" in str(error):
         return comes_with_code(root)
-    return f"The base model {root} of the adapter {name} cannot be loaded: {told(error)}"
+    return f"The base model {root} of the adapter {name} cannot be loaded: {reason(error)}"
 
 
 def comes_with_code(base: str) -> str:
@@ -171,7 +176,7 @@ def _processor(model: Any, place: str, options: dict[str, Any], adapters_own: bo
         hub_trouble(error, place)  # for the credentials in it
         if "trust_remote_code" not in str(error):
             raise ShapleyError(
-                f"There is no image processor with the adapter or in {place}: {told(error)} Save one with the "
+                f"There is no image processor with the adapter or in {place}: {reason(error)} Save one with the "
                 "adapter: processor.save_pretrained(folder)."
             ) from error
         if not adapters_own:
@@ -182,18 +187,13 @@ def _processor(model: Any, place: str, options: dict[str, Any], adapters_own: bo
         ) from error
 
 
-def told(error: BaseException) -> str:
-    """The first line of an error, or its kind."""
-    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
-
-
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ShapleyError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+        raise ShapleyError(f"There is no device {str(device)!r} here: {reason(error)}") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
@@ -201,3 +201,133 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ShapleyError(f"dtype must be a torch.dtype or its name, such as 'bfloat16', got {dtype!r}.")
     return found if isinstance(found, torch.dtype) else "auto"
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter."""
+
+    source: str  # the folder that was asked for, or the name on the Hub
+    root: Path  # that folder, or the one with what was fetched
+    subfolder: str = ""  # where in it the adapter is, with slashes; empty for the top
+    token: str | bool | None = field(default=None, repr=False)  # for the Hub; of no meaning for a folder
+
+    @property
+    def folder(self) -> Path:
+        """Where `adapter_config.json` should be."""
+        return self.root / self.subfolder
+
+    @property
+    def name(self) -> str:
+        """What the adapter is called in messages."""
+        return called(self.source, self.subfolder)
+
+    @property
+    def fetched(self) -> bool:
+        """Whether they came from the Hub."""
+        return self.root != Path(self.source)
+
+    def config(self) -> Any:
+        """The adapter's configuration, after a look at what kind of adapter it is and whether its weights are there."""
+        refuse_links(self.root, self.subfolder)
+        file = self.folder / CONFIG_NAME
+        if not file.is_file():
+            raise ShapleyError(
+                f"{self.name} holds no adapter: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.{self.elsewhere()}"
+            )
+        try:
+            kind = read_json(file).get("peft_type")
+        except CheckpointError as error:
+            raise CheckpointError(f"{CONFIG_NAME} of {self.name} is damaged: {error}") from error
+        if kind != NAME:
+            other = shown(kind).strip("'")
+            raise ShapleyError(
+                f"{self.name} is an adapter of type {other}, not one of shapadapter. Load it with peft.AutoPeftModel."
+            )
+        if not (self.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            why = " The adapter is incomplete."
+            if (PurePosixPath(self.subfolder) / WEIGHTS_NAME).as_posix() in self._listed():
+                why = (
+                    f" Its {WEIGHTS_NAME} is a pickle, which can run code of its author's when it is opened, and is not read. "
+                    "Ask for a safetensors file: model.save_pretrained(folder) writes one."
+                )
+            raise ShapleyError(f"{self.name} holds no {SAFETENSORS_WEIGHTS_NAME}.{why}")
+        return ShapleyConfig.from_pretrained(str(self.root), subfolder=self.subfolder or None)
+
+    def processor(self) -> Path | None:
+        """The folder with the processor that was saved with the adapter, or with all adapters beside it; None without.
+
+        A folder here may be that of an adapter with a name, whose processor is in the folder above; a model's own is not.
+        """
+        above = self.root.resolve().parent
+        alone = self.fetched or self.subfolder or (above / "config.json").is_file()
+        places = (self.folder, self.root if alone else above)
+        found = next((place for place in places if any((place / f).is_file() for f in PROCESSOR_FILES[:2])), None)
+        if found == places[1]:  # the folder itself has been looked at
+            refuse_links(found)
+        return found
+
+    def elsewhere(self) -> str:
+        """Where below the root there are adapters, and what to type for one of them; nothing if there are none."""
+        end = f"/{CONFIG_NAME}"
+        found = sorted(file.removesuffix(end) for file in self._listed() if file.endswith(end))
+        if not found:
+            return ""
+        there = f" There {'is one' if len(found) == 1 else 'are some'} in {some(called(self.source, one) for one in found)}."
+        typed = next((inner for inner in found if _inside(inner) == inner), None)
+        return f"{there} Say which: {argument('subfolder', typed, of='load')}." if self.fetched and typed else there
+
+    def _listed(self) -> list[str]:
+        """Paths from the root of adapters' files; of a repository those that were fetched, if the Hub cannot be asked."""
+        if self.fetched:
+            with suppress(*HUB_ERRORS):
+                # The root is called like the commit.
+                return HfApi().list_repo_files(self.source, revision=self.root.name, token=self.token)
+        files = (*self.root.glob(f"*/{CONFIG_NAME}"), self.folder / WEIGHTS_NAME)
+        return [path.relative_to(self.root).as_posix() for path in files if path.is_file()]
+
+
+def called(source: str | Path, subfolder: str | None) -> str:
+    """What an adapter in a subfolder is called in what is said and written about it."""
+    return f"{str(source).rstrip('/')}/{subfolder}" if subfolder else str(source)
+
+
+def refuse_revision(revision: str | None, folder: str | Path) -> None:
+    """Refuse a revision of what is no repository."""
+    if revision is not None:
+        raise ShapleyError(
+            f"{argument('revision', revision)} is one of a repository on the Hub, but {folder} is a folder here."
+        )
+
+
+def locate(source: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> AdapterFiles:
+    """Find the files of an adapter in a folder, or fetch them from the Hub."""
+    inner = "" if subfolder is None else _inside(subfolder)
+    if inner is None:
+        raise ShapleyError(
+            f"{argument('subfolder', subfolder)} does not name a folder inside another one: expected a name such as 'best'."
+        )
+    if Path(source).is_dir():
+        refuse_revision(revision, source)
+        return AdapterFiles(source, Path(source), inner)
+    if is_path(source):
+        raise ShapleyError(f"There is no folder {source}.")
+    beside = f"{glob.escape(inner)}/" if inner else ""
+    wanted = [f"{beside}{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)]
+    try:
+        root = snapshot_download(source, revision=revision, token=token, allow_patterns=[*wanted, *PROCESSOR_FILES])
+    except HUB_ERRORS as error:
+        trouble = hub_trouble(error, source, revision)
+        if trouble is None:
+            raise
+        raise ShapleyError(f"There is no folder {source} here. {trouble}") from error
+    return AdapterFiles(source, Path(root), inner, token)
+
+
+def _inside(subfolder: str) -> str | None:
+    """The path of a subfolder, with slashes; None for what is not inside."""
+    path = PureWindowsPath(subfolder)  # knows both kinds of slashes, and drives
+    return None if path.anchor or ".." in path.parts or not path.parts else path.as_posix()

@@ -57,14 +57,14 @@ class ImageAttributionPipeline(Pipeline):
             )
         if isinstance(image_processor, str | Path):
             image_processor = load_processor(image_processor)
-        whole = image_processor if processor is None else processor
-        if whole is None:
+        self.prepares = image_processor if processor is None else processor
+        if self.prepares is None:
             raise ShapleyError(
                 f"pipeline({TASK!r}) needs the image processor of a model that is no name: pass "
                 "image_processor=AutoImageProcessor.from_pretrained(...)."
             )
-        self.prepares = whole
-        super().__init__(model=model, image_processor=image_side(whole), task=kwargs.pop("task", TASK), **kwargs)
+        side, task = image_side(self.prepares), kwargs.pop("task", TASK)
+        super().__init__(model=model, image_processor=side, task=task, **kwargs)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Explain one image or many.
@@ -109,27 +109,26 @@ class ImageAttributionPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if top_k is not None and targets is not None:
             raise ValueError(f"Pass either targets or top_k, got top_k={top_k} and targets={targets}.")
-        before = {} if timeout is None else {"timeout": timeout}
-        inside: dict[str, Any] = {}
-        after: dict[str, Any] = {}
-        if top_k is not None or targets is not None:
-            inside |= {"top_k": top_k, "targets": targets}
-        if hypothesis_template is not None:
-            inside["hypothesis_template"] = hypothesis_template
-        if candidate_labels is not None:
-            listed = [candidate_labels] if isinstance(candidate_labels, str) else list(candidate_labels)
-            inside["candidate_labels"] = after["candidate_labels"] = listed
-        if overlay is not None:
-            after["overlay"] = overlay
-        if function_to_apply is not None:
-            if function_to_apply not in _FUNCTIONS:
-                raise ValueError(f"function_to_apply must be one of {list(_FUNCTIONS)}, got {function_to_apply!r}.")
-            after["function_to_apply"] = function_to_apply
-        return before, inside, after
+        if function_to_apply not in (None, *_FUNCTIONS):
+            raise ValueError(f"function_to_apply must be one of {list(_FUNCTIONS)}, got {function_to_apply!r}.")
+        labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
+        named = {} if labels is None else {"candidate_labels": list(labels)}
+        chosen = {} if top_k is None and targets is None else {"top_k": top_k, "targets": targets}
+
+        def given(**options: Any) -> dict[str, Any]:
+            return {name: value for name, value in options.items() if value is not None}
+
+        return (
+            given(timeout=timeout),
+            {**chosen, **named, **given(hypothesis_template=hypothesis_template)},
+            {**named, **given(overlay=overlay, function_to_apply=function_to_apply)},
+        )
 
     def preprocess(self, input_: Any, timeout: float | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """An image as pixel values (1, C, H, W)."""
-        return prepare_images([_opened(input_, timeout)], self.prepares)
+        if isinstance(input_, str) and input_.lower().startswith(("http://", "https://")):
+            input_ = fetch(input_, timeout)
+        return prepare_images([open_image(input_)], self.prepares)
 
     @override
     def _forward(  # type: ignore[override]
@@ -170,7 +169,10 @@ class ImageAttributionPipeline(Pipeline):
         """A dict for each shown class of one image."""
         tensors: dict[str, Any] = {name: model_outputs[name] for name in _FIELDS}
         one = Explanation(**tensors, labels=self._labels(candidate_labels))
-        scores = _scores(one, function_to_apply)  # (K,)
+        logits, own = one.logits[0], one.probabilities[0]  # (K,) each
+        functions = {"softmax": logits.softmax(dim=0), "sigmoid": logits.sigmoid(), "none": logits}
+        usual = logits if own.isnan().any() else own  # quantities have no probabilities
+        scores = usual if function_to_apply is None else functions[function_to_apply]  # (K,)
         answers = [
             {
                 "label": one.labels[index],
@@ -199,19 +201,3 @@ class ImageAttributionPipeline(Pipeline):
             return tuple(candidate_labels)
         config: Any = self.model.config
         return class_names(config.id2label, active_layer(self.model).classes)
-
-
-def _scores(one: Explanation, function: str | None) -> Tensor:
-    """How sure the model is of each class, (K,), of one image's explanation; its logits where they are quantities."""
-    logits = one.logits[0]  # (K,)
-    if function is None:
-        own = one.probabilities[0]  # (K,)
-        return logits if own.isnan().any() else own
-    return {"softmax": logits.softmax(dim=0), "sigmoid": logits.sigmoid(), "none": logits}[function]
-
-
-def _opened(image: Any, timeout: float | None) -> Any:
-    """An image as `open_image` gives it, fetched first if it is an address."""
-    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        image = fetch(image, timeout)
-    return open_image(image)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,10 @@ from peft.utils import CONFIG_NAME
 from shapadapter.core.documents import read_json
 from shapadapter.core.errors import CheckpointError, ShapleyError, redacted
 from shapadapter.core.files import refuse_link, report_full_disk, write_together
-from shapadapter.core.remote import (
-    ADAPTER_FILES,
-    BASE_FILES,
-    HUB_ERRORS,
-    PROCESSOR_FILES,
-    find_base,
-    hub_trouble,
-)
+from shapadapter.core.phrases import one_line
+from shapadapter.core.remote import ADAPTER_FILES, BASE_FILES, HUB_ERRORS, PROCESSOR_FILES, find_base, hub_trouble
 from shapadapter.hub.card.renewal import card_for_push
-from shapadapter.hub.load import load
-from shapadapter.hub.locate import AdapterFiles
+from shapadapter.hub.load import AdapterFiles, load
 
 
 def push(
@@ -44,8 +37,7 @@ def push(
 ) -> str:
     """Push the folder of a saved adapter to the Hub, in one commit.
 
-    Uploaded are the adapter's two files, the processor's, `README.md`, `evaluation.json` and `explanations/`: no
-    optimiser states, no pickles. The folder stays as it is.
+    Uploaded are the adapter's two files, the processor's, `README.md`, `evaluation.json` and `explanations/`, nothing else.
 
     Args:
         folder: what `save_pretrained` or the trainer wrote.
@@ -65,27 +57,24 @@ def push(
         ShapleyError: the folder holds no complete adapter, others could not load it, or the Hub refused.
         CheckpointError: a file is damaged, or the base on this computer is not the one the adapter was made for.
     """
-    folder, api = Path(folder), HfApi(token=token)
+    folder = Path(folder)
     if not folder.is_dir():
         raise ShapleyError(f"There is no folder {folder}.")
     if create_pr and revision is not None:
         raise ShapleyError("A pull request goes to the main branch: leave revision out, or create_pr.")
     files = AdapterFiles(str(folder), folder)
-    base = _local_base(folder, files.config(), base_repo_id)
+    base = _base_to_push(files, base_repo_id)
     with _staged(folder, ADAPTER_FILES) as staged:
         if (processor := files.processor()) is not None:
             copy_files(processor, staged, PROCESSOR_FILES)
         if base is not None and base_repo_id is not None:
             load(folder, base=base, device="cpu")  # were it another model, nobody could load the pushed adapter
-            with _staged(base, BASE_FILES) as copy, hub_errors(base_repo_id):
-                name = api.create_repo(base_repo_id, private=private, exist_ok=True).repo_id
-                commit = upload(copy, name, message="Upload base model", token=token, card=False).oid
-            about = {**read_json(staged / CONFIG_NAME), "base_model_name_or_path": name, "revision": commit}
+            with _staged(base, BASE_FILES) as copy:
+                name, info = _send(copy, base_repo_id, private, token, message="Upload base model", card=False)
+            about = {**read_json(staged / CONFIG_NAME), "base_model_name_or_path": name, "revision": info.oid}
             (staged / CONFIG_NAME).write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
-        with hub_errors(repo_id, revision):
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            options: dict[str, Any] = {"token": token, "revision": revision, "create_pr": create_pr}
-            info = upload(staged, name, message=commit_message or "Upload adapter", **options)
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        name, info = _send(staged, repo_id, private, token, message=commit_message or "Upload adapter", **options)
     if create_pr:
         if info.pr_url is None:
             raise ShapleyError(f"No pull request was opened: {name} holds these very files already.")
@@ -93,42 +82,54 @@ def push(
     return redacted(f"{constants.ENDPOINT}/{name}") + (f"/tree/{revision}" if revision is not None else "")
 
 
-def _local_base(folder: Path, config: Any, base_repo_id: str | None) -> Path | None:
-    """The folder of the base model to be pushed beside; None if it is on the Hub."""
-    name = config.base_model_name_or_path
-    if not name:
+def _base_to_push(files: AdapterFiles, base_repo_id: str | None) -> Path | None:
+    """The folder of the base model that is pushed beside; None if the base is on the Hub."""
+    config = files.config()
+    base = base_folder(files, config)
+    if base is None and base_repo_id is not None:
         raise ShapleyError(
-            f"The adapter {folder} does not name its base model, so nobody could load it. Write its name on the Hub as "
-            f"base_model_name_or_path in {folder / CONFIG_NAME}."
+            f"The base model {config.base_model_name_or_path} is on the Hub already: leave base_repo_id (--base-repo) out."
         )
-    root = Path(find_base(folder, str(name)))
-    if not root.is_dir():
-        if base_repo_id is not None:
-            raise ShapleyError(f"The base model {name} is on the Hub already: leave base_repo_id (--base-repo) out.")
-        return None
-    if base_repo_id is None:
+    if base is not None and base_repo_id is None:
         raise ShapleyError(
-            f"The base model of {folder} is {name}, a folder on this computer, so nobody else could load the adapter. Push "
+            f"The base model of {files.name} is {base}, a folder on this computer, so nobody else could load the adapter. Push "
             "it beside: push(folder, repo_id, base_repo_id='user/name-of-the-base'), or --base-repo on the command line."
         )
+    return base
+
+
+def _send(folder: Path, repo_id: str, private: bool | None, token: Any, **options: Any) -> tuple[str, CommitInfo]:
+    """Upload a folder to a repository that is created if need be; its full name, and the commit."""
+    with hub_errors(repo_id, options.get("revision")):
+        name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return name, upload(folder, name, token=token, **options)
+
+
+def base_folder(files: AdapterFiles, config: Any) -> Path | None:
+    """The folder of an adapter's base model, all of which others can get; None if it is on the Hub."""
+    file, name = files.folder / CONFIG_NAME, config.base_model_name_or_path
+    if not name:
+        raise ShapleyError(
+            f"The adapter {files.name} does not name its base model, so nobody could load it. Write its name on the Hub as "
+            f"base_model_name_or_path in {file}."
+        )
+    root = Path(find_base(files.folder, str(name)))
+    if not (root / "config.json").is_file():
+        return None
     if not any(root.glob("model*.safetensors")):
         raise ShapleyError(
             f"The base model {root} has no safetensors file, and pickles are not pushed. Save it again: "
             "AutoModelForImageClassification.from_pretrained(folder).save_pretrained(folder)."
         )
-    if code := own_code(root):
+    # Code without which it cannot be loaded; other scripts beside it do not count.
+    named = str(read_json(root / "config.json").get("auto_map"))
+    if code := sorted(path.name for path in root.glob("*.py") if f"'{path.stem}." in named):
         raise ShapleyError(
-            f"The base model {root} comes with code of its own ({', '.join(code)}), which is not pushed. Upload its folder "
-            f"yourself: `hf upload user/name-of-the-base {shlex.quote(str(root))}`, and write that name as "
-            f"base_model_name_or_path in {folder / CONFIG_NAME}."
+            f"The base model {root} comes with code of its own ({', '.join(code)}), which is not pushed, and which no Space "
+            f"would run. Upload its folder yourself: `hf upload user/name-of-the-base {shlex.quote(str(root))}`, and write "
+            f"that name as base_model_name_or_path in {file}."
         )
     return root
-
-
-def own_code(base: Path) -> list[str]:
-    """The files of code in the folder of a base model without which it cannot be loaded; others there do not count."""
-    named = str(read_json(base / "config.json").get("auto_map"))
-    return sorted(path.name for path in base.glob("*.py") if f"'{path.stem}." in named)
 
 
 @contextmanager
@@ -152,12 +153,10 @@ def copy_files(folder: Path, target: Path, patterns: Sequence[str], link: bool =
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.unlink(missing_ok=True)  # a second name of a file that must stay as it is
-        try:
+        with suppress(OSError):
             if link:
                 os.link(path, copy)
                 continue
-        except OSError:
-            pass
         shutil.copyfile(path, copy)
 
 
@@ -173,28 +172,20 @@ def upload(
 ) -> CommitInfo:
     """Upload a folder in one commit, into a branch that is made if need be.
 
-    With `card` the folder is an adapter's: its card is written for the repository, and its evaluation loses the places of
-    folders on this computer. `options` are those of `HfApi.upload_folder`.
+    With `card` the folder is an adapter's: its card is written for the repository, and of the folders that its evaluation
+    names, the last parts stay. `options` are those of `HfApi.upload_folder`.
     """
     api = HfApi(token=token, library_name="shapadapter")
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if card:
-        _hide_places(folder / "evaluation.json")
+        with suppress(CheckpointError, KeyError, TypeError):  # what cannot be read is left as it is
+            found = read_json(folder / "evaluation.json")
+            about = found["about"]
+            about |= {name: Path(about[name]).name for name in ("checkpoint", "folder") if name in about}
+            write_together({folder / "evaluation.json": json.dumps(found, indent=1).encode()})
         card_for_push(folder, repo_id, revision=revision, token=token)
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, **options)
-
-
-def _hide_places(file: Path) -> None:
-    """Leave of the folders that an evaluation names their last parts; one that cannot be read is left as it is."""
-    try:
-        found = read_json(file)
-        found["about"] |= {
-            name: Path(found["about"][name]).name for name in ("checkpoint", "folder") if name in found["about"]
-        }
-    except (CheckpointError, KeyError, TypeError):
-        return
-    write_together({file: json.dumps(found, indent=1).encode()})
 
 
 @contextmanager
@@ -205,5 +196,4 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     except (*HUB_ERRORS, ValueError) as error:
         if isinstance(error, ShapleyError):
             raise
-        trouble = hub_trouble(error, repo_id, revision) or " ".join(str(error).split())
-        raise ShapleyError(f"Not pushed. {trouble}") from error
+        raise ShapleyError(f"Not pushed. {hub_trouble(error, repo_id, revision) or one_line(error)}") from error

@@ -82,7 +82,7 @@ def test_no_code_is_pushed(trace, online):
     said = run("push", "out", "ada/never-pushed", "--base-repo", "ada/never-pushed-base", code=1).stderr
     assert "comes with code of its own (own.py), which is not pushed" in said
     assert "hf upload" in said
-    assert "(own.py), which is not copied" in run("space", "out", "space", code=1).stderr
+    assert "(own.py), which is not pushed, and which no Space would run" in run("space", "out", "space", code=1).stderr
     assert not (trace.parent / "space").exists()
     assert not trace.exists()
     assert not {("model", "ada/never-pushed"), ("model", "ada/never-pushed-base")} & set(online.repos)

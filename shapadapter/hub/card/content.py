@@ -9,26 +9,12 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from shapadapter.core.installation import how_to_install
 from shapadapter.core.phrases import one_line
-from shapadapter.hub.card.facts import (
-    LONG,
-    MATCHING,
-    Facts,
-    code,
-    count,
-    mapping,
-    number,
-    repository,
-    table,
-    text,
-    texts,
-    words,
-)
-from shapadapter.hub.card.results import eval_results, rows
+from shapadapter.hub.card.facts import LONG, MATCHING, Facts, Row, code, repository, rows, words
 
 _TAGS = ("shapadapter", "explainability", "shapley-values", "attribution")
 _REMOVALS = {
@@ -48,7 +34,7 @@ def _template() -> Template:
     # Words of others come in as values, through the filters, and are never read as a template.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters |= {"words": words, "code": code, "literal": _literal}
-    environment.globals["table"] = table
+    environment.globals |= {"table": _table, "install": "\n".join(how_to_install())}
     return environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
 
 
@@ -57,9 +43,20 @@ def _literal(value: str) -> str:
     return json.dumps(one_line(value, 200), ensure_ascii=False)
 
 
+def _table(lines: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """A table of cells that are Markdown already."""
+    # A bar would end the cell, and GFM has no escape for it that a backslash before it could not undo.
+    cells = ([cell.replace("|", "\N{DIVIDES}") for cell in line] for line in (head, ["---"] * len(head), *lines))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 def markdown(facts: Facts) -> str:
     """The text of a card."""
-    matching, evaluation = facts.task == MATCHING, facts.of("evaluation")
+    matching, evaluation, training = facts.task == MATCHING, facts.of("evaluation"), facts.of("training")
+    results = rows(facts)
+    versions = {name: facts.config.get(f"{name}_version") for name in ("shapadapter", "peft")} | dict(
+        facts.of("versions")
+    )
     found = _template().render(
         facts=facts,
         matching=matching,
@@ -67,32 +64,29 @@ def markdown(facts: Facts) -> str:
         features=_features(facts),
         class_names=[] if facts.quantity or matching else facts.classes,
         several=facts.config.get("problem_type") == "multi_label_classification",
-        install="\n".join(how_to_install()),
         place="" if facts.subfolder is None else f", subfolder={_literal(facts.subfolder)}",
         revision="" if facts.revision is None else f", revision={_literal(facts.revision)}",
-        results=[[r.label, r.shown, "" if r.images is None else f"{r.images:,}"] for r in rows(facts)],
+        results=[[row.label, row.shown, "" if row.images is None else f"{row.images:,}"] for row in results],
         evaluation=evaluation,
-        removal=_REMOVALS.get(str(evaluation.get("removal")), ("",)),
-        truth=_truth(evaluation),
-        measured_at="" if (step := count(facts.of("metrics").get("step"))) is None else f" at step {step:,}",
+        removal=_REMOVALS.get(evaluation.get("removal", ""), ("",)),
         other_methods=_other_methods(evaluation),
-        training=facts.of("training"),
-        length=_length(facts.of("training")),
-        settings=[[code(k), code(v)] for k, v in sorted(mapping(facts.of("training").get("settings")).items())],
+        training=training,
+        settings=[[code(name), code(value)] for name, value in sorted(training.get("settings", {}).items())],
         data=_data(facts),
-        accuracy=_accuracy(facts),
-        versions=_versions(facts),
+        error=next((row.value for row in results if row.kind == "shapley_relative_error"), None),
+        versions=", ".join(
+            f"{words(name, 20)} {code(one, 30)}" for name, one in versions.items() if isinstance(one, str)
+        ),
     )
     return re.sub(r"\n{3,}", "\n\n", found).strip()
 
 
 def _features(facts: Facts) -> list[list[str]]:
-    config, base, revision = facts.config, facts.base, text(facts.config.get("revision"))
+    config, base, revision = facts.config, facts.base, facts.config.get("revision")
     model = code(facts.base_name) if base is None else f"[{words(base)}](https://huggingface.co/{base})"
     model += "" if facts.family in (None, facts.base_name) else f", {code(facts.family)}"
-    quantised = text(facts.record.get("quantised"))
-    model += "" if quantised is None else f", quantised by {code(quantised)}"
-    model += "" if revision is None else f", revision {code(one_line(revision, 12))}"
+    model += f", quantised by {code(facts.record['quantised'])}" if "quantised" in facts.record else ""
+    model += f", revision {code(one_line(revision, 12))}" if isinstance(revision, str) else ""
     players, tune, rank = facts.players, str(config.get("tune")), config.get("r")
     cells = "patches" if config.get("mechanism") == "sequence" and config.get("grid") is None else "tiles"
     trained = f"Shapley token and projection head, and of the base model {_TUNES[tune]}" if tune in _TUNES else ""
@@ -108,87 +102,74 @@ def _features(facts: Facts) -> list[list[str]]:
     return [[f"**{name}**", value] for name, value in found.items() if value]
 
 
-def _truth(evaluation: Mapping[str, Any]) -> str:
-    if evaluation.get("truth") == "exact":
-        return "exact, from all coalitions"
-    evaluations, own = number(evaluation.get("truth_evaluations")), number(evaluation.get("truth_error"))
-    error = "" if own is None else f", its own error {own:.2g}"
-    return f"KernelSHAP with {evaluations or 0:,.0f} evaluations{error}"
-
-
 def _other_methods(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Rows of all methods, where any was compared but those that know nothing of the model."""
-    methods = {name: mapping(values) for name, values in mapping(evaluation.get("methods")).items()}
+    methods = evaluation.get("methods", {})
     if not set(methods) - {"shapadapter", "random", "centre"}:
         return []
-    lines = []
-    for name, values in sorted(methods.items(), key=lambda item: (item[0] != "shapadapter", item[0])):
-        given = [values.get(key) for key in ("error", "insertion", "deletion", "evaluations")]
-        means = [number(mean[0]) if isinstance(mean, list) and mean else None for mean in given]
-        lines.append([code(name, 40), *("" if mean is None else f"{mean:,.3g}" for mean in means)])
-    return lines
-
-
-def _length(training: Mapping[str, Any]) -> str:
-    epochs, steps, minutes = (number(training.get(name)) for name in ("epochs", "steps", "minutes"))
-    parts = [] if epochs is None else [f"{epochs:.3g} epoch{'s' * (epochs != 1)}"]
-    parts += [] if steps is None else [f"{steps:,.0f} steps"]
-    length = ", ".join(parts) or "length unknown"
-    if minutes is not None:
-        length += f" in {f'{minutes:,.0f} minutes' if minutes >= 2 else f'{60 * minutes:.0f} s'}"
-    hardware = text(training.get("hardware"))
-    return length if hardware is None else f"{length} on {code(hardware)}"
+    return [
+        [
+            code(name, 40),
+            *(
+                f"{values[key][0]:,.3g}" if key in values else ""
+                for key in ("error", "insertion", "deletion", "evaluations")
+            ),
+        ]
+        for name, values in sorted(methods.items(), key=lambda item: (item[0] != "shapadapter", item[0]))
+    ]
 
 
 def _data(facts: Facts) -> str:
     data, about = facts.of("data"), facts.of("about")
-    names = texts(about.get("dataset")) or texts(data.get("id")) or texts(data.get("name"))
-    named = ", ".join(code(one) for one in names)
-    part = ", ".join(code(one) for one in texts(about.get("dataset_args")))
-    named += f" ({part})" if part else ""
-    counts = {"training": count(data.get("train_images")), "held-out": count(data.get("eval_images"))}
+    names = about.get("dataset") or [data[key] for key in ("id", "name") if key in data][:1]
+    named, part = (", ".join(map(code, some)) for some in (names, about.get("dataset_args", [])))
+    counts = {"training": data.get("train_images"), "held-out": data.get("eval_images")}
     sizes = ", ".join(f"{images:,} {kind} images" for kind, images in counts.items() if images is not None)
-    return ": ".join(one for one in (named, sizes) if one)
-
-
-def _accuracy(facts: Facts) -> str:
-    found = next((row for row in rows(facts) if row.kind == "shapley_relative_error"), None)
-    if found is None:
-        return "How near it comes was not measured for this model."
-    return (
-        f"Here it differs from the true Shapley values by {found.value:.0%} of their length (relative L2), on average."
-    )
-
-
-def _versions(facts: Facts) -> str:
-    known = {name: facts.config.get(f"{name}_version") for name in ("shapadapter", "peft")}
-    known |= facts.of("versions")
-    return ", ".join(f"{words(name, 20)} {code(version, 30)}" for name, version in known.items() if text(version))
+    return ": ".join(one for one in (named + (f" ({part})" if part else ""), sizes) if one)
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
     """The metadata that we can fill in."""
-    about, base, found = facts.of("about"), facts.base, eval_results(facts)
+    about, base = facts.of("about"), facts.base
+    results = [_result(facts, row) for row in rows(facts) if row.kind is not None]
     tags = [*_TAGS, *([] if base is None else [f"base_model:adapter:{base}"])]
     tags += ["lora"] if facts.config.get("tune") == "lora" else []
     tags += ["generated_from_trainer"] if facts.of("training") else []
-    datasets = [*texts(about.get("dataset_tags")), *texts(about.get("dataset")), *texts(facts.of("data").get("id"))]
+    datasets = [*about.get("dataset_tags", []), *about.get("dataset", []), facts.of("data").get("id")]
     data = ModelCardData(
         language=about.get("language"),
-        license=text(about.get("license")),
+        license=about.get("license"),
         library_name="peft",
         base_model=base,
         base_model_relation=None if base is None else "adapter",
         pipeline_tag=facts.task,
-        tags=unique([*tags, *texts(about.get("tags"))]),
-        datasets=unique([name for name in datasets if repository(name)]),
-        metrics=unique([str(result.metric_type) for result in found]),
-        eval_results=found or None,
-        model_name=one_line(facts.title, LONG) if found else None,
+        tags=_unique([*tags, *about.get("tags", [])]),
+        datasets=_unique([name for name in datasets if repository(name)]),
+        metrics=_unique([result.metric_type for result in results]),
+        eval_results=results or None,
+        model_name=one_line(facts.title, LONG) if results else None,
     )
     return {key: value for key, value in data.to_dict().items() if value}
 
 
-def unique(items: Sequence[str]) -> list[str]:
-    """The items in their order, each once."""
+def _unique(items: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(items))
+
+
+def _result(facts: Facts, row: Row) -> EvalResult:
+    """A result as the Hub's model index takes it."""
+    about, data = facts.of("evaluation"), facts.of("data")
+    how = {"removal": about.get("removal") or facts.config.get("removal")}
+    how |= {name: about.get(name) for name in ("truth", "truth_evaluations")}
+    how = {} if row.of_task else {name: one for name, one in how.items() if isinstance(one, str | int | float)}
+    return EvalResult(
+        task_type=facts.task,
+        task_name=facts.task.replace("-", " ").capitalize(),
+        dataset_type=repository(data.get("id")) or "image-folder",
+        dataset_name=one_line(about.get("data_name") or data.get("name") or "held-out images", LONG),
+        metric_type=str(row.kind),
+        metric_value=row.value,
+        metric_name=one_line(row.label.rstrip(" ↑↓"), LONG),
+        metric_args={**({} if row.images is None else {"images": row.images}), **how},
+        verified=False,
+    )

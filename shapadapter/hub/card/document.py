@@ -1,4 +1,4 @@
-"""The text of a card: one generated block between two marks, yaml above it, and whatever the user wrote around both.
+"""README.md: one generated block between two marks, yaml above it, and whatever the user wrote around both.
 
 The begin mark holds a digest of the block, and a comment in the block those of the metadata that were filled in: what no
 longer agrees with its digest was edited, and is the user's. Earlier cards had a pair of marks for each section.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-LONGEST = 1_000_000
-"""Characters of a card that is renewed; a longer one is left as it is."""
+from shapadapter.core.files import break_links, write_together
+from shapadapter.core.phrases import one_line
+from shapadapter.core.remote import CARD, PICTURES
+from shapadapter.hub.card import content
+from shapadapter.hub.card.facts import Facts
 
-_LONGEST_YAML = 50_000
-"""Characters of yaml that are read, and values in it."""
-
+LONGEST = 1_000_000  # characters of a card that is renewed; a longer one is left as it is
+_LONGEST_YAML = 50_000  # characters of yaml that are read, and values in it
 _DEEPEST = 100
 _LISTS = ("tags", "datasets", "metrics", "model-index")
 _BY_TOOLS = ("library_name", "base_model")
@@ -37,19 +41,71 @@ _YAML = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | r
 _KEY = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)  # where a line begins that names a key
 
 
+def write_card(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tags: Sequence[str] = (),
+    start: str | None = None,
+    remote: Collection[str] = (),
+) -> str | None:
+    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered."""
+    path = folder / CARD
+    break_links(folder, [CARD])
+    there = [file.name for file in (folder / PICTURES).glob("*") if file.is_file()]
+    facts = Facts(config, name or folder.resolve().name, revision, [*there, *remote], subfolder)
+    try:
+        card = renewed(
+            read_card(path) if start is None else start, content.markdown(facts), content.metadata(facts), tags
+        )
+    except ValueError as error:
+        warnings.warn(f"{path} is left as it is, because {error}.", stacklevel=2)
+        return None
+    if edited(card):
+        warnings.warn(
+            f"What is between the marks in {path} was edited and is left as it is. To have it renewed, move your own words "
+            "below the end mark and delete what is between the marks.",
+            stacklevel=2,
+        )
+    write_together({path: card.encode()})
+    return card
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card, or so much of it as shows that it is too long; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(4 * LONGEST + 4).decode("utf-8-sig", "surrogateescape")
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The yaml of the card in a folder; empty where it cannot be read."""
+    try:
+        return read_yaml(split(read_card(folder / CARD) or "")[0])
+    except ValueError:
+        return {}
+
+
+# -- the text ---------------------------------------------------------------------------------------------------------
+
+
 def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
     """A card with this block and these metadata.
 
     A card that is not ours keeps its text and gets the metadata that it lacks.
     """
-    whole = card or ""
-    if len(whole) > LONGEST:
+    given = card or ""
+    if len(given) > LONGEST:
         raise ValueError(f"it has more than {LONGEST:,} characters")
-    if any("\udc80" <= character <= "\udcff" for character in whole):
+    if any("\udc80" <= character <= "\udcff" for character in given):
         raise ValueError("it is not in UTF-8")
-    head, body = split(whole.replace("\r\n", "\n"))
+    head, body = split(given.replace("\r\n", "\n"))
     theirs = read_yaml(head)
-    if not body.strip() or _is_form(body):
+    if not body.strip() or _plain(body) == _plain(ModelCard.from_template(ModelCardData()).text):
         # What another tool has filled in of itself says nothing about the user's wishes.
         theirs = {key: value for key, value in theirs.items() if key not in metadata or key not in _BY_TOOLS}
         found, body = _filled(theirs, metadata, {}), f"\n{_block(markdown, metadata)}\n"
@@ -60,8 +116,8 @@ def renewed(card: str | None, markdown: str, metadata: Mapping[str, Any], tags: 
         found = {**theirs, **{key: value for key, value in metadata.items() if key not in theirs}}
     if tags:
         found = _filled(found, {"tags": list(tags)}, {})
-    text = f"---\n{_written(head, found)}---\n{body}"
-    return text.replace("\n", "\r\n") if "\r\n" in whole else text
+    card = f"---\n{_written(head, found)}---\n{body}"
+    return card.replace("\n", "\r\n") if "\r\n" in given else card
 
 
 def untouched(card: str) -> bool:
@@ -71,13 +127,13 @@ def untouched(card: str) -> bool:
         signs = {key: _signs(key, value) for key, value in read_yaml(head).items()}
     except ValueError:
         return False
+
+    def in_any_order(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: sorted(map(str, one)) if isinstance(one, list) else one for key, one in found.items()}
+
     around = _NOTE_OF_ANY_FORM.sub("", _BLOCK.sub("", body)).strip()
-    as_filled = _in_any_order(signs) == _in_any_order(_noted(body))
+    as_filled = in_any_order(signs) == in_any_order(_noted(body))
     return bool(_BEGIN.search(body)) and not around and not edited(card) and as_filled
-
-
-def _in_any_order(signs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in signs.items()}
 
 
 def edited(card: str) -> bool:
@@ -125,13 +181,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _is_form(body: str) -> bool:
-    """Whether it is an empty form that PEFT or transformers writes where there is no card."""
-    return _plain(body) == _plain(ModelCard.from_template(ModelCardData()).text)
-
-
 def _plain(form: str) -> str:
-    """A form without comments and what its makers fill in: PEFT its version, transformers a sentence."""
+    """A card's empty form, as tools write it, without comments and what they fill in: PEFT its version, transformers a sentence."""
     form = re.sub(r"### Framework versions\s+- PEFT \S+", "", form)
     form = re.sub(r"This is the model card of a 🤗 transformers model that has been pushed on the Hub\..*", "", form)
     kept, place = [], 0
@@ -165,7 +216,7 @@ def read_yaml(block: str) -> dict[str, Any]:
             raise ValueError("its aliases make it too large")
         found = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        raise ValueError(f"the yaml at its top cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the yaml at its top cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict | None):
         raise ValueError("the yaml at its top is no mapping")
     return found or {}

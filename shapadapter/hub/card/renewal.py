@@ -1,85 +1,31 @@
-"""Write the card of a folder: at a save, before an upload, and when results and pictures come later."""
+"""A card that is written anew: before an upload, with the repository's own card in view, and with results and pictures."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from shapadapter.adapter.saving import picture_files, read_config, record_for, weights_digest, write_pictures
-from shapadapter.core.documents import read_json, read_tensors
+from shapadapter.adapter.saving import read_config, record_for, weights_digest, write_pictures
+from shapadapter.core.documents import read_tensors
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.files import break_links, refuse_links, write_together
+from shapadapter.core.files import write_together
 from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
-from shapadapter.hub.card import content
-from shapadapter.hub.card.document import LONGEST, edited, read_yaml, renewed, split, untouched
-from shapadapter.hub.card.facts import Facts
-from shapadapter.hub.card.results import compact
+from shapadapter.evaluation import Evaluation
+from shapadapter.explanation.api import explain
+from shapadapter.hub.card.document import card_metadata, read_card, renewed, untouched, write_card
+from shapadapter.hub.card.facts import compact
+from shapadapter.hub.load import AdapterFiles, load
+from shapadapter.visual import sample_pictures
 
-if TYPE_CHECKING:
-    from shapadapter.evaluation import Evaluation
-
-_CLASSES = 3
-"""Maps beside each picture."""
-
-
-def write_card(
-    folder: Path,
-    config: Mapping[str, Any],
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    tags: Sequence[str] = (),
-    start: str | None = None,
-    remote: Collection[str] = (),
-) -> str | None:
-    """Write `README.md`, so that it is never seen half-written; the one place where a card is rendered."""
-    path = folder / CARD
-    break_links(folder, [CARD])
-    here = read_card(path) if start is None else start
-    listed = picture_files(config.get("record"))
-    shown = [file for file in listed if (folder / PICTURES / file).is_file() or file in remote]
-    facts = Facts(config, name or folder.resolve().name, revision, shown, subfolder)
-    try:
-        card = renewed(here, content.markdown(facts), content.metadata(facts), tags)
-    except ValueError as error:
-        warnings.warn(f"{path} is left as it is, because {error}.", stacklevel=2)
-        return None
-    if edited(card):
-        warnings.warn(
-            f"What is between the marks in {path} was edited and is left as it is. To have it renewed, move your own words "
-            "below the end mark and delete what is between the marks.",
-            stacklevel=2,
-        )
-    write_together({path: card.encode()})
-    return card
-
-
-def read_card(path: Path) -> str | None:
-    """The text of a card, or so much of it as shows that it is too long; None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return file.read(4 * LONGEST + 4).decode("utf-8-sig", "surrogateescape")
-
-
-def card_metadata(folder: Path) -> dict[str, Any]:
-    """The yaml of the card in a folder; empty where it cannot be read."""
-    try:
-        return read_yaml(split(read_card(folder / CARD) or "")[0])
-    except ValueError:
-        return {}
-
-
-# -- before an upload -------------------------------------------------------------------------------------------------
+_CLASSES = 3  # maps beside each picture
 
 
 def card_for_push(
@@ -101,13 +47,12 @@ def card_for_push(
     config = read_config(folder / (subfolder or ""))
     if not config:
         return
-    where = None if at_top else subfolder
-    place, inside = folder / (where or ""), f"{where}/" if where else ""
+    inside = f"{subfolder}/" if subfolder and not at_top else ""
     files, existing = _files_on_hub(repo_id, revision, token)
     there = None
     if f"{inside}{CARD}" in files:
         there = read_card(Path(HfApi().hf_hub_download(repo_id, f"{inside}{CARD}", revision=existing, token=token)))
-    here = read_card(place / CARD) if start is None else start
+    here = read_card(folder / inside / CARD) if start is None else start
     ours = here is not None and not untouched(here)
     if ours and there is not None and not untouched(there) and not _same_words(str(here), there):
         warnings.warn(
@@ -116,7 +61,7 @@ def card_for_push(
             stacklevel=3,
         )
     write_card(
-        place,
+        folder / inside,
         config,
         name=repo_id,
         revision=None if revision is None or revision.startswith("refs/") else revision,
@@ -163,11 +108,12 @@ def prepare_upload(model: Any, folder: Path, repo_id: str, revision: str | None,
     if not hasattr(model, "get_base_model"):  # without PEFT's wrapper, transformers saves no folders
         return
     for name in configs:
-        if name == "default" or read_config(folder / name).get("peft_type") != "SHAPLEY":
+        about = read_config(folder / name)
+        if name == "default" or about.get("peft_type") != "SHAPLEY":
             continue
         pictures = folder / name / PICTURES
         if "default" not in configs and name == model.active_adapter:
-            warn_of_local_base(read_config(folder / name).get("base_model_name_or_path"))
+            warn_of_local_base(about.get("base_model_name_or_path"))
             (folder / CARD).unlink(missing_ok=True)  # of the main branch, or a form
             if CONFIG_NAME not in _files_on_hub(repo_id, **where)[0]:  # else the card there is about that adapter
                 if pictures.is_dir() and not (folder / PICTURES).exists():  # else an adapter has that name
@@ -176,9 +122,6 @@ def prepare_upload(model: Any, folder: Path, repo_id: str, revision: str | None,
         if pictures.is_dir():
             shutil.rmtree(pictures)  # transformers uploads no folders inside of folders
         card_for_push(folder, repo_id, subfolder=name, **where)
-
-
-# -- what comes later -------------------------------------------------------------------------------------------------
 
 
 def update_card(
@@ -194,7 +137,6 @@ def update_card(
     """Write the card of an adapter's folder anew, with results and pictures; what the user wrote in it stays.
 
     Results and the list of pictures are kept in `adapter_config.json`, so they stay with the adapter wherever it is saved.
-    A whole checkpoint stays whole.
 
     Args:
         folder: of the adapter.
@@ -210,58 +152,29 @@ def update_card(
         The card's path.
 
     Raises:
-        ShapleyError: the folder holds no adapter of ours, the evaluation is of another one, or the images cannot be
-            explained.
-        CheckpointError: the evaluation cannot be read, the adapter cannot be loaded, or a file in its folder is a link
-            out of it.
+        ShapleyError: no adapter of ours there, an evaluation of another one, or images that cannot be explained.
+        CheckpointError: a file cannot be read, or is a link out of the folder.
     """
-    from shapadapter.evaluation import Evaluation
-
     folder = Path(folder)
-    config, digest = _own_config(folder)
-    found = evaluation if evaluation is None or isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
-    if found is not None and found.about.get("weights") not in (None, digest):
-        raise ShapleyError(
-            f"The evaluation is of other weights than those in {folder}. Run `shapadapter evaluate` again."
-        )
+    AdapterFiles(str(folder), folder).config()  # what cannot be loaded is refused
+    config, digest = read_config(folder), weights_digest(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     record = config["record"] = record_for(config.get("record"), digest, folder) or {}
-    if found is not None:
+    if evaluation is not None:
+        found = evaluation if isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
+        if found.about.get("weights") not in (None, digest):
+            raise ShapleyError(
+                f"The evaluation is of other weights than those in {folder}. Run `shapadapter evaluate` again."
+            )
         found.check_whole()
         record |= {"evaluation": compact(found.to_dict()), "players": list(found.about["players"])}
     pictures: dict[str, bytes] = {}
     if images is not None:
-        pictures, record["pictures"] = _drawn(folder, images, processor, texts, trust_remote_code)
+        record["pictures"] = []
+    if images is not None and len(images):
+        model, own = load(folder, trust_remote_code=trust_remote_code)
+        explanation = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+        pictures, record["pictures"] = sample_pictures(explanation, _CLASSES)
     write_together({folder / CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode()})
     write_pictures(folder, pictures, record)
     write_card(folder, config, name=name)
     return folder / CARD
-
-
-# What follows imports late: a save writes a card, too, and needs none of it.
-
-
-def _own_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The content of the configuration of an adapter of ours, and the digest of its weights."""
-    from shapadapter.adapter.config import check_files
-
-    refuse_links(folder)
-    file, weights = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
-    config: dict[str, Any] = read_json(file) if file.exists() else {}
-    if config.get("peft_type") != "SHAPLEY" or not weights.exists():
-        raise ShapleyError(f"{folder} holds no adapter of shapadapter: expected {file.name} and {weights.name}.")
-    check_files(file, config)
-    return config, weights_digest(read_tensors(weights))
-
-
-def _drawn(
-    folder: Path, images: Any, processor: Any, texts: Any, trust_remote_code: bool
-) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    from shapadapter.explanation.api import explain
-    from shapadapter.hub.load import load
-    from shapadapter.visual import sample_pictures
-
-    if not len(images):
-        return {}, []
-    model, own = load(folder, trust_remote_code=trust_remote_code)
-    found = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
-    return sample_pictures(found, _CLASSES)

@@ -17,23 +17,16 @@ from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import overlay, symmetric_limit
 from shapadapter.visual.wording import MINUS, Column, adding_up, columns, number
 
-SIDE = 512
-"""Pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges."""
+SIDE = 512  # pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges
 
 
 @dataclass(frozen=True)
 class View:
-    """One explained image, and where the visitor is in it.
+    """One explained image, and where the visitor is in it."""
 
-    Attributes:
-        explanation: of one image; its classes are on offer.
-        place: the chosen class, 0 for the likeliest one.
-        patch: row and column of the chosen patch, or None.
-    """
-
-    explanation: Explanation
-    place: int = 0
-    patch: tuple[int, int] | None = None
+    explanation: Explanation  # of one image; its classes are on offer
+    place: int = 0  # the chosen class, 0 for the likeliest one
+    patch: tuple[int, int] | None = None  # row and column of the chosen patch, or None
 
     @property
     def columns(self) -> list[Column]:
@@ -78,7 +71,13 @@ def map_picture(view: View, share: float, opacity: float) -> NDArray[np.uint8]:
     drawn = Image.fromarray(overlay(picture, heat.numpy(), view.limit))
     mixed = Image.blend(Image.fromarray(picture), drawn, opacity)
     if view.patch is not None:
-        _frame(mixed, view.patch, tuple(values.shape))
+        (row, col), (rows, cols), (width, height) = view.patch, values.shape, mixed.size
+        low, high = (
+            (col * width // cols, row * height // rows),
+            ((col + 1) * width // cols, (row + 1) * height // rows),
+        )
+        for color, line in (("white", 4), ("black", 2)):
+            ImageDraw.Draw(mixed).rectangle((*low, high[0] - 1, high[1] - 1), outline=color, width=line)
     return np.asarray(mixed)
 
 
@@ -91,21 +90,14 @@ def strongest(values: Tensor, share: float) -> Tensor:
     return chosen.view_as(values)  # (rows, cols)
 
 
-def _frame(picture: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> None:
-    (row, col), (rows, cols), (width, height) = patch, grid, picture.size
-    box = (col * width // cols, row * height // rows, (col + 1) * width // cols - 1, (row + 1) * height // rows - 1)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle(box, outline="white", width=4)
-    draw.rectangle(box, outline="black", width=2)
-
-
 def class_list(view: View) -> str:
     """A button for each class on offer, with its probability as a bar, or its value where that is a quantity."""
     buttons = []
     for place, column in enumerate(view.columns):
         share = float(view.explanation.probabilities[0, column.index])
         quantity = math.isnan(share)
-        text = number(float(view.explanation.logits[0, column.index])) if quantity else _percent(share)
+        text = "&lt; 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+        text = number(float(view.explanation.logits[0, column.index])) if quantity else text
         buttons.append(
             f'<button type="button" data-place="{place}" aria-pressed="{str(place == view.place).lower()}">'
             f'<span class="bar" style="width: {0 if quantity else 100 * share:.1f}%"></span>'
@@ -159,9 +151,3 @@ def _signed(view: View, value: float) -> str:
     """An attribution with as many decimals as give the largest one three digits."""
     decimals = 2 - math.floor(math.log10(view.limit)) if view.limit else 0
     return f"{value:+.{min(max(decimals, 2), 9)}f}".replace("-", MINUS)
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.001:
-        return "&lt; 0.1 %"
-    return f"{100 * share:.1f} %"

@@ -170,9 +170,7 @@ def _point(view: View | None, share: float, opacity: float, event: gr.SelectData
     return _shown(replace(view, patch=view.patch_at(*event.index)), share, opacity)
 
 
-SHOWN = 6
-"""Classes that a visitor can choose from, the likeliest."""
-
+SHOWN = 6  # classes that a visitor can choose from, the likeliest
 MAX_TEXTS = 20
 MAX_WAITING = 32
 

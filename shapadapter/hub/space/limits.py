@@ -19,8 +19,7 @@ from shapadapter.data.images import DECODING_ERRORS, open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 10 * 2**20
-MAX_PIXELS = 40_000_000
-"""Of a photograph as telephones take them; decoded, it needs 160 MB."""
+MAX_PIXELS = 40_000_000  # of a photograph as telephones take them; decoded, it needs 160 MB
 
 
 def open_upload(path: Path) -> Image.Image:
@@ -56,23 +55,12 @@ def open_upload(path: Path) -> Image.Image:
 MAX_REQUEST = MAX_BYTES + 2**20
 """Bytes of one request in all: an upload and what is around it, however many files it is cut into."""
 
-MAX_SECONDS = 120.0
-"""For a request to arrive: so long there is room for it."""
-
-MAX_DISK = 2**30
-"""Bytes of uploads and pictures that are kept; the oldest go first."""
-
-_BLOCK = 4096
-"""A file takes no less of a disk."""
-
-_PICTURES = 4 * 2**20
-"""What the answer to one request may leave, in pictures."""
-
-KEPT = 1800
-"""Seconds after which an upload, its pictures and its explanation are gone."""
-
-_SETTLED = 60.0
-"""Seconds after which a file is no longer in use by the request that brought it."""
+MAX_SECONDS = 120.0  # for a request to arrive: so long there is room for it
+MAX_DISK = 2**30  # bytes of uploads and pictures that are kept; the oldest go first
+_BLOCK = 4096  # a file takes no less of a disk
+_PICTURES = 4 * 2**20  # what the answer to one request may leave, in pictures
+KEPT = 1800  # seconds after which an upload, its pictures and its explanation are gone
+_IN_USE = 60.0  # seconds after which a file is no longer in use by the request that brought it
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -98,30 +86,24 @@ class Limits:
         elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
         else:
-            await self._take_in(scope, receive, send)
-
-    async def _take_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        announced = dict(scope["headers"]).get(b"content-length", b"")
-        size = int(announced) if announced.isdigit() and len(announced) < 20 else 0
-        if size > MAX_REQUEST:
-            await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
-            return
-        needed = (size or MAX_REQUEST) + _PICTURES
-        if not self._has_room(needed):
-            await PlainTextResponse("There is no room for uploads now. Try it again in a minute.", 503)(
-                scope, receive, send
-            )
-            return
-        self.awaited += needed
-        try:
-            await self.app(scope, _counted(receive, size or MAX_REQUEST), send)
-        finally:
-            self.awaited -= needed
-            self.used += needed  # until it is looked at
+            announced = dict(scope["headers"]).get(b"content-length", b"")
+            size = int(announced) if announced.isdigit() and len(announced) < 20 else 0
+            needed = (size or MAX_REQUEST) + _PICTURES
+            if size > MAX_REQUEST:
+                await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
+            elif not self._has_room(needed):
+                await PlainTextResponse(_FULL, 503)(scope, receive, send)
+            else:
+                self.awaited += needed
+                try:
+                    await self.app(scope, _counted(receive, size or MAX_REQUEST), send)
+                finally:
+                    self.awaited -= needed
+                    self.used += needed  # until it is looked at
 
     def _has_room(self, needed: int) -> bool:
         """Whether there is room for a request, beside those that are on their way."""
-        if self.used + self.awaited + needed > MAX_DISK or time.monotonic() > self.looked + _SETTLED:
+        if self.used + self.awaited + needed > MAX_DISK or time.monotonic() > self.looked + _IN_USE:
             self.used = self._make_room(MAX_DISK // 2)
         return self.used + self.awaited + needed <= MAX_DISK
 
@@ -135,7 +117,7 @@ class Limits:
         used = sum(size for *_, size in files)
         for path, since, size in files:
             age = time.time() - since
-            if age < _SETTLED or (used <= most and age < KEPT + _SETTLED):
+            if age < _IN_USE or (used <= most and age < KEPT + _IN_USE):
                 break
             if path not in self.own:
                 with suppress(OSError):  # gradio has deleted it
@@ -147,17 +129,17 @@ class Limits:
 
 def _counted(receive: Receive, most: int) -> Receive:
     """What brings the parts of a request, until they are more than they may be or take too long."""
-    came, ends, whole = 0, time.monotonic() + MAX_SECONDS, False
+    came, ends, complete = 0, time.monotonic() + MAX_SECONDS, False
 
     async def counted() -> Message:
-        nonlocal came, whole
-        if whole:  # what comes now is word that the visitor has left
+        nonlocal came, complete
+        if complete:  # what comes now is word that the visitor has left
             return await receive()
         try:
             message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
         except TimeoutError:
             raise HTTPException(408, f"A request may take {MAX_SECONDS:.0f} seconds to arrive.") from None
-        came, whole = came + len(message.get("body", b"")), not message.get("more_body", False)
+        came, complete = came + len(message.get("body", b"")), not message.get("more_body", False)
         if came > most:
             raise HTTPException(413, _TOO_LARGE)
         return message
@@ -165,6 +147,7 @@ def _counted(receive: Receive, most: int) -> Receive:
     return counted
 
 
+_FULL = "There is no room for uploads now. Try it again in a minute."
 _TOO_LARGE = f"A request may have {MAX_REQUEST // 2**20} MB in all."
 
 
