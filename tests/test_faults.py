@@ -18,7 +18,7 @@ from shapadapter.core.errors import CheckpointError
 from shapadapter.data.augmentation import Augmented
 from shapadapter.training import checkpoints, last_whole_checkpoint
 from shapadapter.training.checkpoints import damage_in, newest_first, rotate
-from shapadapter.training.publish import PushingTrainer
+from shapadapter.training.publish import Publication
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -250,7 +250,7 @@ def test_what_a_killed_run_left_under_a_name_is_not_mixed_with_the_new(tmp_path)
 def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        PushingTrainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, damage_in(Path(folder))))
+        Publication, "push_checkpoint", lambda _, folder: pushed.append((str(folder), damage_in(folder)))
     )
     trainer = trainer_of(tmp_path, **{**STEPS, "max_steps": 2})
     trainer.args.push_to_hub = True

@@ -30,6 +30,8 @@ def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None
                 fsync_file(temporary)
         for path, temporary in staged.items():
             temporary.replace(path)
+        for directory in {path.parent for path in contents}:
+            fsync_folder(directory)
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
@@ -45,6 +47,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             fsync_file(temporary)
         temporary.replace(path)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,6 +74,7 @@ def atomic_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[P
             if ours is not None and final.is_dir():
                 _take_along([one for one in final.iterdir() if one.name not in ours], new)
         _take_place(new, final)
+        fsync_folder(final.parent)
     finally:
         _discard(around)
 
@@ -223,6 +227,16 @@ def fsync_file(path: Path) -> None:
     """Wait until a file is on the disk: a power cut loses nothing of it then, and a full network disk has said so."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can: else a power cut may undo a renaming."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 _READ_FOLDERS = ("explanations", "chat_templates")  # of a saved model

@@ -7,12 +7,28 @@ what is sampled, what is fitted, and what the truth is that a fit can be compare
 """
 
 import math
+import zlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MAX_ENUMERATED_PLAYERS = 16
 """The most players whose `2**N` coalitions are enumerated: 65,536 model evaluations."""
+
+
+def seed_of(seed: int, *key: int | str) -> int:
+    """The seed of what `key` names, as an image's index and a purpose.
+
+    The same in batches of any size, in any order and after an interruption, and independent of that of any other key.
+    """
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence([seed % 2**32, *words]).generate_state(1)[0])
+
+
+def generator_of(seed: int, *key: int | str) -> torch.Generator:
+    """A generator with the seed `seed_of(seed, *key)`, on the CPU."""
+    return torch.Generator().manual_seed(seed_of(seed, *key))
 
 
 def size_distribution(players: int) -> Tensor:

@@ -84,6 +84,16 @@ class LabelRules:
             )
         return kind, count
 
+    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """How many labels of a batch are known, (); one whose image could not be read counts, though it has no say."""
+        labels, readable = inputs.get("labels"), inputs.get("readable")
+        if not isinstance(labels, Tensor):
+            return torch.zeros((), device="cpu")
+        known = known_labels(labels, self.kind(several=False) == "quantity")  # (B,) or (B, K)
+        if readable is not None:
+            known = known | ~readable.view(-1, *[1] * (known.ndim - 1))
+        return known.sum()
+
     def check_batch(self, labels: Tensor) -> None:
         """Refuse labels (B,) or (B, K) on the CPU of which one is none of this model."""
         self._check_numbers(labels.detach().float().numpy(), "labels", "row of the batch")
@@ -183,6 +193,14 @@ def known_labels(labels: Tensor, quantities: bool) -> Tensor:
     """Which of the labels (B,) or (B, K) are known, bool; of quantities, every number is."""
     known = labels == labels  # not so of NaN
     return known if quantities else known & (labels != UNKNOWN[0]) & (labels != UNKNOWN[1])
+
+
+def as_shares(labels: Tensor, classes: int) -> Tensor:
+    """Class indices (B,) as shares (B, K) of 0 and 1, all 0 where they are not known; shares as they are."""
+    if labels.ndim == 2:
+        return labels
+    known = known_labels(labels, quantities=False)  # (B,)
+    return torch.nn.functional.one_hot(labels.where(known, 0), classes) * known[:, None].float()  # (B, K)
 
 
 def as_row(row: Any) -> dict[str, Any]:

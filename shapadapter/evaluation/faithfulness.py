@@ -15,13 +15,14 @@ from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
     exact_shapley_values,
+    generator_of,
     kernel_shap,
     kernel_shap_error,
     pays_for_all,
     sample_pairs,
     sample_sizes,
 )
-from shapadapter.core.statistics import generator_of, is_constant, pearson, relative_l2, spearman, top_k_overlap
+from shapadapter.core.statistics import is_constant, pearson, relative_l2, spearman, top_k_overlap
 from shapadapter.explanation.api import Predicted
 
 # -- the game --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.statistics import Interval, generator_of, relative_l2, spearman
+from shapadapter.core.shapley import generator_of
+from shapadapter.core.statistics import Interval, relative_l2, spearman
 from shapadapter.data.labels import known_labels
 from shapadapter.evaluation.dataset import Rows, choose
 from shapadapter.evaluation.deletion import areas, follow, orders, road

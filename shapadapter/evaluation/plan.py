@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.phrases import did_you_mean
-from shapadapter.core.statistics import seed_of
+from shapadapter.core.shapley import seed_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.faithfulness import DRAWS, is_exact, removed_counts, top_count
 from shapadapter.explanation.api import Predicted, base_of, device_of, predictions

@@ -13,11 +13,11 @@ from shapadapter.core.posterior import Posterior, exact_posterior, shapley_poste
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
+    generator_of,
     pays_for_all,
     sample_in_turns,
     sample_sizes,
 )
-from shapadapter.core.statistics import generator_of
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame
 

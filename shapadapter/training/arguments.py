@@ -18,6 +18,9 @@ from shapadapter.core.errors import ShapleyError
 
 LORA_LEARNING_RATE = 5e-4
 
+TASK_OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
+"""Training arguments that say what the task loss is, of one class for each image."""
+
 # Ends of the names of measures, the evaluator's and others, of which less is better. transformers knows "loss" alone.
 _LESS_IS_BETTER = ("error", "deletion", "infidelity", "aopc_lerf")
 

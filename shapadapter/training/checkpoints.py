@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.core.documents import open_tensors, reading
 from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
-from shapadapter.core.files import atomic_folder, free_megabytes, temporary_path
+from shapadapter.core.files import atomic_folder, free_megabytes, fsync_folder, temporary_path
 from shapadapter.core.locks import alone_in
 
 # Saved together or not at all; without one of them transformers starts all of them anew and says nothing.
@@ -136,23 +136,23 @@ class Checkpoints:
 
     def save(self, write: Callable[[], None], folder: Path) -> None:
         """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go."""
-        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        args, state = self.trainer.args, self.trainer.state
+        best, place = state.best_model_checkpoint, [""]
         try:
-            with ExitStack() as stack:
-                place: list[Any] = [None]
-                if args.process_index == 0:
-                    place = [str(stack.enter_context(atomic_folder(folder)))]
+            with together(), ExitStack() as stack:
+                with together():
+                    if args.process_index == 0:
+                        place = [str(stack.enter_context(atomic_folder(folder)))]
                 self.unfinished = Path(broadcast_object_list(place)[0])
                 stack.callback(setattr, self, "unfinished", None)
-                write()
-                if state.best_model_checkpoint == str(self.unfinished):
-                    state.best_model_checkpoint = str(folder)
-                    if args.should_save:
-                        state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
-                trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.wait_for_everyone()
+                with together():
+                    write()
+                    if state.best_model_checkpoint == str(self.unfinished):
+                        state.best_model_checkpoint = str(folder)
+                        if args.should_save:
+                            state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
         except Exception as error:
-            reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
+            state.best_model_checkpoint = best  # not what was given up
             before = next((one for one in newest_first(folder.parent) if damage_in(one) is None), None)
             resume = (
                 f"resume from {before} with resume_from_checkpoint=True"
@@ -160,19 +160,24 @@ class Checkpoints:
                 else "start again: no earlier one is complete"
             )
             raise CheckpointError(
-                f"Could not save {folder} ({type(reason).__name__}: {reason}; {free_megabytes(folder):,.1f} MB were free "
-                f"there). Remove the cause, then {resume}."
+                f"Could not save {folder} ({_told(error)}; {free_megabytes(folder):,.1f} MB were free there). Remove the "
+                f"cause, then {resume}."
             ) from error
         unfinished = Path(place[0])
         if args.local_process_index == 0 and unfinished.is_dir():  # another machine, with a disk of its own
             discard(folder)
             unfinished.rename(folder)
             unfinished.parent.rmdir()
+            fsync_folder(folder.parent)
         if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
+            self.trainer.publication.push_checkpoint(folder)
         if args.should_save:
             best = state.best_model_checkpoint
             rotate(folder.parent, args.save_total_limit, {folder} | ({Path(best)} if best else set()))
+
+    def saving_model(self) -> AbstractContextManager[None]:
+        """Around the saving of a checkpoint's model: the Trainer lets all processes wait for each other right after it."""
+        return nullcontext() if self.unfinished is None else together()
 
     def chosen(self, wish: Any) -> str | None:
         """The checkpoint to go on from, by what `resume_from_checkpoint` says; None to start anew."""
@@ -221,16 +226,32 @@ class Checkpoints:
         return broadcast_object_list(listed)[0]
 
 
+def _told(error: Exception) -> str:
+    """What went wrong, without the sentence of a `DiskFullError`, which another one replaces."""
+    cause = error.__cause__ if isinstance(error, DiskFullError) and error.__cause__ is not None else error
+    return str(cause) if isinstance(cause, ShapleyError) else f"{type(cause).__name__}: {cause}"
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all: none goes on, or waits for one that has given up."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failures = gather_object([None if error is None else _told(error)])
+    if error is not None:
+        raise error
+    if found := next(filter(None, failures), None):
+        raise ShapleyError(found)
+
+
 @contextmanager
 def running_alone(args: Any, folder: str | Path) -> Iterator[None]:
     """`alone_in` for all processes of a training: the main one takes the lock, and if it cannot, all are refused."""
     with ExitStack() as stack:
-        refusal: list[Any] = [None]
-        if args.process_index == 0:
-            try:
+        with together():
+            if args.process_index == 0:
                 stack.enter_context(alone_in(Path(folder)))
-            except ShapleyError as error:
-                refusal = [str(error)]
-        if said := broadcast_object_list(refusal)[0]:
-            raise ShapleyError(said)
         yield
