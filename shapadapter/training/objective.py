@@ -121,9 +121,9 @@ class Objective:
         self._drawn[kind] = step, number + 1 if last == step else 0
         return self.trainer.args.seed, _DRAWN[kind], *self._drawn[kind], self.trainer.args.process_index
 
-    def restart(self, *kinds: str) -> None:
-        """Begin a training or an evaluation."""
-        for kind in kinds:
+    def restart(self, mode: str) -> None:
+        """Begin a training or an evaluation: draws are numbered anew."""
+        for kind in ("train", "mix") if mode == "train" else ("eval",):
             self._drawn.pop(kind, None)
 
     def coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
@@ -209,31 +209,24 @@ class LossMonitor(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # (2,) each: part and whole
-        self._skipped = {
-            "train": [0, 0],
-            "eval": [0, 0],
-        }  # images that could not be read, of how many, since the last log
+        self._skipped = {"train": [0, 0], "eval": [0, 0]}  # images that could not be read, and all
         self._collapse_warned = False
         self._finite: Tensor | None = None  # () bool on the device, of the micro-batches of this step
-        self._lost: tuple[Tensor, Any] | None = (
-            None  # () how many processes have one that is not, on its way to the CPU
-        )
+        self._lost: tuple[Tensor, Any] | None = None  # () in how many processes not so, on its way to the CPU
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an attempt of `auto_find_batch_size` left behind."""
-        self.sums["train"], self._finite, self._lost = {}, None, None
-        self._skipped = {"train": [0, 0], "eval": [0, 0]}
-        self.trainer.objective.restart("train", "mix")
+        self._finite = self._lost = None
+        self.restart("train")
+
+    def restart(self, mode: str) -> None:
+        """Begin a training or an evaluation."""
+        self.sums[mode], self._skipped[mode] = {}, [0, 0]
+        self.trainer.objective.restart(mode)
 
     @torch.no_grad()
     def add_batch(
-        self,
-        mode: str,
-        outputs: Any,
-        coalitions: Tensor,
-        terms: dict[str, Tensor],
-        labels: Tensor | float,
-        counts: bool = True,
+        self, mode: str, outputs: Any, coalitions: Tensor, terms: dict[str, Tensor], labels: Any, counts: bool = True
     ) -> None:
         """Add the terms of a batch's loss, its coalition fit, and in training the spread of its logits.
 

@@ -26,7 +26,7 @@ from shapadapter.training.checkpoints import Checkpoints, running_alone
 from shapadapter.training.objective import LossMonitor, Objective, placed, refilled, without_repeats
 from shapadapter.training.publish import Publication, without_token
 from shapadapter.training.record import AttributionMaps, Record
-from shapadapter.training.validation import LabelledData, as_model_reads, check_classes, look_at, soft_task
+from shapadapter.training.validation import LabelledData, as_model_reads, look_at, soft_task
 
 
 class ShapleyTrainer(Trainer):
@@ -58,7 +58,7 @@ class ShapleyTrainer(Trainer):
     | `_get_dataloader` | the row of an image that cannot be read is named, or left out |
     | `_get_output_dir` | while a checkpoint is written, it is beside its place |
     | `_load_best_model` | a damaged checkpoint must not cost the weights that were trained |
-    | `_push_from_checkpoint` | does nothing: `publication` pushes a checkpoint when it is complete, and other files of it |
+    | `_push_from_checkpoint` | does nothing: `publication` pushes a checkpoint once it is complete |
     | `_run_epoch` | a resumed data set is told its epoch, and a finished run takes no step more |
     | `_save_checkpoint` | a checkpoint takes its name, and older ones go, when it is complete |
 
@@ -89,24 +89,21 @@ class ShapleyTrainer(Trainer):
         self._first: Any = None  # model of `model_init` that the settings are checked with, until it is asked for
         given, maker = model, kwargs.get("model_init")
         if model is None and maker is not None:
-            (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
             self.model_init = maker
+            (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
             model = self._first = super().call_model_init()
         self.layer = active_layer(model)
         self.matching = self.layer.anatomy.kind == "matching"
-        data, own_loss = kwargs.get("train_dataset"), kwargs.get("compute_loss_func")
+        data, processor = kwargs.get("train_dataset"), kwargs.get("processing_class")
         self.labelled = None if self.matching else LabelledData(model, self.layer, args, data)
         rules, names = (None, None) if self.labelled is None else (self.labelled.rules, self.labelled.names)
         texts = text_rules(model) if self.matching else None
-        kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
-            kwargs.get("processing_class"), texts, args.truncate_texts, args.corrupt_images, names, rules
-        )
+        own = ImageCollator(processor, texts, args.truncate_texts, args.corrupt_images, names, rules)
+        kwargs["data_collator"] = kwargs.get("data_collator") or own
         for name in ("train_dataset", "eval_dataset"):
-            if not self.matching:
-                check_classes(kwargs.get(name), self.layer.classes)
             kwargs[name] = as_model_reads(kwargs.get(name), self.labelled, several=name == "eval_dataset")
         check_setting(model, self.layer, args, data is not None)
-        task = soft_task(args, self.layer, self.labelled, kwargs["train_dataset"], own_loss)
+        task = soft_task(args, self.layer, self.labelled, kwargs["train_dataset"], kwargs.get("compute_loss_func"))
         if args.corrupt_images == "skip":
             check_skipping(kwargs["data_collator"])
         kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_known(kwargs["compute_metrics"])
@@ -141,19 +138,18 @@ class ShapleyTrainer(Trainer):
         """`Trainer`'s loader; classes are found by name."""
         if not isinstance(eval_dataset, str):  # the name of one of several, which are counted as the model does
             eval_dataset = as_model_reads(eval_dataset, self.labelled, several=True)
-        self._check_labels(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(self._checked(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """`Trainer`'s loader; classes are found by name."""
-        test_dataset = as_model_reads(test_dataset, self.labelled)
-        self._check_labels(test_dataset)
-        return super().get_test_dataloader(test_dataset)
+        return super().get_test_dataloader(self._checked(as_model_reads(test_dataset, self.labelled)))
 
-    def _check_labels(self, dataset: Any) -> None:
+    def _checked(self, dataset: Any) -> Any:
+        """The data, or its name, once its labels are known to be some."""
         own: Any = self.eval_dataset
         if self.labelled is not None:
             self.labelled.check(own[dataset] if isinstance(dataset, str) else dataset, self.data_collator)
+        return dataset
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """`Trainer`'s, with the mean number of known labels of the step's micro-batches, over all processes."""
@@ -170,11 +166,7 @@ class ShapleyTrainer(Trainer):
         return super()._get_dataloader(self.guarded(dataset), *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
         inputs, shares = self.objective.prepared(inputs, model.training, num_items_in_batch)
@@ -186,8 +178,7 @@ class ShapleyTrainer(Trainer):
         given = inputs if self.objective.soft_task is None else {**inputs, "labels": None}
         outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
-        counts = shares.images > 0 and self.counting
-        mode = "train" if model.training else "eval"
+        mode, counts = "train" if model.training else "eval", shares.images > 0 and self.counting
         self.monitor.add_batch(mode, outputs, inputs["coalitions"], terms, shares.known, counts)
         loss = self.objective.total(terms, shares, model.training)
         if model.training:
@@ -234,10 +225,10 @@ class ShapleyTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`Trainer`'s optimizer, in which token and head have a learning rate of their own."""
-        if self.optimizer is not None:  # the user's
-            return self.optimizer
+        made = self.optimizer is None  # or it is the user's
         optimizer = super().create_optimizer(model)
-        set_head_rate(optimizer, self.layer, self.args.head_learning_rate)
+        if made:
+            set_head_rate(optimizer, self.layer, self.args.head_learning_rate)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -328,11 +319,7 @@ class ShapleyTrainer(Trainer):
         return self.publication.push(commit_message or "End of training", blocking, token, revision, private, kwargs)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the attributions of a whole data set are not gathered."""
         inputs = self._prepare_inputs(inputs)
@@ -352,8 +339,7 @@ class ShapleyTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
-        self.objective.restart("eval")
-        self.monitor.sums["eval"] = {}
+        self.monitor.restart("eval")
         output = super().evaluation_loop(*args, **kwargs)
         found = self.monitor.measured()
         if self.evaluator is not None:

@@ -37,18 +37,7 @@ _NUMBER_REMEDY = "Load the base with AutoModelForImageClassification.from_pretra
 class LabelledData:
     """What the labels of a model's data may be, by its classes.
 
-    Args:
-        model: a wrapped classifier.
-        layer: its adapter.
-        args: of the training; columns in `label_names` come first.
-        dataset: the training data, or None.
-
-    Attributes:
-        rules: what labels may be.
-        names: of the model's classes, by index; those of the training data where it had none, which it then has.
-
-    Raises:
-        ShapleyError: the data has names for another number of classes than the model, which has none.
+    A model whose classes have no names gets those of the training data. Columns in `label_names` come first.
     """
 
     def __init__(self, model: Any, layer: ShapleyLayer, args: ShapleyTrainingArguments, dataset: Any) -> None:
@@ -115,16 +104,12 @@ class LabelledData:
         """The error about columns of which none holds labels."""
         others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
         words = ("label", "class", "target", "categ")
-        guess = next(
-            (name for name in others if any(word in name.lower() for word in words)), next(iter(others), None)
-        )
-        remedy = (
-            ""
-            if guess is None
-            else (
+        likely = [name for name in others if any(word in name.lower() for word in words)]
+        remedy = ""
+        if guess := next(iter([*likely, *others]), None):
+            remedy = (
                 f"Use dataset.rename_column({guess!r}, 'label') or ShapleyTrainingArguments(label_names=[{guess!r}]). "
             )
-        )
         return ShapleyError(
             f"prediction='vote' learns the classes from labels: expected a column "
             f"{' or '.join(map(repr, self.rules.columns))}, got {sorted(map(str, columns))}. {remedy}Without labels only "
@@ -158,17 +143,14 @@ def as_model_reads(dataset: Any, labelled: LabelledData | None, several: bool = 
     dataset = undecoded(dataset)
     if labelled is None:
         return dataset
-    return as_model_counts(dataset, labelled.names, _LABEL_REMEDY, labelled.rules.columns)
-
-
-def check_classes(dataset: Any, classes: int) -> None:
-    """Refuse a data set whose label feature has more classes than the model."""
-    for column, feature in (getattr(dataset, "features", None) or {}).items():
-        count = getattr(feature, "num_classes", None)
-        if column in ("label", "labels") and count is not None and count > classes:
+    for column in ("label", "labels"):
+        count = getattr((getattr(dataset, "features", None) or {}).get(column), "num_classes", None) or 0
+        if count > labelled.rules.classes:
             raise ShapleyError(
-                f"The data set's column {column!r} has {count} classes, the model {classes}. {_NUMBER_REMEDY.format(count)}"
+                f"The data set's column {column!r} has {count} classes, the model {labelled.rules.classes}. "
+                f"{_NUMBER_REMEDY.format(count)}"
             )
+    return as_model_counts(dataset, labelled.names, _LABEL_REMEDY, labelled.rules.columns)
 
 
 def look_at(trainer: Any) -> None:
