@@ -71,10 +71,10 @@ def newest_first(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run that a training can go on from; those that it passes over are named in warnings.
 
-    `trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))` goes on where a run stopped, and starts it where
+    `trainer.train(resume_from_checkpoint=last_complete_checkpoint("out"))` goes on where a run stopped, and starts it where
     there is nothing to go on from.
 
     Args:

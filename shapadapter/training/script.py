@@ -29,7 +29,7 @@ from shapadapter.data.images import open_image
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
 from shapadapter.training.arguments import ShapleyTrainingArguments
-from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first, running_alone
+from shapadapter.training.checkpoints import discard, last_complete_checkpoint, newest_first, running_alone
 from shapadapter.training.trainer import ShapleyTrainer
 from shapadapter.visual import gallery
 
@@ -232,7 +232,7 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
 def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
     """What `--resume_from_checkpoint` means: with `last` the newest whole checkpoint, or a fresh start before the first."""
     wish, folder = training_args.resume_from_checkpoint, str(training_args.output_dir)
-    return last_whole_checkpoint(folder) if wish == "last" else wish
+    return last_complete_checkpoint(folder) if wish == "last" else wish
 
 
 def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:
