@@ -83,11 +83,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         The checkpoint's path, or None if there is none.
     """
-    folder, _ = _newest_whole(newest_first(Path(output_dir)), damage_in, warn=True)
+    folder, _ = _newest_complete(newest_first(Path(output_dir)), damage_in, warn=True)
     return None if folder is None else str(folder)
 
 
-def _newest_whole(
+def _newest_complete(
     folders: list[Path], judge: Callable[[Path], str | None], warn: bool
 ) -> tuple[Path | None, list[str]]:
     """The first folder without damage, and what is wrong with those before it."""
@@ -121,18 +121,11 @@ def discard(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a trainer, of which all its processes are told the same.
-
-    Args:
-        trainer: whose arguments and accelerator are used.
-
-    Attributes:
-        unfinished: where one is being written.
-    """
+    """The checkpoints of a trainer, of which all its processes are told the same."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.unfinished: Path | None = None
+        self.unfinished: Path | None = None  # where one is being written
 
     def save(self, write: Callable[[], None], folder: Path) -> None:
         """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go."""
@@ -153,15 +146,11 @@ class Checkpoints:
                             state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
         except Exception as error:
             state.best_model_checkpoint = best  # not what was given up
-            before = next((one for one in newest_first(folder.parent) if damage_in(one) is None), None)
-            resume = (
-                f"resume from {before} with resume_from_checkpoint=True"
-                if before
-                else "start again: no earlier one is complete"
-            )
+            before, _ = _newest_complete(newest_first(folder.parent), damage_in, warn=False)
+            resume = f"resume from {before} with resume_from_checkpoint=True"
             raise CheckpointError(
-                f"Could not save {folder} ({_told(error)}; {free_megabytes(folder):,.1f} MB were free there). Remove the "
-                f"cause, then {resume}."
+                f"Could not save {folder} ({_reason(error)}; {free_megabytes(folder):,.1f} MB were free there). Remove the "
+                f"cause, then {resume if before else 'start again: no earlier one is complete'}."
             ) from error
         unfinished = Path(place[0])
         if args.local_process_index == 0 and unfinished.is_dir():  # another machine, with a disk of its own
@@ -185,24 +174,25 @@ class Checkpoints:
         if wish is None or said == "false":
             return None
         if said != "true":
-            return self._without_damage(Path(wish))
+            folder = Path(wish)
+            if (damage := self.damage_in(folder)) is None:
+                return str(folder)
+            others = [one for one in self._listed(folder.parent) if one.name != folder.name]
+            other, _ = _newest_complete(others, self.damage_in, warn=False)
+            remedy = (
+                f"Pass {other} instead"
+                if other
+                else "No other one beside it is complete: leave resume_from_checkpoint out"
+            )
+            raise CheckpointError(f"Cannot resume from {folder}: {damage}. {remedy}.")
         run = Path(str(self.trainer.args.output_dir))
-        folder, passed = _newest_whole(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
-        if folder is not None:
-            return str(folder)
+        newest, passed = _newest_complete(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
+        if newest is not None:
+            return str(newest)
         found = f"none is complete ({'; '.join(passed)})" if passed else "there is none"
         raise CheckpointError(
             f"Expected a complete checkpoint in {run} to resume from, but {found}. Start again without resume_from_checkpoint."
         )
-
-    def _without_damage(self, folder: Path) -> str:
-        damage = self.damage_in(folder)
-        if damage is None:
-            return str(folder)
-        others = [one for one in self._listed(folder.parent) if one.name != folder.name]
-        other, _ = _newest_whole(others, self.damage_in, warn=False)
-        remedy = f"Pass {other}" if other else "No other one beside it is complete: leave resume_from_checkpoint out"
-        raise CheckpointError(f"Cannot resume from {folder}: {damage}. {remedy}{' instead' if other else ''}.")
 
     def damage_in(self, folder: Path) -> str | None:
         """What one process on each machine finds, since machines may have disks of their own; the same in all."""
@@ -226,7 +216,7 @@ class Checkpoints:
         return broadcast_object_list(listed)[0]
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong, without the sentence of a `DiskFullError`, which another one replaces."""
     cause = error.__cause__ if isinstance(error, DiskFullError) and error.__cause__ is not None else error
     return str(cause) if isinstance(cause, ShapleyError) else f"{type(cause).__name__}: {cause}"
@@ -240,7 +230,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    failures = gather_object([None if error is None else _told(error)])
+    failures = gather_object([None if error is None else _reason(error)])
     if error is not None:
         raise error
     if found := next(filter(None, failures), None):
