@@ -21,7 +21,7 @@ from transformers import Pipeline, PreTrainedModel, Trainer
 
 import shapadapter
 from shapadapter.adapter import ShapleyLayer, ShapleyModel
-from shapadapter.core.installation import check_overrides
+from shapadapter.adapter.registration import check_overrides
 from shapadapter.training import ShapleyTrainer
 
 ROOT = Path(shapadapter.__file__).parent

@@ -26,8 +26,7 @@ from shapadapter import (
     ShapleyTrainingArguments,
     explain,
 )
-from shapadapter.core.losses import shapley_loss
-from shapadapter.core.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs, shapley_loss
 from shapadapter.training import ImageCollator
 
 datasets = pytest.importorskip("datasets")

@@ -27,7 +27,7 @@ from shapadapter.cli.options import (
     TrustRemoteCode,
 )
 from shapadapter.cli.outputs import printable
-from shapadapter.core.locks import alone_in
+from shapadapter.core.files import alone_in
 
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation

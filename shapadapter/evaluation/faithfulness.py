@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.adapter.coalitions import evaluate_coalitions
+from shapadapter.core.estimates import exact_shapley_values, kernel_shap, kernel_shap_error
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
-    exact_shapley_values,
     generator_of,
-    kernel_shap,
-    kernel_shap_error,
     pays_for_all,
     sample_pairs,
     sample_sizes,

@@ -44,7 +44,7 @@ def explain(
     """Predict and explain images in one forward pass each, without gradients.
 
     With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
-    standard errors; see `shapadapter.core.posterior`. From 2^N - 2 evaluations on they are the exact Shapley values.
+    standard errors; see `shapadapter.core.estimates`. From 2^N - 2 evaluations on they are the exact Shapley values.
 
     Args:
         model: a wrapped model; its training mode is left as it was.

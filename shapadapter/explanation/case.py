@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.backbone import sum_over_tiles
+from shapadapter.core.estimates import kernel_shap as fit
 from shapadapter.core.shapley import generator_of, pays_for_all, sample_pairs, sample_sizes
-from shapadapter.core.shapley import kernel_shap as fit
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.explanation.api import Predicted
 from shapadapter.explanation.game import BatchGame

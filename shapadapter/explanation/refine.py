@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapadapter.core.posterior import Posterior, exact_posterior, shapley_posterior
+from shapadapter.core.estimates import Posterior, exact_posterior, shapley_posterior
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,

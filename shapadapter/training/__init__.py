@@ -1,6 +1,6 @@
 """Fine-tuning with the Shapley objective."""
 
-from shapadapter.core.installation import check_overrides
+from shapadapter.adapter.registration import check_overrides
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.folders import image_folder
 from shapadapter.training.arguments import ShapleyTrainingArguments

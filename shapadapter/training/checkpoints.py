@@ -18,8 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.core.documents import open_tensors, reading
 from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
-from shapadapter.core.files import atomic_folder, free_megabytes, fsync_folder, temporary_path
-from shapadapter.core.locks import alone_in
+from shapadapter.core.files import alone_in, atomic_folder, free_megabytes, fsync_folder, temporary_path
 
 # Saved together or not at all; without one of them transformers starts all of them anew and says nothing.
 _STATES = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*"}

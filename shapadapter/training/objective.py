@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 
 from shapadapter.adapter.answer import ShapleyOutput, task_loss
 from shapadapter.core.errors import ImageError, ShapleyCollapseWarning, ShapleyError
-from shapadapter.core.losses import coalition_fit, shapley_loss_of_sums, warmup_weight
-from shapadapter.core.shapley import generator_of, sample_pairs
+from shapadapter.core.shapley import coalition_fit, generator_of, sample_pairs, shapley_loss_of_sums, warmup_weight
 from shapadapter.data.augmentation import draw_mix, mix_labels, mix_pictures
 from shapadapter.data.rows import readable_rows
 from shapadapter.training.arguments import TASK_OPTIONS

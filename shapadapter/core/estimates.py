@@ -1,17 +1,18 @@
-"""Refinement as arithmetic: predicted Shapley values and a few evaluations of the game become better ones, with errors.
+"""Estimates of Shapley values from evaluations of the game: exact ones, KernelSHAP, and refined predictions with errors.
 
-The prediction is the mean of a prior, what the evaluations say of it a linear regression with noise. With no evaluation
-the posterior mean is the prediction, with many it tends to the Shapley value, and on the way each of the two counts as
-much as it has turned out to be worth on this very image and class.
+A prediction is refined as the mean of a prior, on which the evaluations are a linear regression with noise. With no
+evaluation the posterior mean is the prediction, with many it tends to the Shapley value, and on the way each of the two
+counts as much as it has turned out to be worth on this very image and class.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from shapadapter.core.shapley import exact_shapley_values, size_distribution
+from shapadapter.core.shapley import all_coalitions, size_distribution
 
 LOG_RATIOS = torch.linspace(-10, 30, 81, dtype=torch.float64, device="cpu")
 """Grid of log R, R = how much the error of the prediction moves a pair, over how much the interactions do (variances)."""
@@ -182,3 +183,81 @@ class _Fit:
         equal = (self.weights * self.noise).sum(-2) * gains.square().sum(-2)  # (..., K)
         spread = (own * (squares @ gains.square())).sum(-2) / equal  # (..., K)
         return spread.nan_to_num(1.0, posinf=1.0).clamp(min=1)  # 0 / 0 without any noise
+
+
+def exact_shapley_values(values: Tensor) -> Tensor:
+    """The Shapley values of a game whose every coalition has been evaluated.
+
+    `phi_n = sum over S without n of |S|! (N - 1 - |S|)! / N! * (v(S + n) - v(S))` (Shapley 1953), written as one
+    matrix product: each coalition enters with a positive weight for its members and a negative one for the others.
+
+    Args:
+        values: (2**N, ...) value of each coalition in the order of `all_coalitions`, N at least 1.
+
+    Returns:
+        (N, ...) float64 Shapley values, in the unit of the values.
+
+    Raises:
+        ValueError: The number of values is not a power of two from `2**1` to `2**16`.
+    """
+    players = len(values).bit_length() - 1
+    if players < 1 or len(values) != 2**players:
+        raise ValueError(f"expected the values of all 2**N coalitions of N >= 1 players, but got {len(values)} values")
+    present = all_coalitions(players).to(values.device)  # (2**N, N)
+    sizes = present.sum(1, keepdim=True)  # (2**N, 1)
+    law = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
+    joining = torch.tensor(law, dtype=torch.float64, device=values.device)  # (N,) by the size before joining
+    weights = torch.where(present, joining[(sizes - 1).clamp(min=0)], -joining[sizes.clamp(max=players - 1)])
+    return torch.tensordot(weights, values.double(), dims=([0], [0]))  # (2**N, N), (2**N, ...) -> (N, ...)
+
+
+def kernel_shap(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
+    """Estimate Shapley values by least squares on sampled coalitions, with efficiency as an exact constraint.
+
+    KernelSHAP (Lundberg & Lee 2017) for coalitions drawn *from* the kernel law, which therefore all count the same.
+    Written as deviations from equal shares of `v(all) - v(empty)`, the constraint says that the deviations sum to
+    zero, and centring the rows of the design matrix enforces it. Where the coalitions do not determine the values
+    (fewer than N - 1 independent ones; a pair counts once), the solution nearest to equal shares is returned.
+
+    Args:
+        coalitions: (..., M, N) bool, True = present, drawn from the kernel law (`sample_paired_coalitions`).
+        values: (..., M, K) value of each coalition for each of K classes. Leading dimensions broadcast.
+        null_values: (..., K) value of the empty coalition.
+        full_values: (..., K) value of the full coalition.
+
+    Returns:
+        (..., N, K) float64 estimates in the unit of the values; they sum to `full_values - null_values`.
+    """
+    present = coalitions.double()  # (..., M, N)
+    shares = present.mean(-1, keepdim=True)  # (..., M, 1): |S| / N
+    null, total = null_values.double()[..., None, :], (full_values.double() - null_values.double())[..., None, :]
+    surplus = values.double() - null - shares * total  # (..., M, K): what equal shares leave unexplained
+    # The centred rows have no component along (1, ..., 1): its singular value is rounding and must be cut off.
+    inverse = torch.linalg.pinv(present - shares, rtol=1e-10)  # (..., N, M)
+    return total / coalitions.shape[-1] + inverse @ surplus  # (..., N, K)
+
+
+def kernel_shap_error(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
+    """Estimate the relative L2 error of `kernel_shap` on the same arguments, without knowing the truth.
+
+    Half of the pairs gives one estimate, the other half an independent one with the same law. The squared distance
+    of the two is on average four times the squared error of the estimate from all pairs, as long as the error
+    falls with the square root of M. With few coalitions it falls faster, and this is on the safe side. The coalitions
+    must come in pairs (`sample_paired_coalitions`).
+
+    Returns:
+        (..., K) float64 estimate of `|estimate - truth| / |truth|` over the players, without a unit.
+
+    Raises:
+        ValueError: M is not a multiple of 4.
+    """
+    count = coalitions.shape[-2]
+    if count % 4:
+        raise ValueError(f"two halves of whole pairs need a multiple of 4 coalitions, but got {count}")
+    first = torch.arange(count, device="cpu") % 4 < 2  # (M,): every other pair
+    one, other = (
+        kernel_shap(coalitions[..., half, :], values[..., half, :], null_values, full_values)
+        for half in (first, ~first)
+    )  # (..., N, K) each
+    estimate = kernel_shap(coalitions, values, null_values, full_values)  # (..., N, K)
+    return torch.linalg.vector_norm(one - other, dim=-2) / 2 / torch.linalg.vector_norm(estimate, dim=-2)
