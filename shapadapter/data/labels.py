@@ -103,11 +103,9 @@ class LabelRules:
         }[kind]
         shape = () if kind == "class" else (self.classes,)
         fits = numbers.shape[1:] == shape or (numbers.ndim == 1 and self.classes == 1)
-        bad = ((known & ~(right & fits)).reshape(len(numbers), -1)).any(axis=1) | (
-            numbers.ndim == 2 and not fits
-        )  # (n,)
-        if bad.any():
-            place = int(bad.argmax())
+        wrong = (known & ~(right & fits)).reshape(len(numbers), -1).any(axis=1)  # (n,)
+        if wrong.any() or (numbers.ndim == 2 and not fits):
+            place = int(wrong.argmax())
             value = values[place].tolist() if isinstance(values, np.ndarray) else values[place]
             raise self._refused(value, kind, column, where(place))
         return kind, numbers, known

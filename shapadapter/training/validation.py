@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.phrases import some
 from shapadapter.data.augmentation import seeded
 from shapadapter.data.classes import are_numbers, as_model_counts, columns_of, is_transformed, labels_of, named_classes
 from shapadapter.data.collator import ImageCollator
@@ -308,7 +309,7 @@ def class_weights(
     counts = np.bincount(labels[labels >= 0].numpy(), minlength=classes)  # (K,)
     missing = np.flatnonzero(counts[:classes] == 0).tolist()
     if missing:
-        shown = ", ".join(str((names or {}).get(index, index)) for index in missing[:10])
+        shown = some((names or {}).get(index, index) for index in missing)
         raise ShapleyError(
             f"class_weights='balanced' divides by the images of each class, and {len(missing)} of {classes} classes have "
             f"none in the training data: {shown}. Pass class_weights as a list of {classes} numbers."
