@@ -91,8 +91,8 @@ class Objective:
                 )
             known = (read > 0) * labelled.rules.count(inputs)
             if training and trainer.compute_loss_func is None:
-                whole = known + (images - read) * labels[0].numel() if in_step is None else in_step
-                say = known / torch.as_tensor(whole, device=known.device).clamp(min=1e-3)
+                in_all = known + (images - read) * labels[0].numel() if in_step is None else in_step
+                say = known / torch.as_tensor(in_all, device=known.device).clamp(min=1e-3)
         if training and max(trainer.args.mixup_alpha, trainer.args.cutmix_alpha) > 0:
             tiling, alphas = trainer.layer.tiling(**inputs), (trainer.args.mixup_alpha, trainer.args.cutmix_alpha)
             mix = draw_mix(len(inputs["pixel_values"]), tiling.players, alphas, self.key("mix"))
@@ -207,7 +207,7 @@ class LossMonitor(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # (2,) each: part and whole
+        self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # (2,) each: part and total
         self._skipped = {"train": [0, 0], "eval": [0, 0]}  # images that could not be read, and all
         self._collapse_warned = False
         self._finite: Tensor | None = None  # () bool on the device, of the micro-batches of this step
@@ -243,10 +243,10 @@ class LossMonitor(TrainerCallback):
             spread = outputs.logits.float().std(dim=0, correction=0).mean()
             self._add(mode, "logit_spread", several * spread, several, counts)
 
-    def _add(self, mode: str, name: str, part: Tensor, whole: Tensor | float, counts: bool) -> None:
+    def _add(self, mode: str, name: str, part: Tensor, total: Tensor | float, counts: bool) -> None:
         # A plain number is filled in on the device: bringing it there would halt it.
-        whole = whole if isinstance(whole, Tensor) else part.new_full((), whole, dtype=torch.float32)
-        added = torch.stack([part.detach().float(), whole.detach().float()]) * float(counts)  # (2,)
+        total = total if isinstance(total, Tensor) else part.new_full((), total, dtype=torch.float32)
+        added = torch.stack([part.detach().float(), total.detach().float()]) * float(counts)  # (2,)
         sums = self.sums[mode]
         sums[name] = sums[name] + added if name in sums else added
 
@@ -257,7 +257,7 @@ class LossMonitor(TrainerCallback):
             return {}
         accelerator, names = self.trainer.accelerator, sorted(sums)
         parts = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
-        found = {name: part / whole for name, (part, whole) in zip(names, parts, strict=True) if whole > 0}
+        found = {name: part / total for name, (part, total) in zip(names, parts, strict=True) if total > 0}
         if "logit_spread" in found:
             self.warn_of_collapse(found.pop("logit_spread"))
         skips = self.trainer.args.corrupt_images == "skip"

@@ -221,7 +221,7 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
 
 
 def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` means: with `last` the newest whole checkpoint, or a fresh start before the first."""
+    """What `--resume_from_checkpoint` means: with `last` the newest complete checkpoint, or a fresh start before the first."""
     wish, folder = training_args.resume_from_checkpoint, str(training_args.output_dir)
     return last_complete_checkpoint(folder) if wish == "last" else wish
 

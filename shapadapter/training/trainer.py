@@ -201,15 +201,15 @@ class ShapleyTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
-        """`Trainer`'s training, after a look at the data, from a whole checkpoint.
+        """`Trainer`'s training, after a look at the data, from a complete checkpoint.
 
         Args:
-            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
+            resume_from_checkpoint: True for the newest complete checkpoint in `output_dir`, or the path of one.
             trial: as for `Trainer`.
             ignore_keys_for_eval: as for `Trainer`.
 
         Raises:
-            CheckpointError: the checkpoint is not whole, or with True none is.
+            CheckpointError: the checkpoint is not complete, or with True none is.
             ShapleyError: another run is writing into the same folder, or the data cannot be trained on.
         """
         if torch.is_inference_mode_enabled():
