@@ -36,9 +36,9 @@ find_moved(
             "images": "data.images",
             "inspecting": "hub.inspection",
             "loading": "hub.load",
-            "objective": "core.losses",
+            "objective": "core.shapley",
             "outputs": "adapter.answer",
-            "refinement": "core.posterior",
+            "refinement": "core.estimates",
             "retrieval": "evaluation.retrieval",
             "shapley": "core.shapley",
             "texts": "data.collator",
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from shapadapter.explanation.methods import attribute
     from shapadapter.export import ExportReport, export_onnx, export_program
     from shapadapter.hub.load import load
-    from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_whole_checkpoint
+    from shapadapter.training import ShapleyTrainer, ShapleyTrainingArguments, image_folder, last_complete_checkpoint
 
 # transformers' modules are not to be imported by two threads at a time.
 _IMPORTING = threading.RLock()
@@ -101,7 +101,7 @@ _LAZY = {
     "export_onnx": "export",
     "export_program": "export",
     "image_folder": "data.folders",
-    "last_whole_checkpoint": "training",
+    "last_complete_checkpoint": "training",
     "load": "hub.load",
     "map_agreement": "evaluation",
     "register": "adapter",
@@ -136,7 +136,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "image_folder",
-    "last_whole_checkpoint",
+    "last_complete_checkpoint",
     "load",
     "map_agreement",
     "register_family",

@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from test_finetune_example import train_on_given_coalitions
 from test_trainer import PLAYERS, CoalitionCollator, Processor, images, trained, trainer_of, wrapped
 
-from shapadapter import explain
+from shapadapter import CheckpointError, explain
 from shapadapter.core.shapley import sample_pairs
 
 
@@ -47,6 +47,22 @@ def evaluate(folder, batch_size=2, count=7) -> dict[str, float]:
     )
     found = trainer.evaluate()
     return {name: found[f"eval_{name}"] for name in METRICS} | {"processes": trainer.args.world_size}
+
+
+def failing_save(folder) -> dict:
+    """What each process says where the main one cannot write a checkpoint, and what their state calls the best one."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "shapley_loss", "greater_is_better": False}
+    trainer = trainer_of(
+        folder, max_steps=1, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, **best
+    )
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained = lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No room"))
+    try:
+        trainer.train()
+        said = "nothing"
+    except CheckpointError as error:
+        said = str(error)
+    return {"said": gather_object([said]), "best": gather_object([trainer.state.best_model_checkpoint])}
 
 
 METRICS = ("loss", "task_loss", "shapley_loss", "coalition_fit", "accuracy", "seen")
@@ -108,6 +124,8 @@ def zero(folder, stage) -> dict:
 def main(task: str, folder: str) -> None:
     if task == "evaluate":
         found = evaluate(folder)
+    elif task == "failing save":
+        found = failing_save(folder)
     else:
         pretend_accelerators()
         found = fsdp(folder) if task == "fsdp" else zero(folder, int(task.removeprefix("zero")))

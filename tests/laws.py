@@ -13,7 +13,7 @@ from families import FAMILIES, shapley, wrap
 from torch import nn
 from zoo import FIXED, MATCHING, READOUT, SEQUENCE, ZOO, of_kind
 
-from shapadapter.core.losses import shapley_loss
+from shapadapter.core.shapley import shapley_loss
 
 DEFAULT = ("vit", "dinov2_registers", "siglip", "beit", "siglip2", "swin", "levit", "resnet", "perceiver_conv")
 DEFAULT += ("clip_model",)

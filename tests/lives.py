@@ -22,7 +22,7 @@ from test_trainer import images, tiny_vit, trained, trainer_of, wrapped
 from transformers import TrainerCallback
 
 from shapadapter.data.augmentation import Augmented
-from shapadapter.training import last_whole_checkpoint
+from shapadapter.training import last_complete_checkpoint
 
 PROCESSES = 2
 OPTIONS = {
@@ -93,7 +93,7 @@ def live(folder: Path, *death) -> None:
     base = tiny_vit(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     model = wrapped(base=base, lora_dropout=0.1)
     trainer = trainer_of(folder / "run", model, rows, callbacks=[Death(folder, *death)], **OPTIONS)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder / "run"))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "run"))
     if trainer.is_world_process_zero():
         torch.save(trained(trainer.model), folder / "weights.pt")
 

@@ -128,6 +128,19 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
     assert states == {True, False}
 
 
+def test_new_names_are_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "fsync_folder", synced.append)
+    with atomic_file(tmp_path / "file") as file:
+        file.write_text("a")
+    assert synced == [tmp_path]
+    write_together({tmp_path / "one": b"1", tmp_path / "two": b"2"})
+    assert synced == [tmp_path] * 2
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+    assert synced[2:] == [folder, folder / "inner", tmp_path]
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_files_are_the_old_or_the_new_ones_and_nothing_is_left(tmp_path, single):
     def write(content):

@@ -10,8 +10,7 @@ from families import wrap
 from test_trainer import trained, trainer_of
 from torch._dynamo.utils import counters
 
-from shapadapter.core.losses import shapley_loss_of_sums
-from shapadapter.core.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs, shapley_loss_of_sums
 from shapadapter.explanation.game import active_layer
 
 KINDS = {

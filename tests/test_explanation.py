@@ -292,7 +292,7 @@ def test_importing_it_needs_no_transformer_and_no_drawing_library():
         "shapadapter.core.grid",
         "shapadapter.core.phrases",
         "shapadapter.explanation.forms",
-        "shapadapter.core.posterior",
+        "shapadapter.core.estimates",
     }
 
 

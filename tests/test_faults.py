@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback
 
 from shapadapter.core.errors import CheckpointError
 from shapadapter.data.augmentation import Augmented
-from shapadapter.training import checkpoints, last_whole_checkpoint
+from shapadapter.training import checkpoints, last_complete_checkpoint
 from shapadapter.training.checkpoints import damage_in, newest_first, rotate
-from shapadapter.training.publish import PushingTrainer
+from shapadapter.training.publish import Publication
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -94,7 +94,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(run, name, d
     broken = run / "checkpoint-3"
     damage(broken / name)
     with pytest.warns(UserWarning, match=rf"Skipping damaged checkpoint .*checkpoint-3: .*{what}"):
-        assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
     with pytest.raises(
         CheckpointError, match=rf"Cannot resume from .*checkpoint-3: .*{what}.*Pass .*checkpoint-2 instead"
     ):
@@ -112,7 +112,7 @@ def test_the_trainer_goes_on_from_the_newest_whole_checkpoint(saved, run):
 def test_whole_checkpoints_are_used_without_a_word(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert last_whole_checkpoint(run) == str(run / "checkpoint-3")
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-3")
         assert going_on(run, True)[0] == 3
         choose = trainer_of(run, **STEPS).checkpoints.chosen
         assert choose("True") == choose(True) == str(run / "checkpoint-3")  # a word from a command line
@@ -125,7 +125,7 @@ def test_several_broken_ones_are_all_named(run):
     (run / "checkpoint-2" / "trainer_state.json").unlink()
     (run / "checkpoint-10").mkdir()  # newer than 3, though not by the alphabet
     with pytest.warns(UserWarning, match="Skipping damaged") as said:
-        assert last_whole_checkpoint(run) == str(run / "checkpoint-1")
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-1")
     passed = [str(one.message) for one in said if "Skipping damaged" in str(one.message)]
     assert ["checkpoint-10" in passed[0], "checkpoint-3" in passed[1], "checkpoint-2" in passed[2]] == [True] * 3
 
@@ -145,7 +145,7 @@ def test_nothing_whole_is_a_clear_error(run, tmp_path_factory):
         trainer_of(nowhere, **STEPS).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         trainer_of(nowhere, **STEPS).train(resume_from_checkpoint=str(nowhere / "checkpoint-1"))
-    assert last_whole_checkpoint(nowhere) is None
+    assert last_complete_checkpoint(nowhere) is None
 
 
 def test_a_damaged_best_model_is_not_loaded(tmp_path):
@@ -188,9 +188,12 @@ def test_an_error_in_saving_the_first_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Trainer, "_save_rng_state", fails)
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = trainer_of(tmp_path, **STEPS, **best)
     with pytest.raises(CheckpointError, match=r"checkpoint-1 \(OSError: .*No space left.*no earlier one"):
-        trainer_of(tmp_path, **STEPS).train()
+        trainer.train()
     assert names_in(tmp_path) == set()
+    assert trainer.state.best_model_checkpoint is None
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -250,7 +253,7 @@ def test_what_a_killed_run_left_under_a_name_is_not_mixed_with_the_new(tmp_path)
 def test_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        PushingTrainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, damage_in(Path(folder))))
+        Publication, "push_checkpoint", lambda _, folder: pushed.append((str(folder), damage_in(folder)))
     )
     trainer = trainer_of(tmp_path, **{**STEPS, "max_steps": 2})
     trainer.args.push_to_hub = True

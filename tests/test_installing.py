@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from shapadapter.adapter.registration import LOWEST, check_versions
 from shapadapter.core import installation as installing
-from shapadapter.core.installation import LOWEST, check_versions, how_to_install
+from shapadapter.core.installation import how_to_install
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -121,6 +121,14 @@ def test_metrics_of_two_processes_are_those_of_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path):
+    found = run_by("cpu-two-processes", "failing save", tmp_path)
+    assert len(found["said"]) == 2
+    assert all("checkpoint-1 (OSError: [Errno 28] No room" in said for said in found["said"])
+    assert found["best"] == [None, None]
+
+
+@pytest.mark.slow
 def test_fsdp_reaches_the_weights_of_one_process_and_saves_an_ordinary_adapter(tmp_path):
     """Law 8 on weights that two processes share. Rows bring coalitions, whose values carry gradients."""
     options = ("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no")

@@ -36,7 +36,7 @@ from transformers import AutoModelForImageClassification
 from shapadapter import ShapleyConfig
 from shapadapter.backbone import original_name
 from shapadapter.core.errors import CheckpointError
-from shapadapter.core.losses import shapley_loss
+from shapadapter.core.shapley import shapley_loss
 
 CHECKPOINTED = (*TOKENS, "swin", "swinv2", "donut_swin", "focalnet", "hiera", "pvt_v2", "segformer")
 CHECKPOINTED += ("mobilevit", "mobilevitv2", "swiftformer", "pp_lcnet")

@@ -14,8 +14,8 @@ from test_trainer import assert_same, trained, trainer_of
 from transformers import Trainer
 
 from shapadapter import ShapleyError
-from shapadapter.core import locks
-from shapadapter.core.locks import NAME, alone_in
+from shapadapter.core import files
+from shapadapter.core.files import LOCK, alone_in
 from shapadapter.demo import run as demo
 from shapadapter.demo.models import claim
 from shapadapter.training.checkpoints import running_alone
@@ -69,9 +69,9 @@ def test_a_second_run_is_refused_with_the_number_of_the_first(tmp_path):
             f"{folder} is in use by another run (process {child} on {HOST}): wait until it has ended, or choose another "
             "folder."
         )
-    assert (folder / NAME).exists()  # it was killed
+    assert (folder / LOCK).exists()  # it was killed
     with alone_in(folder):
-        assert (folder / NAME).read_text() == f"process {os.getpid()} on {HOST}\n"
+        assert (folder / LOCK).read_text() == f"process {os.getpid()} on {HOST}\n"
         assert code_of(process(lambda: alone_in(folder).__enter__())) == 3
     assert not folder.exists() or not list(folder.iterdir())
 
@@ -121,7 +121,7 @@ def test_a_forked_worker_neither_shares_the_lock_nor_takes_it_away(tmp_path):
     with alone_in(tmp_path):
 
         def leave():
-            locks._held.clear()
+            files._held.clear()
 
         assert code_of(process(leave)) == 0
         assert code_of(process(lambda: alone_in(tmp_path).__enter__() and None)) == 3
@@ -140,10 +140,10 @@ def test_disks_without_locks_and_folders_that_cannot_be_written_stop_nobody(tmp_
         raise OSError(errno.ENOLCK, "No locks available")
 
     with another_run(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(locks.fcntl, "flock", without)
+        patch.setattr(files.fcntl, "flock", without)
         with alone_in(tmp_path):
             pass
-    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     with alone_in(tmp_path):
         pass
 
@@ -155,7 +155,7 @@ def test_two_trainings_cannot_share_a_folder_and_a_killed_one_is_resumed(tmp_pat
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     whole = trainer_of(tmp_path / "whole", **options)
     whole.train()
-    assert NAME not in {path.name for path in (tmp_path / "whole").iterdir()}
+    assert LOCK not in {path.name for path in (tmp_path / "whole").iterdir()}
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
     with another_run(tmp_path / "out") as child:
         trainer = trainer_of(tmp_path / "out", **options)
@@ -185,7 +185,7 @@ def test_all_processes_of_a_training_are_refused_together_or_run_together(tmp_pa
         assert state.num_processes == 2
         with running_alone(SimpleNamespace(process_index=number), tmp_path / "out"):
             state.wait_for_everyone()
-            there = (tmp_path / "out" / NAME).exists()
+            there = (tmp_path / "out" / LOCK).exists()
             state.wait_for_everyone()
             return 0 if there else 1
 

@@ -7,9 +7,9 @@ from texts import TEXT_FAMILIES, captions
 from torch.nn import functional as F
 
 from shapadapter import ImageError, MatchingOutput, PatchGame, ShapleyError, explain
-from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
-from shapadapter.core.shapley import all_coalitions, exact_shapley_values
-from shapadapter.explanation.passes import embed_texts
+from shapadapter.core.estimates import exact_shapley_values
+from shapadapter.core.shapley import all_coalitions, contrastive_loss, pairwise_sigmoid_loss
+from shapadapter.explanation.api import embed_texts
 
 every_family = pytest.mark.parametrize("family", TEXT_FAMILIES)
 each_prediction = pytest.mark.parametrize("prediction", ["vote", "classifier"])

@@ -31,8 +31,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from shapadapter import Augmented, ShapleyError, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.backbone import Tiling
 from shapadapter.core.shapley import sample_pairs
+from shapadapter.data.augmentation import Mix, draw_mix, mix_labels, mix_pictures
 from shapadapter.data.classes import as_model_counts
-from shapadapter.training.objective import Mix, SoftTask, class_weights, draw_mix, mix_labels, mix_pictures
+from shapadapter.training.validation import SoftTask, class_weights
 
 datasets = pytest.importorskip("datasets")
 

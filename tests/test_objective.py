@@ -5,18 +5,20 @@ import math
 import pytest
 import torch
 
-from shapadapter.core.losses import (
+from shapadapter.core.estimates import exact_shapley_values
+from shapadapter.core.shapley import (
+    all_coalitions,
     coalition_fit,
-    coalition_residuals,
     coalition_sums,
     contrastive_loss,
     expected_square,
     pairwise_sigmoid_loss,
     project_on_efficiency,
+    sample_pairs,
     shapley_loss,
+    size_distribution,
     warmup_weight,
 )
-from shapadapter.core.shapley import all_coalitions, exact_shapley_values, sample_pairs, size_distribution
 
 
 def seeded(seed=0):
@@ -103,7 +105,6 @@ def test_sums_residuals_and_loss_by_hand():
     coalitions = torch.tensor([[[True, False, True], [False, True, False]]])
     values, null = torch.tensor([[[16.0], [11.0]]]), torch.tensor([[10.0]])
     assert coalition_sums(attributions, coalitions).flatten().tolist() == [5, 2]
-    assert coalition_residuals(attributions, coalitions, values, null).flatten().tolist() == [1, -1]
     # Of three players one or two are present, each alone or left out as often: (1 + 4 + 16 + 36 + 25 + 9) / 6.
     assert expected_square(attributions).item() == pytest.approx(91 / 6)
     assert shapley_loss(attributions, coalitions, values, null).item() == pytest.approx(6 / 91)

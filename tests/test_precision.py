@@ -12,8 +12,7 @@ import zoo
 from test_trainer import gap, history, tiny_vit, trained, trainer_of, wrapped
 
 from shapadapter import explain
-from shapadapter.core.losses import shapley_loss_of_sums
-from shapadapter.core.shapley import sample_pairs
+from shapadapter.core.shapley import sample_pairs, shapley_loss_of_sums
 
 FAMILIES = ("vit", "clip", "swin", "resnet")
 PREDICTIONS = ("vote", "classifier")

@@ -21,7 +21,7 @@ from transformers import Pipeline, PreTrainedModel, Trainer
 
 import shapadapter
 from shapadapter.adapter import ShapleyLayer, ShapleyModel
-from shapadapter.core.installation import check_overrides
+from shapadapter.adapter.registration import check_overrides
 from shapadapter.training import ShapleyTrainer
 
 ROOT = Path(shapadapter.__file__).parent
@@ -38,9 +38,7 @@ OVERRIDDEN = {
     (BaseTunerLayer, "_move_adapter_to_device_of_base_layer"): "adapter_name device",
     (Pipeline, "_forward"): "input_tensors forward_parameters",
     (Pipeline, "_sanitize_parameters"): "pipeline_parameters",
-    (Trainer, "_finish_current_push"): "",
     (Trainer, "_get_dataloader"): "dataset description batch_size sampler_fn is_training dataloader_key",
-    (Trainer, "_inner_training_loop"): "batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
     (Trainer, "_get_output_dir"): "trial",
     (Trainer, "_load_best_model"): "",
     (Trainer, "_push_from_checkpoint"): "checkpoint_folder",
@@ -48,7 +46,6 @@ OVERRIDDEN = {
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "
         "resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
     ),
-    (Trainer, "_save"): "output_dir state_dict",
     (Trainer, "_save_checkpoint"): "model trial",
 }
 

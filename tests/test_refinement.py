@@ -6,16 +6,15 @@ import math
 import pytest
 import torch
 
-from shapadapter.core import posterior as refinement
-from shapadapter.core.posterior import exact_posterior, relative_error, shapley_posterior
-from shapadapter.core.shapley import (
-    all_coalitions,
+from shapadapter.core import estimates as refinement
+from shapadapter.core.estimates import (
+    exact_posterior,
     exact_shapley_values,
     kernel_shap,
-    sample_in_turns,
-    sample_sizes,
-    size_distribution,
+    relative_error,
+    shapley_posterior,
 )
+from shapadapter.core.shapley import all_coalitions, sample_in_turns, sample_sizes, size_distribution
 
 CLASSES = 4
 GOOD, MEDIOCRE, USELESS = 0.1, 0.5, 3.0

@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 
+from shapadapter.core.estimates import exact_shapley_values, kernel_shap, kernel_shap_error
 from shapadapter.core.shapley import (
     all_coalitions,
-    exact_shapley_values,
-    kernel_shap,
-    kernel_shap_error,
     sample_paired_coalitions,
     sample_pairs,
     sample_sizes,

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.core.errors import ImageError
-from shapadapter.core.losses import coalition_sums, expected_square, shapley_loss, shapley_loss_of_sums
-from shapadapter.core.shapley import sample_pairs
+from shapadapter.core.shapley import coalition_sums, expected_square, sample_pairs, shapley_loss, shapley_loss_of_sums
 from shapadapter.explanation.game import active_layer
 
 KINDS = {

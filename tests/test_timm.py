@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from shapadapter.backbone import ForwardCall, default_targets, linear_layers, settle
 from shapadapter.core.errors import UnsupportedModelError
-from shapadapter.core.losses import shapley_loss
+from shapadapter.core.shapley import shapley_loss
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")

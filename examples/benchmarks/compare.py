@@ -39,8 +39,9 @@ from trainings import RECIPE, SCALES, Setting, TwoRates, accuracy_of, demo_setti
 from transformers.utils import logging
 
 from shapadapter import attribute, evaluate, explain
+from shapadapter.core.estimates import kernel_shap, kernel_shap_error
 from shapadapter.core.files import write_together
-from shapadapter.core.shapley import kernel_shap, kernel_shap_error, sample_pairs
+from shapadapter.core.shapley import sample_pairs
 from shapadapter.core.statistics import pearson, relative_l2, spearman
 from shapadapter.evaluation import Evaluation
 from shapadapter.explanation.game import PatchGame

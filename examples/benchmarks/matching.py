@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from shapadapter import ShapleyConfig, ShapleyTrainer, ShapleyTrainingArguments, explain, retrieval_after_deletion
-from shapadapter.core.losses import contrastive_loss
+from shapadapter.core.shapley import contrastive_loss
 from shapadapter.data.collator import ImageCollator, text_rules
 from shapadapter.demo.digits import NAMES, SIZE, DigitScenes, build_digits
 from shapadapter.demo.models import Scale

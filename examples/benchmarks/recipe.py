@@ -54,8 +54,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from shapadapter import ShapleyTrainingArguments
+from shapadapter.core.estimates import kernel_shap
 from shapadapter.core.grid import Grid, pixels_to_players
-from shapadapter.core.shapley import kernel_shap, sample_pairs
+from shapadapter.core.shapley import sample_pairs
 from shapadapter.evaluation.localization import energy_inside
 from shapadapter.explanation.game import active_layer
 

@@ -12,7 +12,7 @@ from trainings import BATCH, RECIPE, Setting
 from transformers import TrainerCallback
 
 from shapadapter import ShapleyTrainer, ShapleyTrainingArguments
-from shapadapter.core.losses import SCALE_FLOOR, gains, shapley_loss_of_sums
+from shapadapter.core.shapley import SCALE_FLOOR, gains, shapley_loss_of_sums
 from shapadapter.explanation.game import active_layer
 
 

@@ -29,8 +29,7 @@ from transformers import AutoModelForImageClassification
 from shapadapter import ShapleyTrainer
 from shapadapter.adapter.answer import ShapleyOutput
 from shapadapter.core.files import write_together
-from shapadapter.core.losses import coalition_sums, project_on_efficiency
-from shapadapter.core.shapley import size_distribution
+from shapadapter.core.shapley import coalition_sums, project_on_efficiency, size_distribution
 from shapadapter.explanation.game import PatchGame, active_layer
 
 

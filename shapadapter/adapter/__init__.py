@@ -3,14 +3,13 @@
 Importing it makes the method `SHAPLEY` known to PEFT.
 """
 
-from shapadapter.core.installation import check_versions
+from shapadapter.adapter.registration import check_versions, register
 
 check_versions()  # first: what follows imports names that other versions may not have
 
 from shapadapter.adapter.config import ShapleyConfig  # noqa: E402
 from shapadapter.adapter.layer import CHILD, ShapleyLayer  # noqa: E402
 from shapadapter.adapter.model import ShapleyModel  # noqa: E402
-from shapadapter.adapter.registration import register  # noqa: E402
 
 __all__ = ["CHILD", "ShapleyConfig", "ShapleyLayer", "ShapleyModel", "register"]
 

@@ -15,7 +15,7 @@ from shapadapter.adapter.call import ModelCall
 from shapadapter.adapter.coalitions import CoalitionGame
 from shapadapter.adapter.head import Evidence
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.losses import expected_square, project_on_efficiency
+from shapadapter.core.shapley import expected_square, project_on_efficiency
 from shapadapter.data.labels import PROBLEMS, LabelRules, known_labels
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shapadapter.backbone import Anatomy, Tiling
 from shapadapter.core.errors import ImageError, ShapleyError
-from shapadapter.core.losses import contrastive_loss, pairwise_sigmoid_loss
+from shapadapter.core.shapley import contrastive_loss, pairwise_sigmoid_loss
 from shapadapter.data.collator import text_rules
 
 _OURS = ("coalitions", "coalition_sizes", "coalition_grad", "presence", "return_attributions")

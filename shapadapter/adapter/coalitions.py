@@ -137,7 +137,11 @@ class CoalitionGame:
         native = self.anatomy.family.patches
         if native:
             inputs = with_patch_mask(inputs, chosen)
-        return inputs, ForwardCall(cells, index, self.rules.removal, patch_mask=native, without_token=without_token), None
+        return (
+            inputs,
+            ForwardCall(cells, index, self.rules.removal, patch_mask=native, without_token=without_token),
+            None,
+        )
 
     def empty_value(self) -> Tensor:
         """v(empty), (1, K): no pixel of a player enters, so one image stands for all."""

@@ -34,7 +34,9 @@ class Anatomy(Profile):
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments that pass was given
     blocks: tuple[str, ...] = ()  # transformer blocks, first to last, each (B, T, D) to (B, T, D)
     attentions: tuple[str, ...] = ()  # one for each block, or none where they do not call transformers' interface
-    pooled: str = ""  # of a model of blocks, where the head pools tokens: an attention to them, or what it may take the mean of
+    pooled: str = (
+        ""  # of a model of blocks, where the head pools tokens: an attention to them, or what it may take the mean of
+    )
 
     @property
     def mechanism(self) -> Literal["sequence", "readout", "latents"]:

@@ -44,7 +44,9 @@ class ForwardCall:
     cells: int  # of the full image
     present: Tensor | None = None  # (B, s) int64, ascending indices of the cells whose tokens stay; None if all do
     removal: Removal = "drop"  # how the others are taken out
-    presence: Tensor | None = None  # (B, cells) in 0..1, to what degree each token is there; with `present` (B, s), of those
+    presence: Tensor | None = (
+        None  # (B, cells) in 0..1, to what degree each token is there; with `present` (B, s), of those
+    )
     patch_mask: bool = False  # whether the model itself was told which are present, by `with_patch_mask`
     without_token: bool = False  # the pass has no gradient and only values are asked for
     features: Tensor | None = None  # (B, s, D), the present cells'; of a model without places (B, L, D), its latents
@@ -59,7 +61,9 @@ class ForwardCall:
             if self.present is not None:
                 hidden = keep_cells(hidden, self.present, prefix)  # (B, P + s, D)
             padding = hidden.shape[1] - prefix - self.presence.shape[1]  # which the model itself masks
-            soft = F.pad(log_presence(self.presence), (prefix, padding))  # (B, P + cells + padding), 0 for what is always there
+            soft = F.pad(
+                log_presence(self.presence), (prefix, padding)
+            )  # (B, P + cells + padding), 0 for what is always there
             self.key_mask = soft.to(hidden.dtype)[:, None, None]
             return hidden
         if self.present is None or self.patch_mask:
@@ -287,7 +291,10 @@ class FeatureHooks:
         call = self.call
         if call is None or call.presence is None or call.key_mask is None:
             return None
-        mask, own = call.key_mask[:, 0].repeat_interleave(module.num_heads, 0), kwargs.get("attn_mask")  # (B * h, 1, T)
+        mask, own = (
+            call.key_mask[:, 0].repeat_interleave(module.num_heads, 0),
+            kwargs.get("attn_mask"),
+        )  # (B * h, 1, T)
         if own is not None:
             own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(own, -3e4) if own.dtype == torch.bool else own
             mask = own + mask
@@ -298,7 +305,9 @@ class FeatureHooks:
         call = self.call
         if call is None or call.presence is None or call.key_mask is None:
             return None
-        weighed = call.weigh(output[0] if isinstance(output, tuple) else output, self.anatomy.prefix)  # (B, P + cells, D)
+        weighed = call.weigh(
+            output[0] if isinstance(output, tuple) else output, self.anatomy.prefix
+        )  # (B, P + cells, D)
         return (weighed, *output[1:]) if isinstance(output, tuple) else weighed
 
     def _after_blocks(self, hidden: Tensor, call: ForwardCall | None) -> Tensor:

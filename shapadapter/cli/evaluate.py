@@ -10,7 +10,7 @@ import typer
 
 from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, command, quiet, without
 from shapadapter.cli.outputs import printable
-from shapadapter.core.locks import alone_in
+from shapadapter.core.files import alone_in
 
 if TYPE_CHECKING:
     from shapadapter.evaluation import Evaluation

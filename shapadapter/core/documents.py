@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 from safetensors import SafetensorError, safe_open
 
 from shapadapter.core.errors import CheckpointError, ShapleyError
+from shapadapter.core.phrases import one_line
 
 LARGEST = 2**64
 """Whole numbers beyond it are no counts, sizes or seeds."""
@@ -232,7 +233,7 @@ def reading(path: Path | str) -> Iterator[None]:
         BadZipFile,
     ) as error:
         raise CheckpointError(
-            f"{path} is damaged and cannot be read ({_told(error)}): it was cut short or changed. Fetch or make it again."
+            f"{path} is damaged and cannot be read ({one_line(error, 200) or type(error).__name__}): it was cut short or changed. Fetch or make it again."
         ) from error
 
 
@@ -319,7 +320,3 @@ def _unplain(value: Any) -> str | None:
             return None
         level = below
     return "it is nested too deeply"
-
-
-def _told(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

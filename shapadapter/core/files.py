@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, whatever ends the process that writes them; links that lead out."""
+"""Files and folders that are complete or absent, whatever ends the process that writes them; locks; links that lead out."""
 
 import ctypes
 import errno
@@ -9,13 +9,20 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None:
@@ -30,6 +37,8 @@ def write_together(contents: Mapping[Path, bytes], *, tidy: bool = True) -> None
                 fsync_file(temporary)
         for path, temporary in staged.items():
             temporary.replace(path)
+        for directory in {path.parent for path in contents}:
+            fsync_folder(directory)
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
@@ -45,6 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             fsync_file(temporary)
         temporary.replace(path)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,8 +64,8 @@ def atomic_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[P
     """Yield a new folder to write into, which takes the place of `path` at the end; after an error nothing of it is left.
 
     It is called as `path` is, because a model card says by which name its folder is loaded. Where the system can exchange
-    two folders in one step, as Linux does, a process that is killed leaves the whole old one or the whole new one. Elsewhere
-    it takes two, and what was killed between them is taken back by the next that writes there.
+    two folders in one step, as Linux does, a kill leaves the old one or the new one; elsewhere the next that writes there
+    takes back what was killed between two steps.
     """
     final = path.resolve()
     remove_leftovers(final.parent)
@@ -65,26 +75,23 @@ def atomic_folder(path: Path, ours: Collection[str] | None = None) -> Iterator[P
         with report_full_disk(path):
             new.mkdir(parents=True)
             yield new
-            for file in new.rglob("*"):
-                if file.is_file():
-                    fsync_file(file)
-            if ours is not None and final.is_dir():
-                _take_along([one for one in final.iterdir() if one.name not in ours], new)
+            for one in (new, *new.rglob("*")):
+                (fsync_folder if one.is_dir() else fsync_file)(one)
+            for one in final.iterdir() if ours is not None and final.is_dir() else ():
+                if one.name in (ours or ()):
+                    continue
+                if one.is_dir() and not one.is_symlink():
+                    shutil.copytree(one, new / one.name, symlinks=True, copy_function=_second_name)
+                else:
+                    _second_name(one, new / one.name)
         _take_place(new, final)
+        fsync_folder(final.parent)
     finally:
         _discard(around)
 
 
-def _take_along(entries: Iterable[Path], folder: Path) -> None:
-    """Give files and folders a second name in another folder, so that they are never without one; or copy them."""
-    for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_second_name)
-        else:
-            _second_name(entry, folder / entry.name)
-
-
 def _second_name(path: str | Path, other: str | Path) -> None:
+    """Give what stays in a folder a name in the new one, too, so that it is never without one; or copy it."""
     try:
         os.link(path, other, follow_symlinks=False)
     except (OSError, NotImplementedError):  # the disk or the system knows no such thing
@@ -117,13 +124,10 @@ def _exchanged(one: Path, other: Path) -> bool:
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
-# -- what passes, and what is left of it -----------------------------------------------------------------------------
-
 _BEFORE = "before"
 _SELF = secrets.token_hex(4)  # another process may have had this one's number before
 _COUNT = itertools.count()
 _LEFT = re.compile(r"\..*\.shapadapter-([0-9a-f]{8})-(\d+)-([0-9a-f]{8})-\d+\.tmp", re.DOTALL)
-_DAY = 86400.0
 _NAME_LENGTH = 50  # characters, of four bytes at most: a name may have 255
 
 
@@ -146,7 +150,7 @@ def _is_left(path: Path, machine: str, process: int, run: str) -> bool:
     """Whether nobody writes it any more: its process has ended, or, on another machine, nothing happened for a day."""
     if machine == _machine() and os.name == "posix":
         return run != _SELF if process == os.getpid() else not is_running(process)
-    return time.time() - path.lstat().st_mtime > _DAY
+    return time.time() - path.lstat().st_mtime > 86400
 
 
 def is_running(process: int) -> bool:
@@ -175,8 +179,6 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# -- disks -----------------------------------------------------------------------------------------------------------
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_LIBRARIES = re.compile(
     r"os error (\d+)|No space left|\d+ requested and \d+ written|PytorchStreamWriter|unexpected pos"
@@ -192,8 +194,10 @@ def report_full_disk(path: Path) -> Iterator[None]:
     except ShapleyError:
         raise
     except Exception as error:
-        number = _no_room(error)
-        if number is None:
+        number = getattr(error, "errno", None)
+        if number is None and (found := _OF_LIBRARIES.search(str(error))):
+            number = int(found[1] or errno.ENOSPC)
+        if number not in _FULL:
             raise
         remedy = "Raise the limit of a file's size (ulimit -f)" if number == errno.EFBIG else "Make room there"
         raise DiskFullError(
@@ -201,16 +205,6 @@ def report_full_disk(path: Path) -> Iterator[None]:
             f"{path} could not be written: {os.strerror(number)} ({free_megabytes(path):,.1f} MB are free there). {remedy}, "
             "or choose another place.",
         ) from error
-
-
-def _no_room(error: Exception) -> int | None:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in _FULL else None
-    found = _OF_LIBRARIES.search(str(error))
-    if found is None:
-        return None
-    number = int(found[1]) if found[1] else errno.ENOSPC
-    return number if number in _FULL else None
 
 
 def free_megabytes(path: Path) -> float:
@@ -225,7 +219,95 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-_READ_FOLDERS = ("explanations", "chat_templates")  # of a saved model
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can: else a power cut may undo a renaming."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+LOCK = ".shapadapter.lock"
+
+_guard = threading.Lock()
+_held: dict[Path, tuple[int, TextIO | None, int]] = {}
+"""By lock file: the process that holds it, its handle, and how many blocks of that process are inside."""
+
+
+@contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Keep runs of other processes out of a folder; blocks of one process may be inside each other.
+
+    The system holds the lock, so it ends with its process, however that ends; the file in the folder says who has it. On a
+    disk that cannot be written or knows no locks, and on Windows, nothing is locked.
+    """
+    if folder is None:
+        yield
+        return
+    file, made = folder.resolve() / LOCK, [one for one in (folder, *folder.parents) if not one.exists()]
+    with _guard:
+        process, handle, depth = _held.get(file, (0, None, 0))
+        if process != os.getpid():  # also after a fork, which copies what is noted here but not the lock
+            handle, depth = _locked(file, folder), 0
+        _held[file] = os.getpid(), handle, depth + 1
+    try:
+        yield
+    finally:
+        with _guard:
+            process, handle, depth = _held.pop(file)
+            if depth > 1:
+                _held[file] = process, handle, depth - 1
+            elif handle is not None and process == os.getpid():
+                with suppress(OSError):
+                    file.unlink()
+                handle.close()
+                with suppress(OSError):  # not empty
+                    for one in made:
+                        one.rmdir()
+
+
+def _locked(file: Path, folder: Path) -> TextIO | None:
+    """The lock file, open and locked; None where there can be none."""
+    while fcntl is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = file.open("a+", encoding="utf-8")
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with handle:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return None
+                handle.seek(0)
+                holder = handle.read(200).strip() or "another process"
+                noted = re.fullmatch(r"process (\d+) on (.*)", holder)
+                ended = noted is not None and noted[2] == socket.gethostname() and not is_running(int(noted[1]))
+                if ended and _is(handle, file):
+                    file.unlink()  # what still has it are workers that outlive the process for a moment
+                    continue
+            raise ShapleyError(
+                f"{folder} is in use by another run ({holder}): wait until it has ended, or choose another folder."
+            ) from None
+        if _is(handle, file):
+            with suppress(OSError):  # of a full disk
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                handle.flush()
+            return handle
+        handle.close()  # who had it has just taken it away
+    return None
+
+
+def _is(handle: TextIO, file: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except OSError:
+        return False
 
 
 def refuse_links(folder: Path, subfolder: str = "") -> None:
@@ -234,8 +316,7 @@ def refuse_links(folder: Path, subfolder: str = "") -> None:
     What is saved, copied or uploaded would hold what the link leads to. `folder` itself may be reached by a link.
     """
     place = folder / subfolder
-    inside = [place / name for name in _READ_FOLDERS]
-    # Other folders are not read; that of a run may have many.
+    inside = [place / name for name in ("explanations", "chat_templates")]  # other folders, of a run, are not read
     files = [path for one in (place, *inside) if one.is_dir() for path in sorted(one.iterdir()) if not path.is_dir()]
     for path in (place, *inside, *files):
         refuse_link(path, folder)
@@ -255,9 +336,7 @@ def break_links(folder: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if path.is_symlink() and leads_out(path, folder):
             path.unlink()
-            warnings.warn(
-                f"{path} was a link that led out of {folder}: what is saved now takes its place.", stacklevel=3
-            )
+            warnings.warn(f"{path} was a link that led out of {folder}; what is saved takes its place.", stacklevel=3)
 
 
 def leads_out(path: Path, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""How the package, and what it plugs into, is installed and imported.
+"""How the package is installed and its modules are found.
 
 Where it is installed, from wherever, `pip install "shapadapter[plot]"` finds its extras. For others it is not on the index of
 packages yet; on the day of its release, `ON_INDEX = True` is all there is to change.
@@ -25,12 +25,6 @@ ON_INDEX = False
 
 PUBLIC = ("github.com", "gitlab.com", "codeberg.org", "huggingface.co")
 """Where a repository that is named in a card can be reached by its readers."""
-
-LOWEST = {"peft": "0.21", "transformers": "5.23"}
-"""What the adapter plugs into, and the lowest version of each that it works with."""
-
-TESTED = {"peft": "0.21"}
-"""The newest minor version that the tests have passed with; a later one is met by a warning."""
 
 
 def how_to_install() -> tuple[str, ...]:
@@ -75,50 +69,6 @@ def copy_package(folder: Path) -> None:
     shutil.copytree(here, folder / here.name, ignore=shutil.ignore_patterns("__pycache__"))
     license = metadata.distribution("shapadapter").read_text("licenses/LICENSE")
     (folder / here.name / "LICENSE").write_text(license or "Apache-2.0\n", encoding="utf-8")
-
-
-def check_versions() -> None:
-    """Refuse versions that the adapter cannot work with, and warn of those with which parts of it do not, or may not."""
-    here = {name: metadata.version(name) for name in LOWEST}
-    for name, lowest in LOWEST.items():
-        if _numbers(here[name]) < _numbers(lowest):
-            raise ImportError(
-                f'shapadapter needs {name} {lowest} or newer, got {here[name]}: pip install "{name}>={lowest}"'
-            )
-    wanted = str(getattr(import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0"))
-    if _numbers(here["peft"]) < _numbers(wanted):
-        warnings.warn(
-            f"transformers {here['transformers']} wants peft {wanted} or newer for model.add_adapter and everything built on "
-            f'it, got {here["peft"]}: pip install "peft>={wanted}", or where there is no such release yet '
-            f'pip install "transformers=={LOWEST["transformers"]}.*" (get_peft_model works with both).',
-            stacklevel=2,
-        )
-    if _numbers(here["peft"])[:2] > _numbers(TESTED["peft"]):
-        warnings.warn(
-            f"shapadapter was tested with peft up to {TESTED['peft']}, got {here['peft']}. If something fails: "
-            f'pip install "peft=={TESTED["peft"]}.*"',
-            stacklevel=2,
-        )
-
-
-def check_overrides(*classes: type) -> None:
-    """See that all private methods that classes of ours override are still there: one that was renamed is never called."""
-    for line in (one.__mro__ for one in classes):
-        theirs = [above for above in line if not above.__module__.startswith("shapadapter")]
-        for name in {name for ours in set(line) - set(theirs) for name in vars(ours)}:
-            marked = getattr(getattr(line[0], name, None), "__override__", False)
-            if marked and not any(name in vars(above) for above in theirs):
-                above = next(one for one in theirs if one.__module__.partition(".")[0] in LOWEST)
-                library = above.__module__.partition(".")[0]
-                raise ImportError(
-                    f"{above.__name__} of {library} {metadata.version(library)} has no {name} any more, on which "
-                    f'shapadapter relies: pip install "{library}=={LOWEST[library]}.*"'
-                )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """0.21.2 or 0.22.0.dev0 as numbers that can be compared."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 # -- imports ---------------------------------------------------------------------------------------------------------

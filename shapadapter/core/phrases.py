@@ -25,16 +25,11 @@ def some(values: Iterable[object]) -> str:
     return ", ".join(texts[:_SHOWN]) + more
 
 
-def closest(name: str, known: Sequence[str], most: int = 3) -> list[str]:
-    """The names that may have been meant: those with `name` as a word of theirs, then those spelled much alike."""
+def did_you_mean(name: str, known: Sequence[str], otherwise: str = "") -> str:
+    """A question for up to three names that have `name` as a word, or are spelled much alike; `otherwise` without any."""
     word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
     containing = [one for one in known if name and word.search(one)]
-    return list(dict.fromkeys([*containing, *difflib.get_close_matches(name, known, n=most)]))[:most]
-
-
-def did_you_mean(name: str, known: Sequence[str], otherwise: str = "") -> str:
-    """A question for the names that may have been meant; `otherwise` if none is near."""
-    close = closest(name, known)
+    close = list(dict.fromkeys([*containing, *difflib.get_close_matches(name, known)]))[:3]
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 

@@ -1,18 +1,38 @@
-"""Shapley values as arithmetic: the kernel law of coalitions, exact values by enumeration, and KernelSHAP.
+"""The kernel law of coalitions, and the Shapley objective as arithmetic on attributions and coalition values.
 
 A coalition is a row of booleans, True = the player is present. The Shapley values are the minimiser of the squared
 error of `v(empty) + sum_{n in S} phi_n` to `v(S)` under the *kernel law* of S and the efficiency constraint
-`v(empty) + sum_n phi_n = v(all)` (Charnes et al. 1988; Lundberg & Lee 2017). Everything here follows from that:
-what is sampled, what is fitted, and what the truth is that a fit can be compared with.
+`v(empty) + sum_n phi_n = v(all)` (Charnes et al. 1988; Lundberg & Lee 2017).
+
+Shapes throughout: B images, N players, K classes, M coalitions per image. Sums of the losses are taken in float32 at
+least, whatever the dtype of the inputs and inside autocast too: efficiency is a matter of 1e-5, bfloat16 of 1e-2.
 """
 
-import math
+import zlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MAX_ENUMERATED_PLAYERS = 16
 """The most players whose `2**N` coalitions are enumerated: 65,536 model evaluations."""
+
+SCALE_FLOOR = 1e-8
+"""The least scale to divide the loss by, so that a model that says nothing yet does not explode."""
+
+
+def seed_of(seed: int, *key: int | str) -> int:
+    """The seed of what `key` names, as an image's index and a purpose.
+
+    The same in batches of any size, in any order and after an interruption, and independent of that of any other key.
+    """
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence([seed % 2**32, *words]).generate_state(1)[0])
+
+
+def generator_of(seed: int, *key: int | str) -> torch.Generator:
+    """A generator with the seed `seed_of(seed, *key)`, on the CPU."""
+    return torch.Generator().manual_seed(seed_of(seed, *key))
 
 
 def size_distribution(players: int) -> Tensor:
@@ -138,79 +158,152 @@ def all_coalitions(players: int) -> Tensor:
     return (rows >> torch.arange(players, device="cpu")) & 1 == 1  # (2**N, N)
 
 
-def exact_shapley_values(values: Tensor) -> Tensor:
-    """The Shapley values of a game whose every coalition has been evaluated.
-
-    `phi_n = sum over S without n of |S|! (N - 1 - |S|)! / N! * (v(S + n) - v(S))` (Shapley 1953), written as one
-    matrix product: each coalition enters with a positive weight for its members and a negative one for the others.
-
-    Args:
-        values: (2**N, ...) value of each coalition in the order of `all_coalitions`, N at least 1.
-
-    Returns:
-        (N, ...) float64 Shapley values, in the unit of the values.
-
-    Raises:
-        ValueError: The number of values is not a power of two from `2**1` to `2**16`.
-    """
-    players = len(values).bit_length() - 1
-    if players < 1 or len(values) != 2**players:
-        raise ValueError(f"expected the values of all 2**N coalitions of N >= 1 players, but got {len(values)} values")
-    present = all_coalitions(players).to(values.device)  # (2**N, N)
-    sizes = present.sum(1, keepdim=True)  # (2**N, 1)
-    law = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
-    joining = torch.tensor(law, dtype=torch.float64, device=values.device)  # (N,) by the size before joining
-    weights = torch.where(present, joining[(sizes - 1).clamp(min=0)], -joining[sizes.clamp(max=players - 1)])
-    return torch.tensordot(weights, values.double(), dims=([0], [0]))  # (2**N, N), (2**N, ...) -> (N, ...)
+# -- the objective ----------------------------------------------------------------------------------------------------
 
 
-def kernel_shap(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
-    """Estimate Shapley values by least squares on sampled coalitions, with efficiency as an exact constraint.
+def _precise(values: Tensor) -> Tensor:
+    """The same values in float32, or in float64 if they are so already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    KernelSHAP (Lundberg & Lee 2017) for coalitions drawn *from* the kernel law, which therefore all count the same.
-    Written as deviations from equal shares of `v(all) - v(empty)`, the constraint says that the deviations sum to
-    zero, and centring the rows of the design matrix enforces it. Where the coalitions do not determine the values
-    (fewer than N - 1 independent ones; a pair counts once), the solution nearest to equal shares is returned.
+
+def coalition_sums(attributions: Tensor, coalitions: Tensor) -> Tensor:
+    """What attributions (B, N, K) predict for `v(S) - v(empty)`: their sum over the players present, (B, M, K).
 
     Args:
-        coalitions: (..., M, N) bool, True = present, drawn from the kernel law (`sample_paired_coalitions`).
-        values: (..., M, K) value of each coalition for each of K classes. Leading dimensions broadcast.
-        null_values: (..., K) value of the empty coalition.
-        full_values: (..., K) value of the full coalition.
+        attributions: (B, N, K) attribution of each player to each class.
+        coalitions: (B, M, N) bool, True = present.
+    """
+    attributions = _precise(attributions)
+    with torch.autocast(attributions.device.type, enabled=False):  # it would multiply in bfloat16
+        return coalitions.to(attributions.dtype) @ attributions  # (B, M, N) @ (B, N, K) -> (B, M, K)
+
+
+def gains(coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """`v(S) - v(empty)`, (B, M, K) in float32 at least, of values (B, M, K) and (B, K).
+
+    The null values are a constant here. In `vote` prediction they are a parameter that stands on both sides of the
+    difference; a gradient into them leads the model to say the same about every image, the trivial minimum.
+    """
+    return _precise(coalition_values) - _precise(null_values.detach())[:, None]  # (B, K) -> (B, 1, K) -> (B, M, K)
+
+
+def expected_square(attributions: Tensor) -> Tensor:
+    """What the squares of `coalition_sums` are on average over the kernel law: the scale of the Shapley loss.
+
+    For one class it is `((1 - 1/H) (sum phi)^2 + sum phi^2 / H) / 2` with `H = 1 + 1/2 + ... + 1/(N - 1)`, since under
+    the kernel law a player is present with probability 1/2 and two with `(1 - 1/H) / 2`. It does not depend on the
+    coalitions that were drawn: a scale that did, like the mean square of their values, would weigh small and large
+    coalitions otherwise than the kernel law, and the minimiser would no longer be the Shapley value.
 
     Returns:
-        (..., N, K) float64 estimates in the unit of the values; they sum to `full_values - null_values`.
+        (B,) the mean over the classes of (B, N, K), without a gradient, at least `SCALE_FLOOR`.
     """
-    present = coalitions.double()  # (..., M, N)
-    shares = present.mean(-1, keepdim=True)  # (..., M, 1): |S| / N
-    null, total = null_values.double()[..., None, :], (full_values.double() - null_values.double())[..., None, :]
-    surplus = values.double() - null - shares * total  # (..., M, K): what equal shares leave unexplained
-    # The centred rows have no component along (1, ..., 1): its singular value is rounding and must be cut off.
-    inverse = torch.linalg.pinv(present - shares, rtol=1e-10)  # (..., N, M)
-    return total / coalitions.shape[-1] + inverse @ surplus  # (..., N, K)
+    attributions = _precise(attributions.detach())  # (B, N, K)
+    harmonic = sum(1 / size for size in range(1, attributions.shape[1]))
+    total, squares = attributions.sum(dim=1).square(), attributions.square().sum(dim=1)  # (B, K) each
+    return ((total + (squares - total) / harmonic) / 2).mean(dim=1).clamp(min=SCALE_FLOOR)  # (B,)
 
 
-def kernel_shap_error(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
-    """Estimate the relative L2 error of `kernel_shap` on the same arguments, without knowing the truth.
+def shapley_loss(attributions: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """The Shapley loss: how far the attributions are from explaining the coalitions, relative to their values.
 
-    Half of the pairs gives one estimate, the other half an independent one with the same law. The squared distance
-    of the two is on average four times the squared error of the estimate from all pairs, as long as the error
-    falls with the square root of M. With few coalitions it falls faster, and this is on the safe side. The coalitions
-    must come in pairs (`sample_paired_coalitions`).
+    For each image the mean square of `v(S) - v(empty) - sum_{n in S} phi_n`, divided by `expected_square`; then the mean
+    over images. For coalitions of the kernel law and attributions that obey efficiency, its minimiser is the Shapley value
+    (Charnes et al. 1988; Lundberg & Lee 2017; as a loss to train with: FastSHAP, Jethani et al. 2022). The division
+    makes it free of the scale of the logits, image by image, so that accumulated micro-batches add up to the whole
+    batch. The divisor has no gradient, or larger attributions alone would lower the loss.
+
+    Args:
+        attributions: (B, N, K) attributions that obey efficiency (`project_on_efficiency`, or by construction).
+        coalitions: (B, M, N) bool, True = present, drawn from the kernel law (`sample_pairs`).
+        coalition_values: (B, M, K) values `v(S)`. A gradient flows through them unless the caller detaches them.
+        null_values: (B, K) values `v(empty)`; no gradient flows through them (`gains` says why).
 
     Returns:
-        (..., K) float64 estimate of `|estimate - truth| / |truth|` over the players, without a unit.
-
-    Raises:
-        ValueError: M is not a multiple of 4.
+        Scalar without a unit: 0 for a perfect fit.
     """
-    count = coalitions.shape[-2]
-    if count % 4:
-        raise ValueError(f"two halves of whole pairs need a multiple of 4 coalitions, but got {count}")
-    first = torch.arange(count, device="cpu") % 4 < 2  # (M,): every other pair
-    one, other = (
-        kernel_shap(coalitions[..., half, :], values[..., half, :], null_values, full_values)
-        for half in (first, ~first)
-    )  # (..., N, K) each
-    estimate = kernel_shap(coalitions, values, null_values, full_values)  # (..., N, K)
-    return torch.linalg.vector_norm(one - other, dim=-2) / 2 / torch.linalg.vector_norm(estimate, dim=-2)
+    sums = coalition_sums(attributions, coalitions)  # (B, M, K)
+    return shapley_loss_of_sums(sums, expected_square(attributions), coalition_values, null_values)
+
+
+def shapley_loss_of_sums(sums: Tensor, loss_scale: Tensor, coalition_values: Tensor, null_values: Tensor) -> Tensor:
+    """`shapley_loss` of attributions of which only the `coalition_sums` and their `expected_square` are known.
+
+    Args:
+        sums: (B, M, K) sum of the attributions of the players present.
+        loss_scale: (B,) `expected_square` of the attributions.
+        coalition_values: (B, M, K) values `v(S)`.
+        null_values: (B, K) values `v(empty)`; no gradient flows through them.
+    """
+    residuals = gains(coalition_values, null_values) - _precise(sums)  # (B, M, K)
+    return (residuals.square().mean(dim=(1, 2)) / loss_scale).mean()
+
+
+@torch.no_grad()
+def coalition_fit(
+    sums: Tensor, coalitions: Tensor, coalition_values: Tensor, null_values: Tensor, full_values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How much of the coalition values the attributions explain beyond the mere size of the coalition (R squared).
+
+    Where `v(S)` grows with the number of present players, equal shares of `v(all) - v(empty)` make the Shapley loss
+    small already. Here they are the zero of the scale.
+
+    Args:
+        sums: (B, M, K) sum of the attributions of the players present (`coalition_sums`).
+        coalitions: (B, M, N) bool, True = present.
+        coalition_values: (B, M, K) values `v(S)`.
+        null_values: (B, K) values `v(empty)`.
+        full_values: (B, K) values `v(all)`.
+
+    Returns:
+        explained, total: two scalars without gradient, to be summed over batches; a mean of ratios would hang on the
+        batches in which sizes explain most. Their ratio is 1 for a perfect fit, 0 for one no better than equal shares,
+        negative for a worse one.
+    """
+    found = gains(coalition_values, null_values)  # (B, M, K)
+    share = coalitions.to(found.dtype).mean(dim=2, keepdim=True)  # (B, M, N) -> (B, M, 1)
+    equal = share * gains(full_values[:, None], null_values)  # (B, M, K)
+    left, total = ((found - expected).square().sum() for expected in (_precise(sums), equal))
+    return total - left, total
+
+
+def project_on_efficiency(raw: Tensor, full_values: Tensor, null_values: Tensor) -> Tensor:
+    """Move attributions (B, N, K) to the nearest point at which they sum to `v(all) - v(empty)`, of (B, K) each.
+
+    Every player gets the same.
+    """
+    raw = _precise(raw)
+    missing = _precise(full_values) - _precise(null_values) - raw.sum(dim=1)  # (B, K)
+    return raw + missing[:, None] / raw.shape[1]  # (B, N, K)
+
+
+def warmup_weight(weight: float, progress: float, warmup: float) -> float:
+    """The weight of the Shapley loss after a share `progress` of the training: a linear ramp over `warmup`, then constant."""
+    return weight * min(1.0, progress / warmup) if warmup > 0 else weight
+
+
+def contrastive_loss(similarity: Tensor, matches: Tensor) -> Tensor:
+    """Cross-entropy over the rows and over the columns of a similarity, half each (Radford et al. 2021).
+
+    Args:
+        similarity: (B, T) similarity of images and texts before softmax.
+        matches: (B, T) bool, which belong together, at least one in each row and column. Several matches share the
+            target evenly; with one for each, this is the loss of CLIP.
+    """
+    logits = _precise(similarity)
+    target = matches.to(logits.dtype)
+    rows, cols = (
+        -(target / target.sum(dim=d, keepdim=True) * logits.log_softmax(dim=d)).sum(dim=d).mean() for d in (1, 0)
+    )
+    return (rows + cols) / 2
+
+
+def pairwise_sigmoid_loss(similarity: Tensor, matches: Tensor) -> Tensor:
+    """Binary cross-entropy of each pair, summed over images and averaged over texts (Zhai et al. 2023).
+
+    Args:
+        similarity: (B, T) similarity of images and texts before the sigmoid.
+        matches: (B, T) bool, which belong together.
+    """
+    logits = _precise(similarity)
+    return -torch.nn.functional.logsigmoid((2 * matches.to(logits.dtype) - 1) * logits).sum(dim=0).mean()

@@ -1,30 +1,14 @@
-"""Agreement of estimates with true values, means with their uncertainty, and the seeds of what is drawn."""
+"""Agreement of estimates with true values, and means with their uncertainty."""
 
 import itertools
 import math
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-
-
-def seed_of(seed: int, *key: int | str) -> int:
-    """The seed of what `key` names, as an image's index and a purpose.
-
-    The same in batches of any size, in any order and after an interruption, and independent of that of any other key.
-    """
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    return int(np.random.SeedSequence([seed % 2**32, *words]).generate_state(1)[0])
-
-
-def generator_of(seed: int, *key: int | str) -> torch.Generator:
-    """A generator with the seed `seed_of(seed, *key)`, on the CPU."""
-    return torch.Generator().manual_seed(seed_of(seed, *key))
 
 
 def relative_l2(estimate: Tensor, truth: Tensor) -> Tensor:

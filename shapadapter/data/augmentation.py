@@ -1,10 +1,11 @@
-"""Augmentations that a resumed run repeats."""
+"""Augmentations that a resumed run repeats: a transform of each image, and images mixed with each other."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shapadapter.data.images import image_column, open_image
-from shapadapter.data.labels import as_row
+from shapadapter.data.labels import as_row, as_shares
 
 
 class Augmented(Dataset):
@@ -85,3 +86,56 @@ def seeded(*key: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the images of one micro-batch are mixed.
+
+    Attributes:
+        partners: (B,) which image is mixed in.
+        share: of the own image, 0 to 1.
+        box: (top, left, height, width) in players of the part that is the partner's; None to blend all pixels.
+    """
+
+    partners: Tensor
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+def draw_mix(images: int, players: tuple[int, int], alphas: tuple[float, float], key: tuple[int, ...]) -> Mix:
+    """Draw a mix of B images: the share from Beta(alpha, alpha), mixup or cutmix with equal chances where both are on.
+
+    A cutmix box has about the share of players (rows, cols) that Beta says, and the label's share is the one it really has.
+    """
+    generator = np.random.default_rng(np.random.SeedSequence(key))
+    cuts = bool(generator.integers(2)) if min(alphas) > 0 else alphas[1] > 0
+    share = float(generator.beta(alphas[cuts], alphas[cuts]))
+    partners = torch.from_numpy(generator.permutation(images))  # (B,)
+    if not cuts:
+        return Mix(partners, share, None)
+    side = (1 - share) ** 0.5
+    height, width = (round(side * length) for length in players)
+    top, left = (
+        int(generator.integers(0, length - part + 1)) for length, part in zip(players, (height, width), strict=True)
+    )
+    return Mix(partners, 1 - height * width / (players[0] * players[1]), (top, left, height, width))
+
+
+def mix_pictures(pixels: Tensor, mix: Mix, tiling: Any) -> Tensor:
+    """The mixed images (B, C, H, W): mixup (Zhang et al. 2018) blends, cutmix (Yun et al. 2019) puts in whole players."""
+    others = pixels[mix.partners.to(pixels.device, non_blocking=True)]  # (B, C, H, W)
+    if mix.box is None:
+        return mix.share * pixels + (1 - mix.share) * others
+    (top, left, height, width), (rows, cols) = mix.box, tiling.players
+    down, up = (round(row * tiling.seen[0] / rows) for row in (top, top + height))
+    start, end = (round(col * tiling.seen[1] / cols) for col in (left, left + width))
+    mixed = pixels.clone()
+    mixed[..., down:up, start:end] = others[..., down:up, start:end]
+    return mixed
+
+
+def mix_labels(labels: Tensor, mix: Mix, classes: int) -> Tensor:
+    """What is in the mixed images: class indices (B,) to shares (B, K)."""
+    shares = as_shares(labels, classes)  # (B, K)
+    return mix.share * shares + (1 - mix.share) * shares[mix.partners.to(labels.device, non_blocking=True)]

@@ -2,14 +2,17 @@
 
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
+from torch.utils.data import IterableDataset, Subset
 
 from shapadapter.core.documents import fault
 from shapadapter.core.errors import ClassNotFoundError, FieldError, ShapleyError
 from shapadapter.core.phrases import did_you_mean, some
+from shapadapter.data.augmentation import Augmented, seeded
 from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, ROW, LabelRules, as_row
 
 
@@ -126,7 +129,7 @@ def named_classes(dataset: Any, columns: Sequence[str] = LABEL_COLUMNS) -> tuple
         column = next((name for name in columns if name in features), None)
         names = getattr(features.get(column), "names", None) or []
         return (column, [str(name) for name in names]) if names else (None, [])
-    if isinstance(dataset, torch.utils.data.Subset):
+    if isinstance(dataset, Subset):
         return named_classes(dataset.dataset, columns)
     classes = getattr(dataset, "classes", None)  # of torchvision, whose rows are pairs
     if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
@@ -137,3 +140,70 @@ def named_classes(dataset: Any, columns: Sequence[str] = LABEL_COLUMNS) -> tuple
 def are_numbers(names: Sequence[str]) -> bool:
     """Whether nobody has given names: LABEL_0, LABEL_1, ... or 0, 1, ..."""
     return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(names))
+
+
+def labels_of(dataset: Any, columns: Sequence[str]) -> tuple[str, Any] | None:
+    """The column of labels and its values (n,) or (n, K), as an array or a list; None where images would have to be read."""
+    if isinstance(dataset, Augmented):
+        return labels_of(dataset.dataset, columns)
+    if isinstance(dataset, Subset | Relabelled):
+        found = labels_of(dataset.dataset, columns)
+        if found is None:
+            return None
+        column, values = found
+        if isinstance(dataset, Subset):
+            return column, [values[index] for index in dataset.indices]
+        rules = LabelRules(len(dataset.numbers))
+        rules.check(values, column)
+        rows: list[dict[str, Any]] = [{}] * len(values)
+        own = rules.collated(values, column, rows).numpy()  # (n,)
+        return column, np.where(own >= 0, np.asarray(dataset.numbers)[own.clip(0)], own)
+    if isinstance(dataset, list):
+        rows = [as_row(row) for row in dataset]
+        name = next((name for name in columns if rows and name in rows[0]), None)
+        return None if name is None else (name, [row.get(name) for row in rows])
+    if hasattr(dataset, "targets") and hasattr(dataset, "classes"):  # of torchvision
+        changed = getattr(dataset, "target_transform", None) is not None
+        return None if changed else ("label", np.asarray(dataset.targets))
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "with_format"):
+        return None
+    name = next((name for name in columns if name in dataset.column_names), None)
+    return None if name is None else (name, _as_array(dataset.with_format("arrow", columns=[name])[:].column(name)))
+
+
+def _as_array(column: Any) -> Any:
+    """A column of Arrow as an array (n,) or (n, K) of numbers, or else as a list."""
+    import pyarrow as pa
+
+    array = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    kind = array.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return array.to_numpy(zero_copy_only=False)
+    if pa.types.is_list(kind) and array.null_count == 0 and len(array):
+        inside, lengths = array.flatten(), np.diff(array.offsets.to_numpy())
+        if len(set(lengths.tolist())) == 1 and (pa.types.is_integer(inside.type) or pa.types.is_floating(inside.type)):
+            return inside.to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    return array.to_pylist()
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """The columns of the rows; None for a stream that does not tell."""
+    if isinstance(dataset, Relabelled | Augmented | Subset):
+        return columns_of(dataset.dataset)
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping) and not is_transformed(dataset):
+        return list(features)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return None
+    with suppress(Exception), seeded(0):  # whatever is wrong with the first row is told when it is its turn
+        return list(as_row(dataset[0]))
+    return None
+
+
+def is_transformed(dataset: Any) -> bool:
+    """Whether a data set's rows are made by the user's function when they are read."""
+    if isinstance(dataset, Relabelled | Augmented | Subset):
+        return is_transformed(dataset.dataset)
+    form = getattr(dataset, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"

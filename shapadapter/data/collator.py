@@ -60,21 +60,15 @@ def prepare_texts(texts: Sequence[str], processor: Any, rules: TextRules, trunca
     listed = [texts] if isinstance(texts, str) else list(texts)
     if not listed or not all(isinstance(text, str) for text in listed):
         raise ShapleyError(f"Expected at least one text, got {listed[:3]!r}.")
-    if not truncate:
-        _check_lengths(listed, tokenizer, rules)
+    lengths = [] if truncate or rules.limit is None else [len(ids) for ids in tokenizer(listed)["input_ids"]]
+    for text, length in zip(listed, lengths, strict=False):
+        if length > (rules.limit or 0):
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise ShapleyError(f"The text {shown!r} has {length} tokens, the model takes {rules.limit}. Shorten it.")
     cut = {"truncation": True, "max_length": rules.limit} if rules.limit is not None else {}
     encoded = tokenizer(listed, padding="max_length" if rules.padded else True, return_tensors="pt", **cut)
     names = ("input_ids",) if rules.padded else ("input_ids", "attention_mask", "token_type_ids")
     return {name: encoded[name] for name in names if name in encoded}
-
-
-def _check_lengths(texts: list[str], tokenizer: Any, rules: TextRules) -> None:
-    if rules.limit is None:
-        return
-    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
-        if len(ids) > rules.limit:
-            shown = text if len(text) <= 60 else f"{text[:57]}..."
-            raise ShapleyError(f"The text {shown!r} has {len(ids)} tokens, the model takes {rules.limit}. Shorten it.")
 
 
 class ImageCollator:
@@ -246,9 +240,9 @@ def _stacked(name: str, values: list[Tensor]) -> Tensor:
 
 def _check_normalised(pixels: Tensor, processor: Any) -> None:
     """Refuse pairs whose transform has left out what the image processor does to every image."""
-    if not getattr(image_side(processor), "do_normalize", False) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
-        return
     side = image_side(processor)
+    if not getattr(side, "do_normalize", False) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
+        return
     raise ImageError(
         "Expected pairs (image, label) whose transform makes floats ready for the model, got floats from 0 to 1: end the "
         f"transform with Normalize({list(side.image_mean)}, {list(side.image_std)}), or with PILToTensor() instead of "

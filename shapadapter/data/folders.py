@@ -101,15 +101,12 @@ def list_folder(root: Path) -> Listing:
         if not listing.archives:
             raise no_classes(str(root))
         return listing
-    lost = _images(files, listing)
-    if lost:
+    if lost := _images(files, listing):
         raise ShapleyError(f"{len(lost)} images in {root} are in no class folder: {some(lost)}. Move them into one.")
     for split, folder in _splits(root, folders).items():
         listing.splits[split] = _classes(folder, folders if folder == root else _inside(folder)[0], listing)
-        if folder != root:
-            lost = _images(_inside(folder)[1], listing)
-            if lost:
-                raise ShapleyError(f"{len(lost)} images in {folder} are in no class folder: {some(lost)}.")
+        if folder != root and (lost := _images(_inside(folder)[1], listing)):
+            raise ShapleyError(f"{len(lost)} images in {folder} are in no class folder: {some(lost)}.")
     _check_classes(root, listing.splits)
     return listing
 
@@ -191,12 +188,11 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in a folder, without what is hidden."""
     folders: list[Path] = []
     files: list[Path] = []
+    around = (*folder.resolve().parents, folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in _LITTER:
             continue
-        if path.is_symlink() and (
-            not path.exists() or path.resolve() in (*folder.resolve().parents, folder.resolve())
-        ):
+        if path.is_symlink() and (not path.exists() or path.resolve() in around):
             where = "the folder it is in" if path.exists() else f"{path.readlink()}, which is not there"
             raise ShapleyError(f"{path} is a link to {where}. Remove it.")
         if not path.is_dir() and not path.is_file():
@@ -207,18 +203,11 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _images(files: Sequence[Path], listing: Listing) -> list[Path]:
     """Those that are images, by their names or else by their first bytes; the others are noted as unread."""
-    found = []
-    for path in files:
-        if path.suffix.lower() in _suffixes() or _opens(path):
-            found.append(path)
-        else:
-            listing.unread.append(path)
+    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    found = [path for path in files if path.suffix.lower() in known or _opens(path)]
+    images = set(found)
+    listing.unread += [path for path in files if path not in images]
     return found
-
-
-def _suffixes() -> frozenset[str]:
-    known = PIL.Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in known.items() if kind in PIL.Image.OPEN)
 
 
 def _opens(path: Path) -> bool:

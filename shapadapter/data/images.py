@@ -41,8 +41,8 @@ def from_array(image: Any) -> Any:
         four = " If the fourth channel is transparency, pass PIL.Image.fromarray(image)." if 4 in given else ""
         raise ImageError(f"Expected an image (H, W, 3) or (3, H, W), got an array of shape {given}.{four}")
     pixels = pixels if pixels.dtype.kind == "f" else eight_bits(pixels)
-    whole = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))  # (H, W, 3)
-    return whole if whole.dtype.kind == "f" else Image.fromarray(whole)
+    colored = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))  # (H, W, 3)
+    return colored if colored.dtype.kind == "f" else Image.fromarray(colored)
 
 
 def _as_numpy(image: Any) -> NDArray[Any]:
@@ -320,14 +320,16 @@ def unprocess(pixels: Tensor, processor: Any) -> Tensor:
     if getattr(processor, "do_flip_channel_order", False):
         pixels = pixels.flip(1)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    told = getattr(processor, "data_config", None)  # timm's settings, which always scale
-    if told is not None:
-        mean, std = told["mean"], told["std"]
+    of_timm = getattr(processor, "data_config", None)  # settings that always scale
+    if of_timm is not None:
+        mean, std = of_timm["mean"], of_timm["std"]
     if getattr(processor, "do_normalize", True) and mean is not None and std is not None:
         means, stds = (torch.tensor(numbers, device="cpu").view(1, -1, 1, 1) for numbers in (mean, std))
         # EfficientNet divides by the deviation a second time for its classifier.
         twice = getattr(processor, "include_top", False)
         pixels = pixels * (stds.square() if twice else stds) + means
-    factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0 if told is None else 1 / 255
+    factor = (
+        processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0 if of_timm is None else 1 / 255
+    )
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
     return (pixels + offset) / factor

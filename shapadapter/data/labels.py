@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -54,86 +54,76 @@ class LabelRules:
 
     def collated(self, values: Sequence[Any], column: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """Labels of a batch: classes (B,) int64 with `IGNORED`, or (B, K) or (B,) float32 with NaN, where unknown."""
-        kind = self.kind(any(_length(value) is not None for value in values))
-        found = []
-        for value, row in zip(values, rows, strict=True):
-            try:
-                found.append(self._read(value, kind))
-            except ValueError:
-                raise self._refused(value, kind, column, {"row": row.get(ROW), "key": row.get("__key__")}) from None
+        kind, numbers, known = self._checked(
+            values, column, lambda place: {"row": rows[place].get(ROW), "key": rows[place].get("__key__")}
+        )
         if kind == "class":
-            return torch.tensor(found, device="cpu")  # (B,)
-        wide = next((one for one in found if isinstance(one, list)), None)
-        if wide is not None:
-            found = [one if isinstance(one, list) else [one] * len(wide) for one in found]
-        return torch.tensor(found, dtype=torch.float32, device="cpu")  # (B, K) or (B,)
+            return torch.from_numpy(np.where(known, numbers, IGNORED).astype(np.int64))  # (B,)
+        return torch.from_numpy(np.where(known, numbers, np.nan).astype(np.float32))  # (B, K) or (B,)
 
     def check(self, values: Any, column: str) -> tuple[Kind, int]:
-        """Refuse a column of a data set that holds something else than labels."""
-        if isinstance(values, np.ndarray) and values.ndim in (1, 2) and values.dtype.kind in "iufb":
-            return self._check_numbers(values, column, "row")
-        kind = self.kind(any(_length(value) is not None for value in values))
-        count = 0
-        for place, value in enumerate(values):
-            try:
-                read = self._read(value, kind)
-            except ValueError:
-                raise self._refused(value, kind, column, {"row": place}) from None
-            count += any(
-                not math.isnan(one) and one != IGNORED for one in (read if isinstance(read, list) else [read])
-            )
-        return kind, count
+        """Refuse a column that holds something else than labels; what they are, and of how many rows some are known."""
+        kind, _, known = self._checked(values, column, lambda place: {"row": place})
+        return kind, int(known.reshape(len(known), -1).any(axis=1).sum())
+
+    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """How many labels of a batch are known, (); one whose image could not be read counts, though it has no say."""
+        labels, readable = inputs.get("labels"), inputs.get("readable")
+        if not isinstance(labels, Tensor):
+            return torch.zeros((), device="cpu")
+        known = known_labels(labels, self.kind(several=False) == "quantity")  # (B,) or (B, K)
+        if readable is not None:
+            known = known | ~readable.view(-1, *[1] * (known.ndim - 1))
+        return known.sum()
 
     def check_batch(self, labels: Tensor) -> None:
         """Refuse labels (B,) or (B, K) on the CPU of which one is none of this model."""
-        self._check_numbers(labels.detach().float().numpy(), "labels", "row of the batch")
+        self._checked(labels.detach().float().numpy(), "labels", lambda place: {"row of the batch": place})
 
-    def _check_numbers(self, values: NDArray[Any], column: str, row: str) -> tuple[Kind, int]:
-        """`check` of numbers (n,) or (n, C)."""
-        kind, numbers = (
-            self.kind(values.ndim == 2),
-            values.astype(np.float64).reshape(len(values), -1),
-        )  # (n, 1) or (n, C)
+    def _checked(
+        self, values: Any, column: str, where: Callable[[int], Mapping[str, Any]]
+    ) -> tuple[Kind, NDArray[Any], NDArray[Any]]:
+        """What labels are, as numbers (n,) or (n, K), and which of them are known; `where` says which row one is in."""
+        if isinstance(values, np.ndarray) and values.ndim in (1, 2) and values.dtype.kind in "iufb":
+            kind, numbers = self.kind(values.ndim == 2), values.astype(np.float64)
+        else:
+            several = any(_length(value) is not None for value in values)
+            kind, found = self.kind(several), []
+            for place, value in enumerate(values):
+                try:
+                    found.append(self._numbers(value, several and kind != "class"))
+                except ValueError:
+                    raise self._refused(value, kind, column, where(place)) from None
+            numbers = np.asarray(found, dtype=np.float64)  # (n,) or (n, K)
         known = ~np.isnan(numbers) & ((kind == "quantity") | ~np.isin(numbers, UNKNOWN))
         right = {
             "class": (numbers == np.floor(numbers)) & (numbers >= 0) & (numbers < self.classes),
             "classes": (numbers >= 0) & (numbers <= 1),
             "quantity": np.isfinite(numbers),
         }[kind]
-        fits = values.ndim == 1 if kind == "class" else numbers.shape[1] == self.classes
-        bad = (known & ~(right & fits)).any(axis=1) | (values.ndim == 2 and not fits)  # (n,)
-        if bad.any():
-            place = int(bad.argmax())
-            raise self._refused(values[place].tolist(), kind, column, {row: place})
-        return kind, int(known.any(axis=1).sum())
+        shape = () if kind == "class" else (self.classes,)
+        fits = numbers.shape[1:] == shape or (numbers.ndim == 1 and self.classes == 1)
+        wrong = (known & ~(right & fits)).reshape(len(numbers), -1).any(axis=1)  # (n,)
+        if wrong.any() or (numbers.ndim == 2 and not fits):
+            place = int(wrong.argmax())
+            value = values[place].tolist() if isinstance(values, np.ndarray) else values[place]
+            raise self._refused(value, kind, column, where(place))
+        return kind, numbers, known
 
-    def _read(self, value: Any, kind: Kind) -> int | float | list[float]:
-        """One label; ValueError if it is none."""
-        if _length(value) is None:
-            number = _number(value)
-            if kind == "class":
-                return self._class(number)
-            if kind == "classes" and number in UNKNOWN:
-                return math.nan  # nothing is known of the whole row
-            if math.isnan(number) or (kind == "quantity" and self.classes == 1 and math.isfinite(number)):
-                return number
+    def _numbers(self, value: Any, several: bool) -> float | list[float]:
+        """One label as a number, or with `several` as K numbers; ValueError if it is none."""
+        if _length(value) is not None:
+            if not several or len(value) != self.classes:
+                raise ValueError(value)
+            return [_number(one) for one in value]
+        number = _number(value)
+        if not several:
+            return number
+        quantity = self.kind(several=True) == "quantity"
+        unknown = math.isnan(number) or (not quantity and number in UNKNOWN)
+        if not unknown and not (quantity and self.classes == 1):
             raise ValueError(value)
-        numbers = [_number(one) for one in value]
-        if len(numbers) != self.classes or kind == "class" or any(math.isinf(number) for number in numbers):
-            raise ValueError(value)
-        if kind == "quantity":
-            return numbers
-        numbers = [math.nan if number in UNKNOWN else number for number in numbers]
-        if any(not (math.isnan(number) or 0 <= number <= 1) for number in numbers):
-            raise ValueError(value)
-        return numbers
-
-    def _class(self, number: float) -> int:
-        if math.isnan(number) or number in UNKNOWN:
-            return IGNORED
-        if not 0 <= number < self.classes or number != int(number):  # 2.0 is one, as a csv with holes has it
-            raise ValueError(number)
-        return int(number)
+        return [number if quantity else math.nan] * self.classes  # nothing is known of the whole row
 
     def _refused(self, value: Any, kind: Kind, column: str, place: Mapping[str, Any]) -> ShapleyError:
         where = ", ".join(f"{name} {one}" for name, one in place.items() if one is not None)
@@ -183,6 +173,14 @@ def known_labels(labels: Tensor, quantities: bool) -> Tensor:
     """Which of the labels (B,) or (B, K) are known, bool; of quantities, every number is."""
     known = labels == labels  # not so of NaN
     return known if quantities else known & (labels != UNKNOWN[0]) & (labels != UNKNOWN[1])
+
+
+def as_shares(labels: Tensor, classes: int) -> Tensor:
+    """Class indices (B,) as shares (B, K) of 0 and 1, all 0 where they are not known; shares as they are."""
+    if labels.ndim == 2:
+        return labels
+    known = known_labels(labels, quantities=False)  # (B,)
+    return torch.nn.functional.one_hot(labels.where(known, 0), classes) * known[:, None].float()  # (B, K)
 
 
 def as_row(row: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 
 from shapadapter.core.errors import ImageError, ShapleyError, UnreadableImageError
 from shapadapter.data.augmentation import Augmented
-from shapadapter.data.classes import Relabelled
+from shapadapter.data.classes import Relabelled, is_transformed
 from shapadapter.data.collator import FAULT, HOW_TO_SKIP, ImageCollator, named, open_row
 from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_column, is_damage
 from shapadapter.data.labels import IGNORED, ROW, as_row
@@ -131,14 +131,6 @@ class GuardedRows:
             if fault is None:
                 return row
         raise UnreadableImageError(f"None of the {len(self)} images of the data set can be read.")
-
-
-def is_transformed(dataset: Any) -> bool:
-    """Whether a data set's rows are made by the user's function when they are read."""
-    if isinstance(dataset, Relabelled | Augmented | Subset):
-        return is_transformed(dataset.dataset)
-    form = getattr(dataset, "format", None)
-    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def is_doubtful(row: Mapping[str, Any]) -> bool:
@@ -264,26 +256,3 @@ def _rows_of(values: Any, kept: Any) -> Any:
     if isinstance(values, list | tuple):
         return type(values)(_rows_of(value, kept) for value in values)
     return values[kept] if getattr(values, "ndim", 0) > 0 and len(values) == len(kept) else values
-
-
-class Skipped:
-    """How many images could not be read, of how many, since the last log."""
-
-    def __init__(self) -> None:
-        self._counts = {"train": [0, 0], "eval": [0, 0]}
-
-    def add(self, mode: str, read: int, images: int) -> None:
-        """Count a batch."""
-        self._counts[mode][0] += images - read
-        self._counts[mode][1] += images
-
-    def total(self, mode: str, accelerator: Any) -> int:
-        """Those of all processes, and a fresh start."""
-        counts = torch.tensor(self._counts[mode], device=accelerator.device)  # (2,)
-        self._counts[mode] = [0, 0]
-        skipped, images = accelerator.reduce(counts, reduction="sum").tolist()
-        if images and skipped == images:
-            raise ImageError(
-                f"None of {images} images could be read. corrupt_images='fail' names the first and its fault."
-            )
-        return skipped

@@ -15,8 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, set_seed
 
 from shapadapter.core.errors import CheckpointError
-from shapadapter.core.files import atomic_folder, write_together
-from shapadapter.core.locks import alone_in
+from shapadapter.core.files import alone_in, atomic_folder, write_together
 from shapadapter.demo.digits import DigitScenes, build_digits
 from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pictures, tune
 from shapadapter.evaluation import evaluate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
-from shapadapter.core.statistics import generator_of
+from shapadapter.core.shapley import generator_of
 from shapadapter.evaluation.faithfulness import Games
 
 

@@ -30,8 +30,8 @@ from shapadapter.evaluation.measure import Measurer
 from shapadapter.evaluation.plan import BUDGETS, METHODS, ONE_PASS, Explainer, Plan, check_known
 from shapadapter.evaluation.records import Means, Record, Records
 from shapadapter.evaluation.result import Evaluation
-from shapadapter.explanation.passes import base_of, predictions
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import base_of, predictions
 
 _IMAGES_TIMED = 8
 """How many images the cost of the one pass is measured on."""

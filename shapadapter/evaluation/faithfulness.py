@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from shapadapter.adapter.coalitions import evaluate_coalitions
+from shapadapter.core.estimates import exact_shapley_values, kernel_shap, kernel_shap_error
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
-    exact_shapley_values,
-    kernel_shap,
-    kernel_shap_error,
+    generator_of,
     pays_for_all,
     sample_pairs,
     sample_sizes,
 )
-from shapadapter.core.statistics import generator_of, is_constant, pearson, relative_l2, spearman, top_k_overlap
+from shapadapter.core.statistics import is_constant, pearson, relative_l2, spearman, top_k_overlap
 from shapadapter.explanation.passes import Predicted
 
 # -- the game --------------------------------------------------------------------------------------------------------

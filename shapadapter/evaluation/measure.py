@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
-from shapadapter.core.statistics import Interval, generator_of, relative_l2, spearman
+from shapadapter.core.shapley import generator_of
+from shapadapter.core.statistics import Interval, relative_l2, spearman
 from shapadapter.data.labels import known_labels
 from shapadapter.evaluation.dataset import Rows, choose
 from shapadapter.evaluation.deletion import areas, follow, orders, road
@@ -21,8 +22,8 @@ from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, se
 from shapadapter.evaluation.localization import mask_measures, saliency, tiles_inside
 from shapadapter.evaluation.plan import SALIENCY, Explainer, Plan, has_unit, images_of, stacked
 from shapadapter.evaluation.records import Means, Record, digest, plain
-from shapadapter.explanation.passes import Predicted
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import Predicted
 
 COALITIONS_PER_IMAGE = 8
 """Coalitions that go in a forward pass for each image that could: half their tokens are absent on average."""

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.phrases import did_you_mean
-from shapadapter.core.statistics import seed_of
+from shapadapter.core.shapley import seed_of
 from shapadapter.data.images import IMAGE_INPUTS
 from shapadapter.evaluation.faithfulness import DRAWS, is_exact, removed_counts, top_count
-from shapadapter.explanation.passes import Predicted, base_of, device_of, predictions
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
 from shapadapter.explanation.methods import METHODS as KNOWN
 from shapadapter.explanation.methods import attribute
+from shapadapter.explanation.passes import Predicted, base_of, device_of, predictions
 
 METHODS = ("shapadapter", "leave_one_out", "random", "centre")
 BUDGETS = (128, 256, 512, 1024, 2048)

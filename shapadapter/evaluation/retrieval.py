@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from shapadapter.backbone import evaluation_view
 from shapadapter.core.errors import ShapleyError
 from shapadapter.data.images import as_list
-from shapadapter.explanation.passes import base_of, embed_texts, inputs_on, prepared_batches
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import base_of, embed_texts, inputs_on, prepared_batches
 
 
 def recall_at_k(similarity: Tensor, k: int, matches: Tensor | None = None) -> Tensor:

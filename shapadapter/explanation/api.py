@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -39,7 +38,7 @@ def explain(
     """Predict and explain images in one forward pass each, without gradients.
 
     With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
-    standard errors; see `shapadapter.core.posterior`. From 2^N - 2 evaluations on they are the exact Shapley values.
+    standard errors; see `shapadapter.core.estimates`. From 2^N - 2 evaluations on they are the exact Shapley values.
 
     Args:
         model: a wrapped model; its training mode is left as it was.

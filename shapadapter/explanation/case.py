@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.backbone import sum_over_tiles
-from shapadapter.core.shapley import kernel_shap as fit
-from shapadapter.core.shapley import pays_for_all, sample_pairs, sample_sizes
-from shapadapter.core.statistics import generator_of
+from shapadapter.core.estimates import kernel_shap as fit
+from shapadapter.core.shapley import generator_of, pays_for_all, sample_pairs, sample_sizes
 from shapadapter.data.images import IMAGE_INPUTS
-from shapadapter.explanation.passes import Predicted
 from shapadapter.explanation.game import BatchGame
+from shapadapter.explanation.passes import Predicted
 from shapadapter.explanation.refine import enumerated
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shapadapter.core.errors import CheckpointError, FieldError
+from shapadapter.core.estimates import relative_error
 from shapadapter.core.grid import frame_of, laid_out
 from shapadapter.core.phrases import some
-from shapadapter.core.posterior import relative_error
 from shapadapter.data.classes import check_names, find_class
 from shapadapter.explanation.forms import as_dict, as_shap, read_explanation, write_explanation
 

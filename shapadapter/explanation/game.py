@@ -13,14 +13,8 @@ from shapadapter.adapter import CHILD, ShapleyLayer
 from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.backbone import evaluation_view, reached
 from shapadapter.core.errors import ImageError, ShapleyError
-from shapadapter.core.shapley import (
-    all_coalitions,
-    exact_shapley_values,
-    kernel_shap,
-    kernel_shap_error,
-    pays_for_all,
-    sample_paired_coalitions,
-)
+from shapadapter.core.estimates import exact_shapley_values, kernel_shap, kernel_shap_error
+from shapadapter.core.shapley import all_coalitions, pays_for_all, sample_paired_coalitions
 from shapadapter.data.images import IMAGE_INPUTS
 
 _COALITIONS = 32  # of an image in a call of the model, which also evaluates the whole image each time

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from shapadapter.backbone import attention_weights, cells_first, first_tensor, original_name
 from shapadapter.core.errors import ShapleyError
 from shapadapter.data.images import unpatchify
-from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.case import Answer, Case
+from shapadapter.explanation.passes import base_of
 
 
 def attention(case: Case) -> Answer:

@@ -15,7 +15,6 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ShapleyError
 from shapadapter.core.phrases import did_you_mean
 from shapadapter.explanation.api import explain
-from shapadapter.explanation.passes import join, one_pass, predictions
 from shapadapter.explanation.case import (
     Answer,
     Case,
@@ -36,6 +35,7 @@ from shapadapter.explanation.gradient_methods import (
     gradient_x_input,
     integrated_gradients,
 )
+from shapadapter.explanation.passes import join, one_pass, predictions
 from shapadapter.explanation.refine import in_pairs
 
 __all__ = ["METHODS", "attribute"]

@@ -34,7 +34,9 @@ class Predicted:
     labels: tuple[str, ...]  # of the K classes
     likelihood: str  # how scores become probabilities: "softmax", "sigmoid", or "none" where they are quantities
     frames: Tensor | None = None  # (B, 6), of `shapadapter.data.processors.frames`; None of prepared images
-    presence: Tensor | None = None  # (B, N) ones, by which `output.logits` can be differentiated, if that was asked for
+    presence: Tensor | None = (
+        None  # (B, N) ones, by which `output.logits` can be differentiated, if that was asked for
+    )
 
 
 def predictions(

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapadapter.core.posterior import Posterior, exact_posterior, shapley_posterior
+from shapadapter.core.estimates import Posterior, exact_posterior, shapley_posterior
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
+    generator_of,
     pays_for_all,
     sample_in_turns,
     sample_sizes,
 )
-from shapadapter.core.statistics import generator_of
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame
 

@@ -23,8 +23,8 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.phrases import argument, reason
 from shapadapter.data.classes import class_names
-from shapadapter.explanation.passes import base_of, embed_texts, prepared_batches
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import base_of, embed_texts, prepared_batches
 
 OUTPUTS = ("logits", "attributions", "null_values")  # what an exported model returns: (B, K), (B, N, K) and (B, K)
 

@@ -26,8 +26,8 @@ from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelEr
 from shapadapter.core.phrases import reason
 from shapadapter.core.remote import HUB_ERRORS, hub_trouble, is_path
 from shapadapter.data.images import prepare_images
-from shapadapter.explanation.passes import base_of
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import base_of
 from shapadapter.hub.load import called, comes_with_code, load, locate
 
 SHOWN_CLASSES = 10

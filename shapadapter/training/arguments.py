@@ -18,6 +18,9 @@ from shapadapter.core.errors import ShapleyError
 
 LORA_LEARNING_RATE = 5e-4
 
+TASK_OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
+"""Training arguments that say what the task loss is, of one class for each image."""
+
 # Ends of the names of measures, the evaluator's and others, of which less is better. transformers knows "loss" alone.
 _LESS_IS_BETTER = ("error", "deletion", "infidelity", "aopc_lerf")
 
@@ -128,11 +131,13 @@ class ShapleyTrainingArguments(TrainingArguments):
             raise ValueError(f"shapley_warmup is a share of the steps, from 0 to 1; got {self.shapley_warmup}.")
         if self.coalition_pairs < 1:
             raise ValueError(f"coalition_pairs must be at least 1, got {self.coalition_pairs}.")
-        if min(self.shapley_weight, self.coalition_task_weight) < 0:
-            raise ValueError("shapley_weight and coalition_task_weight must not be negative.")
-        self._check_data()
-        if self.card_images < 0:
-            raise ValueError(f"card_images must not be negative, got {self.card_images}.")
+        for name in ("shapley_weight", "coalition_task_weight", "mixup_alpha", "cutmix_alpha", "card_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.corrupt_images not in ("fail", "skip"):
+            raise ValueError(f"corrupt_images is 'fail' or 'skip', got {self.corrupt_images!r}.")
+        if self.class_weights not in (None, "balanced"):
+            self.class_weights = _numbers(self.class_weights)
         if self.log_attributions < 0 or (self.log_attributions > 0 and self.eval_strategy == IntervalStrategy.NO):
             raise ValueError(
                 "log_attributions is a number of held-out images, drawn at each evaluation: pass one that is not negative, "
@@ -149,23 +154,16 @@ class ShapleyTrainingArguments(TrainingArguments):
             # Its name from transformers 5.23 on, and the one the Trainer then reads.
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
-    def _check_data(self) -> None:
-        if self.corrupt_images not in ("fail", "skip"):
-            raise ValueError(f"corrupt_images is 'fail' or 'skip', got {self.corrupt_images!r}.")
-        if min(self.mixup_alpha, self.cutmix_alpha) < 0:
-            raise ValueError("mixup_alpha and cutmix_alpha must not be negative.")
-        if self.class_weights in (None, "balanced"):
-            return
-        given: Any = self.class_weights
-        try:
-            weights = [float(number) for number in (given.split(",") if isinstance(given, str) else given)]
-        except (TypeError, ValueError):
-            weights = []
-        if not any(weights) or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-            raise ValueError(
-                f"class_weights is a number for each class, none below 0, or 'balanced'; got {self.class_weights!r}."
-            )
-        self.class_weights = weights
+
+def _numbers(given: Any) -> list[float]:
+    """Weights of classes, from a list or a text of numbers."""
+    try:
+        weights = [float(number) for number in (given.split(",") if isinstance(given, str) else given)]
+    except (TypeError, ValueError):
+        weights = []
+    if not any(weights) or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"class_weights is a number for each class, none below 0, or 'balanced'; got {given!r}.")
+    return weights
 
 
 def check_setting(model: nn.Module, layer: ShapleyLayer, args: ShapleyTrainingArguments, trains: bool) -> None:

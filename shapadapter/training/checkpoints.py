@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shapadapter.core.documents import open_tensors, reading
 from shapadapter.core.errors import CheckpointError, DiskFullError, ShapleyError
-from shapadapter.core.files import atomic_folder, free_megabytes, temporary_path
-from shapadapter.core.locks import alone_in
+from shapadapter.core.files import alone_in, atomic_folder, free_megabytes, fsync_folder, temporary_path
 
 # Saved together or not at all; without one of them transformers starts all of them anew and says nothing.
 _STATES = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*"}
@@ -71,10 +70,10 @@ def newest_first(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run that a training can go on from; those that it passes over are named in warnings.
 
-    `trainer.train(resume_from_checkpoint=last_whole_checkpoint("out"))` goes on where a run stopped, and starts it where
+    `trainer.train(resume_from_checkpoint=last_complete_checkpoint("out"))` goes on where a run stopped, and starts it where
     there is nothing to go on from.
 
     Args:
@@ -83,11 +82,11 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         The checkpoint's path, or None if there is none.
     """
-    folder, _ = _newest_whole(newest_first(Path(output_dir)), damage_in, warn=True)
+    folder, _ = _newest_complete(newest_first(Path(output_dir)), damage_in, warn=True)
     return None if folder is None else str(folder)
 
 
-def _newest_whole(
+def _newest_complete(
     folders: list[Path], judge: Callable[[Path], str | None], warn: bool
 ) -> tuple[Path | None, list[str]]:
     """The first folder without damage, and what is wrong with those before it."""
@@ -121,58 +120,52 @@ def discard(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a trainer, of which all its processes are told the same.
-
-    Args:
-        trainer: whose arguments and accelerator are used.
-
-    Attributes:
-        unfinished: where one is being written.
-    """
+    """The checkpoints of a trainer, of which all its processes are told the same."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.unfinished: Path | None = None
+        self.unfinished: Path | None = None  # where one is being written
 
     def save(self, write: Callable[[], None], folder: Path) -> None:
         """Let all processes write a checkpoint, which takes the name `folder` when it is on the disk; then old ones go."""
-        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        args, state = self.trainer.args, self.trainer.state
+        best, place = state.best_model_checkpoint, [""]
         try:
-            with ExitStack() as stack:
-                place: list[Any] = [None]
-                if args.process_index == 0:
-                    place = [str(stack.enter_context(atomic_folder(folder)))]
+            with together(), ExitStack() as stack:
+                with together():
+                    if args.process_index == 0:
+                        place = [str(stack.enter_context(atomic_folder(folder)))]
                 self.unfinished = Path(broadcast_object_list(place)[0])
                 stack.callback(setattr, self, "unfinished", None)
-                write()
-                if state.best_model_checkpoint == str(self.unfinished):
-                    state.best_model_checkpoint = str(folder)
-                    if args.should_save:
-                        state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
-                trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.wait_for_everyone()
+                with together():
+                    write()
+                    if state.best_model_checkpoint == str(self.unfinished):
+                        state.best_model_checkpoint = str(folder)
+                        if args.should_save:
+                            state.save_to_json(str(self.unfinished / TRAINER_STATE_NAME))
         except Exception as error:
-            reason = error.__cause__ if isinstance(error, DiskFullError) else error  # whose sentence this one replaces
-            before = next((one for one in newest_first(folder.parent) if damage_in(one) is None), None)
-            resume = (
-                f"resume from {before} with resume_from_checkpoint=True"
-                if before
-                else "start again: no earlier one is complete"
-            )
+            state.best_model_checkpoint = best  # not what was given up
+            before, _ = _newest_complete(newest_first(folder.parent), damage_in, warn=False)
+            resume = f"resume from {before} with resume_from_checkpoint=True"
             raise CheckpointError(
-                f"Could not save {folder} ({type(reason).__name__}: {reason}; {free_megabytes(folder):,.1f} MB were free "
-                f"there). Remove the cause, then {resume}."
+                f"Could not save {folder} ({_reason(error)}; {free_megabytes(folder):,.1f} MB were free there). Remove the "
+                f"cause, then {resume if before else 'start again: no earlier one is complete'}."
             ) from error
         unfinished = Path(place[0])
         if args.local_process_index == 0 and unfinished.is_dir():  # another machine, with a disk of its own
             discard(folder)
             unfinished.rename(folder)
             unfinished.parent.rmdir()
+            fsync_folder(folder.parent)
         if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
+            self.trainer.publication.push_checkpoint(folder)
         if args.should_save:
             best = state.best_model_checkpoint
             rotate(folder.parent, args.save_total_limit, {folder} | ({Path(best)} if best else set()))
+
+    def saving_model(self) -> AbstractContextManager[None]:
+        """Around the saving of a checkpoint's model: the Trainer lets all processes wait for each other right after it."""
+        return nullcontext() if self.unfinished is None else together()
 
     def chosen(self, wish: Any) -> str | None:
         """The checkpoint to go on from, by what `resume_from_checkpoint` says; None to start anew."""
@@ -180,24 +173,25 @@ class Checkpoints:
         if wish is None or said == "false":
             return None
         if said != "true":
-            return self._without_damage(Path(wish))
+            folder = Path(wish)
+            if (damage := self.damage_in(folder)) is None:
+                return str(folder)
+            others = [one for one in self._listed(folder.parent) if one.name != folder.name]
+            other, _ = _newest_complete(others, self.damage_in, warn=False)
+            remedy = (
+                f"Pass {other} instead"
+                if other
+                else "No other one beside it is complete: leave resume_from_checkpoint out"
+            )
+            raise CheckpointError(f"Cannot resume from {folder}: {damage}. {remedy}.")
         run = Path(str(self.trainer.args.output_dir))
-        folder, passed = _newest_whole(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
-        if folder is not None:
-            return str(folder)
+        newest, passed = _newest_complete(self._listed(run), self.damage_in, self.trainer.is_local_process_zero())
+        if newest is not None:
+            return str(newest)
         found = f"none is complete ({'; '.join(passed)})" if passed else "there is none"
         raise CheckpointError(
             f"Expected a complete checkpoint in {run} to resume from, but {found}. Start again without resume_from_checkpoint."
         )
-
-    def _without_damage(self, folder: Path) -> str:
-        damage = self.damage_in(folder)
-        if damage is None:
-            return str(folder)
-        others = [one for one in self._listed(folder.parent) if one.name != folder.name]
-        other, _ = _newest_whole(others, self.damage_in, warn=False)
-        remedy = f"Pass {other}" if other else "No other one beside it is complete: leave resume_from_checkpoint out"
-        raise CheckpointError(f"Cannot resume from {folder}: {damage}. {remedy}{' instead' if other else ''}.")
 
     def damage_in(self, folder: Path) -> str | None:
         """What one process on each machine finds, since machines may have disks of their own; the same in all."""
@@ -221,16 +215,32 @@ class Checkpoints:
         return broadcast_object_list(listed)[0]
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, without the sentence of a `DiskFullError`, which another one replaces."""
+    cause = error.__cause__ if isinstance(error, DiskFullError) and error.__cause__ is not None else error
+    return str(cause) if isinstance(cause, ShapleyError) else f"{type(cause).__name__}: {cause}"
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all: none goes on, or waits for one that has given up."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failures = gather_object([None if error is None else _reason(error)])
+    if error is not None:
+        raise error
+    if found := next(filter(None, failures), None):
+        raise ShapleyError(found)
+
+
 @contextmanager
 def running_alone(args: Any, folder: str | Path) -> Iterator[None]:
     """`alone_in` for all processes of a training: the main one takes the lock, and if it cannot, all are refused."""
     with ExitStack() as stack:
-        refusal: list[Any] = [None]
-        if args.process_index == 0:
-            try:
+        with together():
+            if args.process_index == 0:
                 stack.enter_context(alone_in(Path(folder)))
-            except ShapleyError as error:
-                refusal = [str(error)]
-        if said := broadcast_object_list(refusal)[0]:
-            raise ShapleyError(said)
         yield

@@ -1,32 +1,32 @@
-"""The objective on a micro-batch: what is drawn for it, the task loss with soft labels, and how much a batch counts."""
+"""The objective on a micro-batch: what is drawn for it, its terms, how much they count, and what the log says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from shapadapter.adapter import ShapleyLayer
 from shapadapter.adapter.answer import ShapleyOutput, task_loss
-from shapadapter.backbone import Tiling
-from shapadapter.core.errors import ShapleyError
-from shapadapter.core.losses import shapley_loss_of_sums, warmup_weight
-from shapadapter.core.shapley import sample_pairs
-from shapadapter.core.statistics import generator_of
-from shapadapter.data.labels import LABEL_COLUMNS, LabelRules, known_labels
+from shapadapter.core.errors import ImageError, ShapleyCollapseWarning, ShapleyError
+from shapadapter.core.shapley import coalition_fit, generator_of, sample_pairs, shapley_loss_of_sums, warmup_weight
+from shapadapter.data.augmentation import draw_mix, mix_labels, mix_pictures
 from shapadapter.data.rows import readable_rows
-from shapadapter.training.arguments import ShapleyTrainingArguments
-from shapadapter.training.validation import labels_of
+from shapadapter.training.arguments import TASK_OPTIONS
+from shapadapter.training.validation import SoftTask
 
 # What is drawn, by the number that keeps its random numbers apart from the others'.
 _DRAWN = {"eval": 0, "train": 1, "mix": 2}
 
-# Training arguments that say what the task loss is, of one class for each image.
-_OPTIONS = ("class_weights", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
+_TASK = ("task_loss", "coalition_task_loss")
+"""Terms of the loss that are means over the labels that are known; the others are over images."""
+
+# A classifier whose logits differ by less than this between images says the same about all of them.
+_CONSTANT_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Shares:
     images: float
     labels: Tensor | float
     known: Tensor | float
+
+    def of(self, term: str) -> Tensor | float:
+        """What a term of the loss is multiplied with."""
+        return self.labels if term in _TASK else self.images
 
 
 class Objective:
@@ -64,9 +68,11 @@ class Objective:
         `in_step` is the mean number of labels of the step's batches; None for this batch's own.
         """
         trainer, labelled = self.trainer, self.trainer.labelled
-        marked, (inputs, read, images) = "readable" in inputs, readable_rows(inputs)
-        if marked and trainer.counting:
-            trainer.monitor.skipped.add("train" if training else "eval", read, images)
+        read = images = len(inputs["pixel_values"])
+        if "readable" in inputs:
+            inputs, read, images = readable_rows(inputs)
+            if trainer.counting:
+                trainer.monitor.add_skipped("train" if training else "eval", read, images)
         # Divided by all images, a batch counts by those it still has, and one without any has no say.
         share: Any = read / images if training else float(read > 0)
         if labelled is None:
@@ -77,19 +83,35 @@ class Objective:
         if labels is not None:
             if getattr(trainer.data_collator, "labels", None) is None:  # of another collator
                 inputs = labelled.with_unknown_marked(inputs)
-            if self.soft_task is not None:
-                check_labels(inputs["labels"])
-            known = (read > 0) * labelled.count(inputs)
+            labels = inputs["labels"]
+            if self.soft_task is not None and (labels.ndim != 1 or labels.is_floating_point()):
+                raise ShapleyError(
+                    f"{', '.join(TASK_OPTIONS)}: expected labels that are the number of a class, one for each image, got "
+                    f"{labels.dtype} of shape {tuple(labels.shape)}. Leave them out for regression and several labels."
+                )
+            known = (read > 0) * labelled.rules.count(inputs)
             if training and trainer.compute_loss_func is None:
-                whole = known + (images - read) * inputs["labels"][0].numel() if in_step is None else in_step
-                say = known / torch.as_tensor(whole, device=known.device).clamp(min=1e-3)
+                in_all = known + (images - read) * labels[0].numel() if in_step is None else in_step
+                say = known / torch.as_tensor(in_all, device=known.device).clamp(min=1e-3)
         if training and max(trainer.args.mixup_alpha, trainer.args.cutmix_alpha) > 0:
             tiling, alphas = trainer.layer.tiling(**inputs), (trainer.args.mixup_alpha, trainer.args.cutmix_alpha)
             mix = draw_mix(len(inputs["pixel_values"]), tiling.players, alphas, self.key("mix"))
             if labels is not None:
-                inputs = {**inputs, "labels": mix_labels(inputs["labels"], mix, trainer.layer.classes)}
+                inputs = {**inputs, "labels": mix_labels(labels, mix, trainer.layer.classes)}
             inputs = {**inputs, "pixel_values": mix_pictures(inputs["pixel_values"], mix, tiling)}
         return inputs, Shares(share, say, known)
+
+    def known_labels(self, batches: list[Any], device: torch.device) -> Tensor | None:
+        """The mean number (), over all processes, by which the micro-batches of a step divide their task loss.
+
+        So each label has the same say.
+        """
+        if self.trainer.labelled is None or not batches:
+            return None
+        rules = self.trainer.labelled.rules
+        counts = [rules.count(one).to(device, torch.float32) for one in batches if isinstance(one, Mapping)]
+        total = sum(counts, torch.zeros((), device=device))
+        return self.trainer.accelerator.reduce(total, reduction="mean") / len(batches)
 
     def key(self, kind: str) -> tuple[int, ...]:
         """Of the next draw, by seed, step, micro-step and rank alone: a resumed run repeats it."""
@@ -98,9 +120,9 @@ class Objective:
         self._drawn[kind] = step, number + 1 if last == step else 0
         return self.trainer.args.seed, _DRAWN[kind], *self._drawn[kind], self.trainer.args.process_index
 
-    def restart(self, *kinds: str) -> None:
-        """Begin a training or an evaluation."""
-        for kind in kinds:
+    def restart(self, mode: str) -> None:
+        """Begin a training or an evaluation: draws are numbered anew."""
+        for kind in ("train", "mix") if mode == "train" else ("eval",):
             self._drawn.pop(kind, None)
 
     def coalitions(self, inputs: dict[str, Any], training: bool) -> Tensor:
@@ -123,6 +145,11 @@ class Objective:
             repeated = labels.repeat_interleave(values.shape[1], dim=0)  # (B * M,) or (B * M, K)
             terms["coalition_task_loss"] = self._task_loss(ShapleyOutput(logits=flat), repeated)
         return terms
+
+    def total(self, terms: dict[str, Tensor], shares: Shares, training: bool) -> Tensor:
+        """The loss of a micro-batch, of its terms; one without a weight, of a subclass, counts as it is."""
+        weights = self.weights(training)
+        return torch.stack([shares.of(name) * weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
     def _task_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         trainer = self.trainer
@@ -172,165 +199,149 @@ def refilled(values: Tensor | None, rows: int) -> Tensor | None:
     return values[torch.arange(rows, device=values.device).clamp(max=len(values) - 1)]
 
 
-@dataclass
-class SoftTask:
-    """Cross-entropy with weighted classes and soft labels.
+class LossMonitor(TrainerCallback):
+    """Sums up what batches say, on the device, and tells whether their losses are finite.
 
-    It is the sum over images of `-sum_k w_k q_k log p_k`, divided by the number of those whose label is known (a mixed
-    image counts for the share whose label is) and not by the sum of their weights: so micro-batches add up to the whole
-    batch. With weights of 1 and one class for an image it is the usual cross-entropy.
-
-    Attributes:
-        weights: (K,) of the classes, None for 1.
-        smoothing: share of each label that is spread evenly over all classes.
+    Nothing is read from the device before a log, or before the backward pass of a step is queued: it would be kept waiting.
     """
 
-    weights: Tensor | None = None
-    smoothing: float = 0.0
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # (2,) each: part and total
+        self._skipped = {"train": [0, 0], "eval": [0, 0]}  # images that could not be read, and all
+        self._collapse_warned = False
+        self._finite: Tensor | None = None  # () bool on the device, of the micro-batches of this step
+        self._lost: tuple[Tensor, Any] | None = None  # () in how many processes not so, on its way to the CPU
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of logits (B, K) on class indices (B,) or shares of classes (B, K)."""
-        targets = _as_shares(labels, logits.shape[-1])  # (B, K)
-        mass = targets.sum(dim=1, keepdim=True)  # (B, 1), 0 for an image without a label
-        targets = (1 - self.smoothing) * targets + self.smoothing * mass / logits.shape[-1]
-        if self.weights is not None:
-            self.weights = self.weights.to(logits.device)
-            targets = targets * self.weights
-        losses = -(targets * logits.float().log_softmax(dim=-1)).sum(dim=1)  # (B,)
-        known = mass.sum()
-        return losses.sum() / known.where(known > 0, 1)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what an attempt of `auto_find_batch_size` left behind."""
+        self._finite = self._lost = None
+        self.restart("train")
 
+    def restart(self, mode: str) -> None:
+        """Begin a training or an evaluation."""
+        self.sums[mode], self._skipped[mode] = {}, [0, 0]
+        self.trainer.objective.restart(mode)
 
-def _as_shares(labels: Tensor, classes: int) -> Tensor:
-    """Class indices (B,) as shares (B, K) of 0 and 1, all 0 where they are not known; shares as they are."""
-    if labels.ndim == 2:
-        return labels
-    known = known_labels(labels, quantities=False)  # (B,)
-    return torch.nn.functional.one_hot(labels.where(known, 0), classes) * known[:, None].float()  # (B, K)
+    @torch.no_grad()
+    def add_batch(
+        self, mode: str, outputs: Any, coalitions: Tensor, terms: dict[str, Tensor], labels: Any, counts: bool = True
+    ) -> None:
+        """Add the terms of a batch's loss, its coalition fit, and in training the spread of its logits.
 
+        `coalitions` is (B, M, N), `terms` are means by name.
+        """
+        size = outputs.logits.shape[0]
+        for name, term in terms.items():
+            count = labels if name in _TASK else size
+            self._add(mode, name, count * term, count, counts)
+        values = (outputs.coalition_values, outputs.null_values, outputs.logits)
+        self._add(mode, "coalition_fit", *coalition_fit(outputs.coalition_attributions, coalitions, *values), counts)
+        if mode == "train" and not self.trainer.matching:
+            # One image has no spread; its weight is 0, so that all processes sum up the same names.
+            several = size if size > 1 else 0
+            spread = outputs.logits.float().std(dim=0, correction=0).mean()
+            self._add(mode, "logit_spread", several * spread, several, counts)
 
-def soft_task(
-    args: ShapleyTrainingArguments,
-    layer: ShapleyLayer,
-    rules: LabelRules | None,
-    dataset: Any,
-    names: Mapping[int, str] | None,
-    own_loss: Any,
-) -> SoftTask | None:
-    """The task loss where one of `_OPTIONS` is on, None for the base model's; `own_loss` is the user's, or None."""
-    asked = [name for name in _OPTIONS if getattr(args, name)]
-    if not asked:
-        return None
-    what, problem, other = " and ".join(asked), rules and rules.problem, None
-    if layer.anatomy.kind == "matching":
-        other = "a model that matches images with texts"
-    elif problem == "multi_label_classification":
-        other = "several labels"
-    elif problem == "regression" or layer.classes == 1:
-        other = "regression"
-    if other is not None:
-        raise ShapleyError(f"{what}: only for one class for each image, not for {other}. Leave it out.")
-    if layer.anatomy.family.patches and max(args.mixup_alpha, args.cutmix_alpha) > 0:
-        raise ShapleyError(
-            "mixup_alpha and cutmix_alpha: this model takes images of many shapes as patches, which are not mixed. Set them "
-            "to 0."
+    def _add(self, mode: str, name: str, part: Tensor, total: Tensor | float, counts: bool) -> None:
+        # A plain number is filled in on the device: bringing it there would halt it.
+        total = total if isinstance(total, Tensor) else part.new_full((), total, dtype=torch.float32)
+        added = torch.stack([part.detach().float(), total.detach().float()]) * float(counts)  # (2,)
+        sums = self.sums[mode]
+        sums[name] = sums[name] + added if name in sums else added
+
+    def means(self, mode: str) -> dict[str, float]:
+        """The quotients over batches and processes, where they are defined, and a fresh start."""
+        sums, self.sums[mode] = self.sums[mode], {}
+        if not sums:
+            return {}
+        accelerator, names = self.trainer.accelerator, sorted(sums)
+        parts = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        found = {name: part / total for name, (part, total) in zip(names, parts, strict=True) if total > 0}
+        if "logit_spread" in found:
+            self.warn_of_collapse(found.pop("logit_spread"))
+        skips = self.trainer.args.corrupt_images == "skip"
+        return {**found, "skipped_images": self._skipped_images(mode)} if skips else found
+
+    def measured(self) -> dict[str, float]:
+        """The means of an evaluation, with the loss that its terms add up to: images, and labels, count alike in all batches."""
+        found, weights = self.means("eval"), self.trainer.objective.weights(training=False)
+        terms = [weight * found[name] for name, weight in weights.items() if name in found]
+        return {**found, "loss": sum(terms)} if terms else found
+
+    def add_skipped(self, mode: str, read: int, images: int) -> None:
+        """Count a batch of which some images could not be read."""
+        self._skipped[mode][0] += images - read
+        self._skipped[mode][1] += images
+
+    def _skipped_images(self, mode: str) -> int:
+        """How many images of all processes could not be read, and a fresh start."""
+        counts = torch.tensor(self._skipped[mode], device=self.trainer.accelerator.device)  # (2,)
+        self._skipped[mode] = [0, 0]
+        skipped, images = self.trainer.accelerator.reduce(counts, reduction="sum").tolist()
+        if images and skipped == images:
+            raise ImageError(
+                f"None of {images} images could be read. corrupt_images='fail' names the first and its fault."
+            )
+        return skipped
+
+    def warn_of_collapse(self, spread: float) -> None:
+        """Warn once, after the warm-up, if the logits hardly vary between images."""
+        args, state = self.trainer.args, self.trainer.state
+        warmed_up = args.shapley_weight > 0 and state.global_step >= args.shapley_warmup * state.max_steps
+        # A single output is a regression, whose unit is the user's.
+        constant = self.trainer.layer.classes > 1 and spread < _CONSTANT_SPREAD
+        if self._collapse_warned or not warmed_up or not constant:
+            return
+        self._collapse_warned = True
+        warnings.warn(
+            f"The model says nearly the same about every image: its logits vary by {spread:.1e} between images. "
+            "The Shapley loss has a trivial minimum there. Train the task longer before it sets in (shapley_warmup, "
+            f"now {args.shapley_warmup}), lower shapley_weight (now {args.shapley_weight}) or the learning rate.",
+            ShapleyCollapseWarning,
+            stacklevel=2,
         )
-    if own_loss is not None:
-        raise ShapleyError(f"{what} and compute_loss_func both say what the task loss is. Leave one of them out.")
-    weights = None
-    if args.class_weights is not None:
-        weights = class_weights(args.class_weights, dataset, layer.classes, names)
-    return SoftTask(weights, args.label_smoothing_factor)
 
+    # -- losses that are not finite --------------------------------------------------------------------------------------
 
-def check_labels(labels: Tensor) -> None:
-    """Refuse labels that are quantities, or several for an image, where `_OPTIONS` want one class for each."""
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise ShapleyError(
-            f"{', '.join(_OPTIONS)}: expected labels that are the number of a class, one for each image, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}. Leave them out for regression and several labels."
+    def add_loss(self, loss: Tensor) -> None:
+        """Take note of a micro-batch; at the last one of a step of all processes, so that they stop together."""
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if not self.trainer.accelerator.sync_gradients:
+            return
+        count = self.trainer.accelerator.reduce((~self._finite).float(), reduction="sum")
+        # Before the backward pass is queued: while it runs, a GPU is not kept waiting for the answer.
+        event = torch.cuda.Event() if count.is_cuda else None
+        self._lost, self._finite = (count.to("cpu", non_blocking=True), event), None
+        if event is not None:
+            event.record()
+
+    def check_finite(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """After the backward pass of a step: stop if any process had a loss that is not finite."""
+        if self._lost is None:
+            return
+        (count, event), self._lost = self._lost, None
+        if event is not None:
+            event.synchronize()
+        if bool(count):
+            model.zero_grad()
+            raise ShapleyError(
+                f"The loss of step {self.trainer.state.global_step + 1} is not finite, {self._cause(model, inputs)} The "
+                "weights are those before this step, and nothing was saved after it."
+            )
+
+    def _cause(self, model: nn.Module, inputs: dict[str, Any]) -> str:
+        """Why the loss may be what it is, and what to do."""
+        rate = f"learning_rate (now {self.trainer.args.learning_rate})"
+        lost = next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
+        if lost is not None:
+            return f"because weights are not: {lost}. An earlier step was too large: lower {rate}, or load an undamaged adapter."
+        pixels = inputs.get("pixel_values")
+        if isinstance(pixels, Tensor) and not bool(pixels.isfinite().all()):
+            return "because pixel_values hold NaN or infinite numbers: look at the transform or the image processor."
+        half = " or use bf16 instead of fp16, whose range is small;" if self.trainer.args.fp16 else ""
+        return (
+            f"while weights and images are: probably the steps are too large. Lower {rate};{half} or look for labels that "
+            "are far from all others."
         )
-
-
-def class_weights(
-    wanted: Sequence[float] | str, dataset: Any, classes: int, names: Mapping[int, str] | None
-) -> Tensor:
-    """The weights (K,) of the classes, as given, or `n / (K * n_k)` for `n_k` of `n` training images in class k.
-
-    So their mean over the images is 1 (King & Zeng 2001; as in scikit-learn).
-    """
-    if not isinstance(wanted, str):
-        if len(wanted) != classes:
-            raise ShapleyError(f"class_weights has {len(wanted)} numbers; the model has {classes} classes.")
-        return torch.tensor(wanted, dtype=torch.float32, device="cpu")
-    found = labels_of(dataset, LABEL_COLUMNS)
-    if found is None or LabelRules(classes).kind(np.ndim(found[1]) > 1) != "class":
-        raise ShapleyError(
-            "class_weights='balanced' counts the labels of a datasets.Dataset, or a list of rows, with a column of class "
-            f"numbers named one of {LABEL_COLUMNS}; got {type(dataset).__name__}. Pass class_weights as a list of numbers."
-        )
-    column, values = found
-    rows: list[Any] = [{}] * len(values)
-    labels = LabelRules(classes, "single_label_classification").collated(values, column, rows)  # (n,)
-    counts = np.bincount(labels[labels >= 0].numpy(), minlength=classes)  # (K,)
-    missing = np.flatnonzero(counts[:classes] == 0).tolist()
-    if missing:
-        shown = ", ".join(str((names or {}).get(index, index)) for index in missing[:10])
-        raise ShapleyError(
-            f"class_weights='balanced' divides by the images of each class, and {len(missing)} of {classes} classes have "
-            f"none in the training data: {shown}. Pass class_weights as a list of {classes} numbers."
-        )
-    return torch.from_numpy(counts.sum() / (classes * counts)).float()
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How the images of one micro-batch are mixed.
-
-    Attributes:
-        partners: (B,) which image is mixed in.
-        share: of the own image, 0 to 1.
-        box: (top, left, height, width) in players of the part that is the partner's; None to blend all pixels.
-    """
-
-    partners: Tensor
-    share: float
-    box: tuple[int, int, int, int] | None
-
-
-def draw_mix(images: int, players: tuple[int, int], alphas: tuple[float, float], key: tuple[int, ...]) -> Mix:
-    """Draw a mix of B images: the share from Beta(alpha, alpha), mixup or cutmix with equal chances where both are on.
-
-    A cutmix box has about the share of players (rows, cols) that Beta says, and the label's share is the one it really has.
-    """
-    generator = np.random.default_rng(np.random.SeedSequence(key))
-    cuts = bool(generator.integers(2)) if min(alphas) > 0 else alphas[1] > 0
-    share = float(generator.beta(alphas[cuts], alphas[cuts]))
-    partners = torch.from_numpy(generator.permutation(images))  # (B,)
-    if not cuts:
-        return Mix(partners, share, None)
-    side = (1 - share) ** 0.5
-    height, width = (round(side * length) for length in players)
-    top, left = (
-        int(generator.integers(0, length - part + 1)) for length, part in zip(players, (height, width), strict=True)
-    )
-    return Mix(partners, 1 - height * width / (players[0] * players[1]), (top, left, height, width))
-
-
-def mix_pictures(pixels: Tensor, mix: Mix, tiling: Tiling) -> Tensor:
-    """The mixed images (B, C, H, W): mixup (Zhang et al. 2018) blends, cutmix (Yun et al. 2019) puts in whole players."""
-    others = pixels[mix.partners.to(pixels.device, non_blocking=True)]  # (B, C, H, W)
-    if mix.box is None:
-        return mix.share * pixels + (1 - mix.share) * others
-    (top, left, height, width), (rows, cols) = mix.box, tiling.players
-    down, up = (round(row * tiling.seen[0] / rows) for row in (top, top + height))
-    start, end = (round(col * tiling.seen[1] / cols) for col in (left, left + width))
-    mixed = pixels.clone()
-    mixed[..., down:up, start:end] = others[..., down:up, start:end]
-    return mixed
-
-
-def mix_labels(labels: Tensor, mix: Mix, classes: int) -> Tensor:
-    """What is in the mixed images: class indices (B,) to shares (B, K)."""
-    shares = _as_shares(labels, classes)  # (B, K)
-    return mix.share * shares + (1 - mix.share) * shares[mix.partners.to(labels.device, non_blocking=True)]

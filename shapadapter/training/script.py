@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, HfArgumentParser, set_
 
 from shapadapter.adapter import ShapleyConfig
 from shapadapter.core.documents import read_json
-from shapadapter.core.errors import CheckpointError, ShapleyError, UnreadableImageError
+from shapadapter.core.errors import ShapleyError, UnreadableImageError
 from shapadapter.core.files import report_full_disk
 from shapadapter.core.phrases import some
 from shapadapter.core.remote import HUB_ERRORS, find_base, hub_trouble, is_path
@@ -29,7 +29,7 @@ from shapadapter.data.images import open_image
 from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
 from shapadapter.training.arguments import ShapleyTrainingArguments
-from shapadapter.training.checkpoints import discard, last_whole_checkpoint, newest_first, running_alone
+from shapadapter.training.checkpoints import discard, last_complete_checkpoint, newest_first, running_alone
 from shapadapter.training.trainer import ShapleyTrainer
 from shapadapter.visual import gallery
 
@@ -37,28 +37,22 @@ from shapadapter.visual import gallery
 def check_model(name: str) -> None:
     """Refuse what is no base model: a path to no folder, or an adapter."""
     folder = Path(name)
-    if not folder.is_dir():
-        _refuse_path(name)
-        return
-    file = folder / CONFIG_NAME
-    if not file.is_file():
+    _refuse_missing(name)
+    if not (folder / CONFIG_NAME).is_file():
         return
     base = None
-    with suppress(CheckpointError):
-        base = read_json(file).get("base_model_name_or_path")
-    if base:
-        with suppress(ShapleyError):  # else as the adapter names it
-            base = find_base(folder, str(base))
+    with suppress(ShapleyError):  # else as the adapter names it, if it can be read
+        base = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+        base = base and find_base(folder, str(base))
     which = f", {base}" if base else ""
     raise ShapleyError(f"{name} is an adapter, not a model to start from: pass its base model{which}.")
 
 
 def check_data(name: str) -> None:
     """Refuse a path to no folder, and a folder that leaves open what its classes are."""
+    _refuse_missing(name)
     if Path(name).is_dir():
         list_folder(Path(name))
-    else:
-        _refuse_path(name)
 
 
 def check_output(folder: Path, resumed: str | None, overwrite: bool) -> bool:
@@ -91,19 +85,16 @@ def columns(features: Mapping[str, Any], label: str | None, name: str | None, fo
     if folder is not None and (not images or not classes):
         raise no_classes(folder)
     if not images or not classes or (label is not None and label not in classes):
-        wanted = (
-            f"a column {label!r} of classes"
-            if images and label is not None
-            else "a column of images and one of classes"
-        )
+        named = images and label is not None
+        wanted = f"a column {label!r} of classes" if named else "a column of images and one of classes"
         raise ShapleyError(
             f"Expected {wanted} (Image and ClassLabel of datasets), got {sorted(features)} from {name}."
         )
     return images[0], label or classes[0]
 
 
-def _refuse_path(name: str) -> None:
-    if is_path(name):
+def _refuse_missing(name: str) -> None:
+    if is_path(name) and not Path(name).is_dir():
         raise ShapleyError(f"There is no folder {name}.")
 
 
@@ -230,9 +221,9 @@ def wrapped(args: ScriptArguments, names: list[str]) -> PeftModel:
 
 
 def resumed_from(training_args: ShapleyTrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` means: with `last` the newest whole checkpoint, or a fresh start before the first."""
+    """What `--resume_from_checkpoint` means: with `last` the newest complete checkpoint, or a fresh start before the first."""
     wish, folder = training_args.resume_from_checkpoint, str(training_args.output_dir)
-    return last_whole_checkpoint(folder) if wish == "last" else wish
+    return last_complete_checkpoint(folder) if wish == "last" else wish
 
 
 def clear_output(args: ScriptArguments, training_args: ShapleyTrainingArguments) -> None:

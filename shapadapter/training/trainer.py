@@ -9,26 +9,27 @@ from typing import Any
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, enable_full_determinism
 from typing_extensions import override
 
 from shapadapter.core.errors import ShapleyError
+from shapadapter.core.files import report_full_disk
 from shapadapter.data.collator import FAULT, TEXT_COLUMNS, ImageCollator, text_rules
 from shapadapter.data.images import IMAGE_COLUMNS
 from shapadapter.data.labels import LABEL_COLUMNS, READY, ROW
-from shapadapter.data.rows import GuardedRows, check_skipping, guarded, in_place, of_known
-from shapadapter.explanation.passes import base_of
+from shapadapter.data.rows import check_skipping, guarded, in_place, of_known
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.passes import base_of
 from shapadapter.training.arguments import ShapleyTrainingArguments, check_setting, prepare_fsdp, set_head_rate
-from shapadapter.training.callbacks import TASK, AttributionMaps, LossMonitor
 from shapadapter.training.checkpoints import Checkpoints, running_alone
-from shapadapter.training.objective import Objective, placed, refilled, soft_task, without_repeats
-from shapadapter.training.record import RecordingTrainer
-from shapadapter.training.validation import LabelledData, as_model_reads, check_classes, mean_color, warn_of_crops
+from shapadapter.training.objective import LossMonitor, Objective, placed, refilled, without_repeats
+from shapadapter.training.publish import Publication, without_token
+from shapadapter.training.record import AttributionMaps, Record
+from shapadapter.training.validation import LabelledData, as_model_reads, look_at, soft_task
 
 
-class ShapleyTrainer(RecordingTrainer):
+class ShapleyTrainer(Trainer):
     """Fine-tune a wrapped model with task loss and Shapley loss in one stage.
 
     Takes what `Trainer` takes, by keyword; what `model_init` makes is a wrapped model as well. A data set with `image` and
@@ -47,6 +48,9 @@ class ShapleyTrainer(RecordingTrainer):
     among the `eval_*`: `evaluator=Evaluator(images=16)` and `metric_for_best_model="eval_error"` keep the checkpoint that
     explains best. Every process measures the same images of the whole set and finds the same numbers.
 
+    Each part is an object of its own: `objective` is what the loss is made of, `monitor` what the log says of it,
+    `checkpoints` writes and judges checkpoints, `record` keeps what the model card tells, `publication` uploads.
+
     Private methods of `Trainer` that are overridden:
 
     | method | why |
@@ -54,10 +58,9 @@ class ShapleyTrainer(RecordingTrainer):
     | `_get_dataloader` | the row of an image that cannot be read is named, or left out |
     | `_get_output_dir` | while a checkpoint is written, it is beside its place |
     | `_load_best_model` | a damaged checkpoint must not cost the weights that were trained |
-    | `_push_from_checkpoint` | a checkpoint is pushed when it is complete |
+    | `_push_from_checkpoint` | does nothing: `publication` pushes a checkpoint once it is complete |
     | `_run_epoch` | a resumed data set is told its epoch, and a finished run takes no step more |
     | `_save_checkpoint` | a checkpoint takes its name, and older ones go, when it is complete |
-    | `_inner_training_loop`, `_save`, `_finish_current_push` | time, record and failed uploads, in record.py and publish.py |
 
     Raises:
         ShapleyError: the model holds no Shapley adapter, the data set has other classes than the model, or there is a label
@@ -82,27 +85,25 @@ class ShapleyTrainer(RecordingTrainer):
             raise ShapleyError(f"Expected ShapleyTrainingArguments, got {type(args).__name__}.")
         self.evaluator = evaluator
         self.checkpoints, self.monitor = Checkpoints(self), LossMonitor(self)
+        self.record, self.publication = Record(self), Publication(self)
         self._first: Any = None  # model of `model_init` that the settings are checked with, until it is asked for
         given, maker = model, kwargs.get("model_init")
         if model is None and maker is not None:
-            (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
             self.model_init = maker
+            (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
             model = self._first = super().call_model_init()
         self.layer = active_layer(model)
         self.matching = self.layer.anatomy.kind == "matching"
-        data, own_loss = kwargs.get("train_dataset"), kwargs.get("compute_loss_func")
+        data, processor = kwargs.get("train_dataset"), kwargs.get("processing_class")
         self.labelled = None if self.matching else LabelledData(model, self.layer, args, data)
-        rules, names = (self.labelled.rules, self.labelled.names) if self.labelled else (None, None)
+        rules, names = (None, None) if self.labelled is None else (self.labelled.rules, self.labelled.names)
         texts = text_rules(model) if self.matching else None
-        kwargs["data_collator"] = kwargs.get("data_collator") or ImageCollator(
-            kwargs.get("processing_class"), texts, args.truncate_texts, args.corrupt_images, names, rules
-        )
+        own = ImageCollator(processor, texts, args.truncate_texts, args.corrupt_images, names, rules)
+        kwargs["data_collator"] = kwargs.get("data_collator") or own
         for name in ("train_dataset", "eval_dataset"):
-            if not self.matching:
-                check_classes(kwargs.get(name), self.layer.classes)
             kwargs[name] = as_model_reads(kwargs.get(name), self.labelled, several=name == "eval_dataset")
         check_setting(model, self.layer, args, data is not None)
-        task = soft_task(args, self.layer, rules, kwargs["train_dataset"], names, own_loss)
+        task = soft_task(args, self.layer, self.labelled, kwargs["train_dataset"], kwargs.get("compute_loss_func"))
         if args.corrupt_images == "skip":
             check_skipping(kwargs["data_collator"])
         kwargs["compute_metrics"] = kwargs.get("compute_metrics") and of_known(kwargs["compute_metrics"])
@@ -128,57 +129,44 @@ class ShapleyTrainer(RecordingTrainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast around each step, where accelerate puts none around the model's forward."""
-        if (
-            self.is_fsdp_enabled
-        ):  # without the cache: what it keeps of a weight is of no use once FSDP took the weight back
+        if self.is_fsdp_enabled:
+            # Without the cache: what it keeps of a weight is of no use once FSDP took the weight back.
             return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         return super().autocast_smart_context_manager(cache_enabled)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer`'s loader; classes are found by name."""
-        named = isinstance(eval_dataset, str)  # one of several, which are counted as the model does
-        own: Any = self.eval_dataset
-        data = own[eval_dataset] if named else as_model_reads(eval_dataset, self.labelled, several=True)
-        self._check_labels(data)
-        return super().get_eval_dataloader(eval_dataset if named else data)
+        if not isinstance(eval_dataset, str):  # the name of one of several, which are counted as the model does
+            eval_dataset = as_model_reads(eval_dataset, self.labelled, several=True)
+        return super().get_eval_dataloader(self._checked(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """`Trainer`'s loader; classes are found by name."""
-        test_dataset = as_model_reads(test_dataset, self.labelled)
-        self._check_labels(test_dataset)
-        return super().get_test_dataloader(test_dataset)
+        return super().get_test_dataloader(self._checked(as_model_reads(test_dataset, self.labelled)))
 
-    def _check_labels(self, dataset: Any) -> None:
+    def _checked(self, dataset: Any) -> Any:
+        """The data, or its name, once its labels are known to be some."""
+        own: Any = self.eval_dataset
         if self.labelled is not None:
-            self.labelled.check(dataset, self.data_collator)
+            self.labelled.check(own[dataset] if isinstance(dataset, str) else dataset, self.data_collator)
+        return dataset
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """`Trainer`'s, with the mean number of known labels of the step's micro-batches, over all processes.
-
-        By it each micro-batch divides its task loss, so that each label has the same say.
-        """
+        """`Trainer`'s, with the mean number of known labels of the step's micro-batches, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.labelled is None or not batches:
-            return batches, None
-        counts = [self.labelled.count(one).to(device, torch.float32) for one in batches if isinstance(one, Mapping)]
-        total = sum(counts, torch.zeros((), device=device))
-        return batches, self.accelerator.reduce(total, reduction="mean") / len(batches)
+        return batches, self.objective.known_labels(batches, device)
 
-    def _guarded(self, dataset: Any) -> Any:
+    def guarded(self, dataset: Any) -> Any:
         """The data set that names, or passes over, what it cannot read."""
         names = None if self.labelled is None else self.labelled.names
         return guarded(dataset, self.data_collator, self.args.corrupt_images, names)
 
     @override
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_dataloader(self._guarded(dataset), *args, **kwargs)
+        return super()._get_dataloader(self.guarded(dataset), *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective on one micro-batch; `inputs` may bring its own `coalitions` (B, M, N)."""
         inputs, shares = self.objective.prepared(inputs, model.training, num_items_in_batch)
@@ -190,12 +178,9 @@ class ShapleyTrainer(RecordingTrainer):
         given = inputs if self.objective.soft_task is None else {**inputs, "labels": None}
         outputs: Any = model(**given, **options)
         terms = self._loss_terms(outputs, inputs)
-        counts = shares.images > 0 and self.counting
-        mode = "train" if model.training else "eval"
+        mode, counts = "train" if model.training else "eval", shares.images > 0 and self.counting
         self.monitor.add_batch(mode, outputs, inputs["coalitions"], terms, shares.known, counts)
-        weights = self.objective.weights(model.training)
-        says = {name: shares.labels if name in TASK else shares.images for name in terms}
-        loss = torch.stack([says[name] * weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        loss = self.objective.total(terms, shares, model.training)
         if model.training:
             self.monitor.add_loss(loss)
         return (loss, outputs) if return_outputs else loss
@@ -216,53 +201,34 @@ class ShapleyTrainer(RecordingTrainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
-        """`Trainer`'s training, after a look at the data, from a whole checkpoint.
+        """`Trainer`'s training, after a look at the data, from a complete checkpoint.
 
         Args:
-            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the path of one.
+            resume_from_checkpoint: True for the newest complete checkpoint in `output_dir`, or the path of one.
             trial: as for `Trainer`.
             ignore_keys_for_eval: as for `Trainer`.
 
         Raises:
-            CheckpointError: the checkpoint is not whole, or with True none is.
+            CheckpointError: the checkpoint is not complete, or with True none is.
             ShapleyError: another run is writing into the same folder, or the data cannot be trained on.
         """
         if torch.is_inference_mode_enabled():
             raise ShapleyError("There are no gradients in inference mode: call train() outside of it.")
         if self.train_dataset is not None:
-            self._look_at_data()
+            look_at(self)
         with running_alone(self.args, self._get_output_dir(trial)):
-            return super().train(self.checkpoints.chosen(resume_from_checkpoint), trial, ignore_keys_for_eval)
-
-    def _look_at_data(self) -> None:
-        """Refuse what cannot be trained on, and measure the color of absent pixels where that is the data's mean."""
-        self._check_labels(self.train_dataset)
-        if self.args.eval_strategy != "no":
-            self._check_labels(self.eval_dataset)
-        if (
-            self.labelled is not None
-            and self.labelled.needed(self.layer)
-            and type(self.data_collator) is ImageCollator
-        ):
-            self.labelled.check_known(self.train_dataset)
-        rows = self._guarded(self.train_dataset)
-        if isinstance(rows, GuardedRows) and self.args.corrupt_images == "fail":
-            rows.look(self.args.process_index, self.args.world_size)
-        name = self.layer.active or ""
-        config = self.accelerator.unwrap_model(self.model).peft_config.get(name)
-        means = config is not None and config.removal == "pixels" and config.fill != "learned"
-        if means and config.fill_color is None:
-            config.fill_color = mean_color(rows, self.data_collator)
-            self.layer.read_rules(name, config)
-        if self.is_world_process_zero():
-            warn_of_crops(self.train_dataset, self.data_collator)
+            checkpoint = self.checkpoints.chosen(resume_from_checkpoint)
+            with self.record.timed(checkpoint):
+                result = super().train(checkpoint, trial, ignore_keys_for_eval)
+            self.publication.finish()
+            return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`Trainer`'s optimizer, in which token and head have a learning rate of their own."""
-        if self.optimizer is not None:  # the user's
-            return self.optimizer
+        made = self.optimizer is None  # or it is the user's
         optimizer = super().create_optimizer(model)
-        set_head_rate(optimizer, self.layer, self.args.head_learning_rate)
+        if made:
+            set_head_rate(optimizer, self.layer, self.args.head_learning_rate)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -288,10 +254,6 @@ class ShapleyTrainer(RecordingTrainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.checkpoints.save(lambda: super(ShapleyTrainer, self)._save_checkpoint(model, trial), folder)
 
-    @property
-    def _saving(self) -> bool:  # type: ignore[override]
-        return self.checkpoints.unfinished is not None
-
     @override
     def _get_output_dir(self, trial: Any) -> str:
         unfinished = self.checkpoints.unfinished
@@ -299,20 +261,65 @@ class ShapleyTrainer(RecordingTrainer):
 
     @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)
+        pass
 
     @override
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         super()._load_best_model()
+        self.record.best_loaded()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer`'s saving, with a model card; one that is not a checkpoint gets pictures of held-out images."""
+        folder, pushed = Path(str(output_dir or self.args.output_dir)), self.args.push_to_hub and not _internal_call
+        pictures = self.checkpoints.unfinished is None and not pushed  # which saves once more
+        saving = self.checkpoints.saving_model()
+        with saving, report_full_disk(folder), self.record.kept_in(folder, pictures), without_token(self.args):
+            super().save_model(output_dir, _internal_call=True)
+        if pushed:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card in `output_dir` with what only a person knows; it is kept for later saves."""
+        self.record.write_card({name: value for name, value in locals().items() if name != "self"})
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload it, with its processor and card.
+
+        Args:
+            commit_message: of the one commit.
+            blocking: whether to wait for the upload.
+            token: that may write; by default `hub_token`, or that of `hf auth login`.
+            revision: the branch, made if it is not there; by default `hub_revision`.
+            private: whether a new repository is private; by default `hub_private_repo`.
+            **kwargs: for `create_model_card`.
+
+        Returns:
+            What `huggingface_hub` says of the commit, or a future of it if not `blocking`; None but in the first process.
+        """
+        return self.publication.push(commit_message or "End of training", blocking, token, revision, private, kwargs)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the attributions of a whole data set are not gathered."""
         inputs = self._prepare_inputs(inputs)
@@ -332,16 +339,9 @@ class ShapleyTrainer(RecordingTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """`Trainer`'s loop, with the loss's terms, the coalition fit and the evaluator's numbers among the metrics."""
-        self.objective.restart("eval")
-        self.monitor.sums["eval"] = {}
+        self.monitor.restart("eval")
         output = super().evaluation_loop(*args, **kwargs)
-        found = self.monitor.means("eval")
-        # The loss that the terms add up to: images, and labels, count alike in all batches.
-        terms = [
-            weight * found[name] for name, weight in self.objective.weights(training=False).items() if name in found
-        ]
-        if terms:
-            found["loss"] = sum(terms)
+        found = self.monitor.measured()
         if self.evaluator is not None:
             dataset = (args[0] if args else kwargs["dataloader"]).dataset
             with self.compute_loss_context_manager():

@@ -6,24 +6,26 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
 from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.errors import ImageError, ShapleyError
-from shapadapter.data.augmentation import Augmented, seeded
-from shapadapter.data.classes import Relabelled, are_numbers, as_model_counts, named_classes
+from shapadapter.core.phrases import some
+from shapadapter.data.augmentation import seeded
+from shapadapter.data.classes import are_numbers, as_model_counts, columns_of, is_transformed, labels_of, named_classes
 from shapadapter.data.collator import ImageCollator
 from shapadapter.data.images import DECODING_ERRORS, IMAGE_COLUMNS, image_side, open_image, prepare_opened, undecoded
-from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, LabelRules, as_row, known_labels
+from shapadapter.data.labels import IGNORED, LABEL_COLUMNS, PROBLEMS, LabelRules, as_shares, known_labels
 from shapadapter.data.processors import frames, unseen
-from shapadapter.data.rows import is_transformed, readable_rows, some_rows
+from shapadapter.data.rows import GuardedRows, readable_rows, some_rows
 from shapadapter.explanation.passes import base_of
-from shapadapter.training.arguments import ShapleyTrainingArguments
+from shapadapter.training.arguments import TASK_OPTIONS, ShapleyTrainingArguments
 
 _LABEL_REMEDY = (
     "Load the base with AutoModelForImageClassification.from_pretrained(..., id2label=dict(enumerate(names)), "
@@ -36,18 +38,7 @@ _NUMBER_REMEDY = "Load the base with AutoModelForImageClassification.from_pretra
 class LabelledData:
     """What the labels of a model's data may be, by its classes.
 
-    Args:
-        model: a wrapped classifier.
-        layer: its adapter.
-        args: of the training; columns in `label_names` come first.
-        dataset: the training data, or None.
-
-    Attributes:
-        rules: what labels may be.
-        names: of the model's classes, by index; those of the training data where it had none, which it then has.
-
-    Raises:
-        ShapleyError: the data has names for another number of classes than the model, which has none.
+    A model whose classes have no names gets those of the training data. Columns in `label_names` come first.
     """
 
     def __init__(self, model: Any, layer: ShapleyLayer, args: ShapleyTrainingArguments, dataset: Any) -> None:
@@ -100,7 +91,7 @@ class LabelledData:
 
     def check_known(self, dataset: Any) -> None:
         """Refuse to train a prediction by vote on data without labels: it would learn no classes."""
-        columns = _columns_of(dataset)
+        columns = columns_of(dataset)
         if columns is not None and self.rules.column(columns) is None:
             raise self.missing(columns)
         found = None if is_transformed(dataset) else labels_of(dataset, self.rules.columns)
@@ -114,16 +105,12 @@ class LabelledData:
         """The error about columns of which none holds labels."""
         others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
         words = ("label", "class", "target", "categ")
-        guess = next(
-            (name for name in others if any(word in name.lower() for word in words)), next(iter(others), None)
-        )
-        remedy = (
-            ""
-            if guess is None
-            else (
+        likely = [name for name in others if any(word in name.lower() for word in words)]
+        remedy = ""
+        if guess := next(iter([*likely, *others]), None):
+            remedy = (
                 f"Use dataset.rename_column({guess!r}, 'label') or ShapleyTrainingArguments(label_names=[{guess!r}]). "
             )
-        )
         return ShapleyError(
             f"prediction='vote' learns the classes from labels: expected a column "
             f"{' or '.join(map(repr, self.rules.columns))}, got {sorted(map(str, columns))}. {remedy}Without labels only "
@@ -138,16 +125,6 @@ class LabelledData:
         labels = labels.float() if quantities else labels
         missing = torch.nan if labels.is_floating_point() else IGNORED
         return {**inputs, "labels": labels.where(known_labels(labels, quantities), missing)}
-
-    def count(self, inputs: Mapping[str, Any]) -> Tensor:
-        """How many labels of a batch are known, (); one whose image could not be read counts, though it has no say."""
-        labels, readable = inputs.get("labels"), inputs.get("readable")
-        if not isinstance(labels, Tensor):
-            return torch.zeros((), device="cpu")
-        known = known_labels(labels, self.rules.kind(several=False) == "quantity")  # (B,) or (B, K)
-        if readable is not None:
-            known = known | ~readable.view(-1, *[1] * (known.ndim - 1))
-        return known.sum()
 
 
 def are_several(dataset: Any) -> bool:
@@ -167,76 +144,36 @@ def as_model_reads(dataset: Any, labelled: LabelledData | None, several: bool = 
     dataset = undecoded(dataset)
     if labelled is None:
         return dataset
+    for column in ("label", "labels"):
+        count = getattr((getattr(dataset, "features", None) or {}).get(column), "num_classes", None) or 0
+        if count > labelled.rules.classes:
+            raise ShapleyError(
+                f"The data set's column {column!r} has {count} classes, the model {labelled.rules.classes}. "
+                f"{_NUMBER_REMEDY.format(count)}"
+            )
     return as_model_counts(dataset, labelled.names, _LABEL_REMEDY, labelled.rules.columns)
 
 
-def check_classes(dataset: Any, classes: int) -> None:
-    """Refuse a data set whose label feature has more classes than the model."""
-    for column, feature in (getattr(dataset, "features", None) or {}).items():
-        count = getattr(feature, "num_classes", None)
-        if column in ("label", "labels") and count is not None and count > classes:
-            raise ShapleyError(
-                f"The data set's column {column!r} has {count} classes, the model {classes}. {_NUMBER_REMEDY.format(count)}"
-            )
-
-
-def labels_of(dataset: Any, columns: Sequence[str]) -> tuple[str, Any] | None:
-    """The column of labels and its values (n,) or (n, K), as an array or a list; None where images would have to be read."""
-    if isinstance(dataset, Augmented):
-        return labels_of(dataset.dataset, columns)
-    if isinstance(dataset, Subset | Relabelled):
-        found = labels_of(dataset.dataset, columns)
-        if found is None:
-            return None
-        column, values = found
-        if isinstance(dataset, Subset):
-            return column, [values[index] for index in dataset.indices]
-        rules = LabelRules(len(dataset.numbers))
-        rules.check(values, column)
-        rows: list[dict[str, Any]] = [{}] * len(values)
-        own = rules.collated(values, column, rows).numpy()  # (n,)
-        return column, np.where(own >= 0, np.asarray(dataset.numbers)[own.clip(0)], own)
-    if isinstance(dataset, list):
-        rows = [as_row(row) for row in dataset]
-        name = next((name for name in columns if rows and name in rows[0]), None)
-        return None if name is None else (name, [row.get(name) for row in rows])
-    if hasattr(dataset, "targets") and hasattr(dataset, "classes"):  # of torchvision
-        changed = getattr(dataset, "target_transform", None) is not None
-        return None if changed else ("label", np.asarray(dataset.targets))
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "with_format"):
-        return None
-    name = next((name for name in columns if name in dataset.column_names), None)
-    return None if name is None else (name, _as_array(dataset.with_format("arrow", columns=[name])[:].column(name)))
-
-
-def _as_array(column: Any) -> Any:
-    """A column of Arrow as an array (n,) or (n, K) of numbers, or else as a list."""
-    import pyarrow as pa
-
-    array = column.combine_chunks()
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    kind = array.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return array.to_numpy(zero_copy_only=False)
-    if pa.types.is_list(kind) and array.null_count == 0 and len(array):
-        inside, lengths = array.flatten(), np.diff(array.offsets.to_numpy())
-        if len(set(lengths.tolist())) == 1 and (pa.types.is_integer(inside.type) or pa.types.is_floating(inside.type)):
-            return inside.to_numpy(zero_copy_only=False).reshape(len(array), -1)
-    return array.to_pylist()
-
-
-def _columns_of(dataset: Any) -> list[str] | None:
-    """The columns of the rows; None for a stream that does not tell."""
-    if isinstance(dataset, Relabelled | Augmented | Subset):
-        return _columns_of(dataset.dataset)
-    features = getattr(dataset, "features", None)
-    if isinstance(features, Mapping) and not is_transformed(dataset):
-        return list(features)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not len(dataset):
-        return None
-    with suppress(Exception), seeded(0):  # whatever is wrong with the first row is told when it is its turn
-        return list(as_row(dataset[0]))
-    return None
+def look_at(trainer: Any) -> None:
+    """Refuse what cannot be trained on, and measure the color of absent pixels where that is the data's mean."""
+    args, data, collator, labelled = trainer.args, trainer.train_dataset, trainer.data_collator, trainer.labelled
+    if labelled is not None:
+        labelled.check(data, collator)
+        if args.eval_strategy != "no":
+            labelled.check(trainer.eval_dataset, collator)
+        if labelled.needed(trainer.layer) and type(collator) is ImageCollator:
+            labelled.check_known(data)
+    rows = trainer.guarded(data)
+    if isinstance(rows, GuardedRows) and args.corrupt_images == "fail":
+        rows.look(args.process_index, args.world_size)
+    name = trainer.layer.active or ""
+    config = trainer.accelerator.unwrap_model(trainer.model).peft_config.get(name)
+    means = config is not None and config.removal == "pixels" and config.fill != "learned"
+    if means and config.fill_color is None:
+        config.fill_color = mean_color(rows, collator)
+        trainer.layer.read_rules(name, config)
+    if trainer.is_world_process_zero():
+        warn_of_crops(data, collator)
 
 
 # Images that are looked at: for the crops, and for the colour, whose mean is then within a few hundredths of a standard
@@ -274,7 +211,7 @@ def warn_of_crops(dataset: Any, collator: Any) -> None:
             f"On average {100 * share:.0f} % of an image's area is cut off by the center crop of "
             f"{type(processor).__name__}, and neither training nor explanations see it."
             + (remedy if getattr(processor, "do_center_crop", False) else ""),
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -291,3 +228,90 @@ def mean_color(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> 
             pixels = inputs["pixel_values"][:read].float()  # (R, C, H, W)
             sums.append(pixels.mean(dim=(2, 3)))  # (B, C)
     return [round(mean, 6) for mean in torch.cat(sums).mean(dim=0).tolist()]
+
+
+@dataclass
+class SoftTask:
+    """Cross-entropy with weighted classes and soft labels.
+
+    It is the sum over images of `-sum_k w_k q_k log p_k`, divided by the number of those whose label is known (a mixed
+    image counts for the share whose label is) and not by the sum of their weights: so micro-batches add up to the whole
+    batch. With weights of 1 and one class for an image it is the usual cross-entropy.
+
+    Attributes:
+        weights: (K,) of the classes, None for 1.
+        smoothing: share of each label that is spread evenly over all classes.
+    """
+
+    weights: Tensor | None = None
+    smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits (B, K) on class indices (B,) or shares of classes (B, K)."""
+        targets = as_shares(labels, logits.shape[-1])  # (B, K)
+        mass = targets.sum(dim=1, keepdim=True)  # (B, 1), 0 for an image without a label
+        targets = (1 - self.smoothing) * targets + self.smoothing * mass / logits.shape[-1]
+        if self.weights is not None:
+            self.weights = self.weights.to(logits.device)
+            targets = targets * self.weights
+        losses = -(targets * logits.float().log_softmax(dim=-1)).sum(dim=1)  # (B,)
+        known = mass.sum()
+        return losses.sum() / known.where(known > 0, 1)
+
+
+def soft_task(
+    args: ShapleyTrainingArguments, layer: ShapleyLayer, labelled: LabelledData | None, dataset: Any, own_loss: Any
+) -> SoftTask | None:
+    """The task loss where one of `TASK_OPTIONS` is on, None for the base model's; `own_loss` is the user's, or None."""
+    asked = [name for name in TASK_OPTIONS if getattr(args, name)]
+    if not asked:
+        return None
+    what, problem = " and ".join(asked), labelled and labelled.rules.problem
+    other = {
+        "a model that matches images with texts": labelled is None,
+        "several labels": problem == PROBLEMS["classes"],
+        "regression": problem == PROBLEMS["quantity"] or layer.classes == 1,
+    }
+    if found := next((name for name, so in other.items() if so), None):
+        raise ShapleyError(f"{what}: only for one class for each image, not for {found}. Leave it out.")
+    if layer.anatomy.family.patches and max(args.mixup_alpha, args.cutmix_alpha) > 0:
+        raise ShapleyError(
+            "mixup_alpha and cutmix_alpha: this model takes images of many shapes as patches, which are not mixed. Set them "
+            "to 0."
+        )
+    if own_loss is not None:
+        raise ShapleyError(f"{what} and compute_loss_func both say what the task loss is. Leave one of them out.")
+    names = None if labelled is None else labelled.names
+    weights = None if args.class_weights is None else class_weights(args.class_weights, dataset, layer.classes, names)
+    return SoftTask(weights, args.label_smoothing_factor)
+
+
+def class_weights(
+    wanted: Sequence[float] | str, dataset: Any, classes: int, names: Mapping[int, str] | None
+) -> Tensor:
+    """The weights (K,) of the classes, as given, or `n / (K * n_k)` for `n_k` of `n` training images in class k.
+
+    So their mean over the images is 1 (King & Zeng 2001; as in scikit-learn).
+    """
+    if not isinstance(wanted, str):
+        if len(wanted) != classes:
+            raise ShapleyError(f"class_weights has {len(wanted)} numbers; the model has {classes} classes.")
+        return torch.tensor(wanted, dtype=torch.float32, device="cpu")
+    found = labels_of(dataset, LABEL_COLUMNS)
+    if found is None or LabelRules(classes).kind(np.ndim(found[1]) > 1) != "class":
+        raise ShapleyError(
+            "class_weights='balanced' counts the labels of a datasets.Dataset, or a list of rows, with a column of class "
+            f"numbers named one of {LABEL_COLUMNS}; got {type(dataset).__name__}. Pass class_weights as a list of numbers."
+        )
+    column, values = found
+    rows: list[Any] = [{}] * len(values)
+    labels = LabelRules(classes, "single_label_classification").collated(values, column, rows)  # (n,)
+    counts = np.bincount(labels[labels >= 0].numpy(), minlength=classes)  # (K,)
+    missing = np.flatnonzero(counts[:classes] == 0).tolist()
+    if missing:
+        shown = some((names or {}).get(index, index) for index in missing)
+        raise ShapleyError(
+            f"class_weights='balanced' divides by the images of each class, and {len(missing)} of {classes} classes have "
+            f"none in the training data: {shown}. Pass class_weights as a list of {classes} numbers."
+        )
+    return torch.from_numpy(counts.sum() / (classes * counts)).float()

@@ -10,8 +10,7 @@ from commands import error_of, run
 from disks import small_disk
 from test_locks import another_run
 
-from shapadapter.core.files import temporary_path
-from shapadapter.core.locks import NAME
+from shapadapter.core.files import LOCK, temporary_path
 from shapadapter.training import script as finetune
 
 pytest.importorskip("fcntl")
@@ -34,7 +33,7 @@ def test_two_evaluations_into_one_folder(command, tmp_path):
     with another_run(tmp_path / "a") as number:
         said = error_of(*words)
         assert f"{tmp_path}/a is in use by another run (process {number} on " in said
-        assert [path.name for path in (tmp_path / "a").iterdir()] == [NAME]
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [LOCK]
     left = left_by_a_killed_run(tmp_path / "a" / "table.md")
     run(*words)
     found = {path.name for path in (tmp_path / "a").iterdir()}
@@ -48,13 +47,13 @@ def test_a_training_into_a_folder_in_use_is_refused_before_it_reads_anything(tmp
     monkeypatch.setattr(finetune, "load_images", lambda *_: pytest.fail("it has read the images"))
     with another_run(tmp_path) as number, pytest.raises(finetune.ShapleyError, match=rf"\(process {number} on "):
         finetune.main(*given)
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_folder_in_use_is_free_for_what_ends_whole(tmp_path):
     with another_run(tmp_path / "space"):
         pass  # it was killed: its lock is in the folder
-    (tmp_path / "space" / NAME).unlink()
+    (tmp_path / "space" / LOCK).unlink()
     run("space", "out", tmp_path / "space", "--copy-base")
     run("explain", "out", "photos/ant", "--output", tmp_path / "maps", "--format", "json,html")
     left = [left_by_a_killed_run(tmp_path / name) for name in ("space", "program", "maps/explanations.json")]

@@ -91,7 +91,6 @@ def test_the_trainer_s_pushes_have_cards_and_pictures(online, tmp_path):
         tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=2, hub_token=TOKEN, **options
     )
     trainer.train()
-    trainer._finish_current_push()
     card = text_of("ada/run")
     assert 'shapadapter.load("ada/run")' in card
     assert "2 steps" in card
@@ -123,7 +122,6 @@ def test_the_trainer_pushes_the_adapter_that_it_trains(online, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "ada/second", "hub_strategy": "every_save", "hub_token": TOKEN}
     trainer = trainer_of(out, model, save_strategy="steps", save_steps=2, max_steps=2, **options)
     trainer.train()
-    trainer._finish_current_push()
     assert online.files("ada/second")["adapter_model.safetensors"] == weights(out / "checkpoint-2" / "second")
     about = {"checkpoint": str(out), "folder": str(tmp_path / "images")}
     (out / "second").mkdir()

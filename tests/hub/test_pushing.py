@@ -176,8 +176,8 @@ def test_a_trainer_goes_on_when_the_hub_does_not(folders, online, caplog):
         trainer.push_to_hub()
     assert "adapter_model.safetensors" in online.files(f"{OWNER}/trained-on")
     # The whole checkpoint, which was asked for, is one from which a training goes on, and the token is not in it.
-    trainer._push_from_checkpoint(str(folders / "run" / "checkpoint-2"))
-    trainer._finish_current_push()
+    trainer.publication.push_checkpoint(folders / "run" / "checkpoint-2")
+    trainer.publication.finish()
     pushed = online.files(f"{OWNER}/trained-on")
     kept = {path.name for path in (folders / "run" / "checkpoint-2").iterdir()}
     assert {path.split("/")[1] for path in pushed if path.startswith("last-checkpoint/")} == kept

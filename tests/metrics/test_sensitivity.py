@@ -7,8 +7,7 @@ import torch
 from captum.metrics import infidelity as captum_infidelity
 from scipy import stats
 
-from shapadapter.core.losses import coalition_residuals
-from shapadapter.core.shapley import sample_paired_coalitions
+from shapadapter.core.shapley import coalition_sums, gains, sample_paired_coalitions
 from shapadapter.evaluation.faithfulness import (
     faithfulness_correlation,
     infidelity,
@@ -130,10 +129,8 @@ def test_infidelity_under_the_kernel_law_is_the_shapley_loss():
     values = curved_game(coalitions.double())
     phi = normal(PLAYERS)
     phi = phi + (full - null - phi.sum()) / PLAYERS
-    batch = phi[None, :, None], coalitions[None], values[None, :, None], null[None, None]
-    assert infidelity(phi, coalitions, values, full).item() == pytest.approx(
-        coalition_residuals(*batch).square().mean().item()
-    )
+    residuals = gains(values[None, :, None], null[None, None]) - coalition_sums(phi[None, :, None], coalitions[None])
+    assert infidelity(phi, coalitions, values, full).item() == pytest.approx(residuals.square().mean().item())
 
 
 def test_normalised_infidelity_has_no_unit():

@@ -1,18 +1,17 @@
-"""Refinement as arithmetic: predicted Shapley values and a few evaluations of the game become better ones, with errors.
+"""Estimates of Shapley values from evaluations of the game: exact ones, KernelSHAP, and refined predictions with errors.
 
-The prediction is the mean of a prior, what the evaluations say of it a linear regression with noise. With no evaluation
-the posterior mean is the prediction, with many it tends to the Shapley value, and on the way each of the two counts as
-much as it has turned out to be worth on this very image and class.
+A prediction is refined as the mean of a prior, on which the evaluations are a linear regression with noise. With no
+evaluation the posterior mean is the prediction, with many it tends to the Shapley value, and on the way each of the two
+counts as much as it has turned out to be worth on this very image and class.
 """
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from shapadapter.core.shapley import exact_shapley_values, size_distribution
+from shapadapter.core.shapley import all_coalitions, size_distribution
 
 LOG_RATIOS = torch.linspace(-10, 30, 81, dtype=torch.float64, device="cpu")
 """Grid of log R, R = how much the error of the prediction moves a pair, over how much the interactions do (variances)."""
@@ -21,7 +20,7 @@ RANK = 1e-9
 """A singular value below this share of the largest is rounding."""
 
 STIFFNESS = 2.0
-"""The weights of predictions are taken to be known to one over this, see `calibrated`."""
+"""One over how well the weights of predictions are known beforehand, see `calibrated_posterior`."""
 
 SMALLEST_REST = 0.05
 """The least `1 - leverage` to divide a squared residual by."""
@@ -66,7 +65,6 @@ def shapley_posterior(
     values: Tensor,
     null_values: Tensor,
     full_values: Tensor,
-    ratio: float = 1.0,
 ) -> Posterior:
     """Refine predicted Shapley values by evaluated coalitions.
 
@@ -89,7 +87,6 @@ def shapley_posterior(
         values: (..., M, K) value of each coalition.
         null_values: (..., K) value of the empty coalition.
         full_values: (..., K) value of the full coalition.
-        ratio: the median of R that the prior expects, 1 for a prediction of which nothing is known.
 
     Returns:
         The posterior. Its mean sums to `full_values - null_values`; with M = 0 it is `attributions` as they are.
@@ -102,7 +99,7 @@ def shapley_posterior(
     if not count:
         return Posterior(prior, torch.full_like(prior, torch.nan))
     prior = prior + ((full - null - prior.sum(-2)) / players)[..., None, :]  # (..., N, K), efficient in float64
-    fit = _Fit.of(*_rows(prior, coalitions, values, null), ratio)
+    fit = _Fit.of(*_rows(prior, coalitions, values, null))
     # The noise of one or two rows has no expectation under Jeffreys' prior.
     error = fit.variance().clamp(min=0).sqrt() if count > 4 else torch.full_like(prior, torch.inf)
     return Posterior(prior + fit.mean, error)
@@ -119,40 +116,53 @@ def _rows(prior: Tensor, coalitions: Tensor, values: Tensor, null: Tensor) -> tu
     return first - first.mean(-1, keepdim=True), gaps
 
 
-def calibrated(
-    predictors: Tensor,
+def calibrated_posterior(
+    predictions: Tensor,
     weights: Tensor,
     coalitions: Tensor,
     values: Tensor,
     null_values: Tensor,
     full_values: Tensor,
-) -> Tensor:
-    """Several predictions of the Shapley values as one: their weighted sum, with weights that explain the coalitions best.
+) -> Posterior:
+    """Combine several predictions of the Shapley values, and refine what they say together, by evaluated coalitions.
 
-    A regression of the pairs' gaps on what each prediction says of them, for each image and class, with a ridge towards
-    `weights` (each is taken to be right to about 1 / `STIFFNESS`). Predictions err in ways of their own: the head does not
-    know the picture well, a gradient not what is far from the full image; so the sum is better than the best of them.
+    Predictions err in ways of their own: the head does not know the picture well, a gradient not what is far from the full
+    image. Their weighted sum is better than the best of them, and the pairs tell the weights of each image and class, by a
+    regression of their gaps on what each prediction says of them, with a ridge towards `weights`.
+
+    What pairs say beyond a few weights is worth little before they are more than the players: with P pairs of N players
+    the least squares of KernelSHAP are worst at P = N. So of the step from the combination to its `shapley_posterior` the
+    share `1 - N / P` is taken, none at first and all in the end, where the estimate tends to the Shapley values.
 
     Args:
-        predictors: (..., N, K, F) of F predictions; what they have in common over the players has no say.
+        predictions: (..., N, K, F) of F predictions; what they add to all players alike has no say.
         weights: (F,) of each, before anything is known.
-        coalitions, values, null_values, full_values: as for `shapley_posterior`.
+        coalitions: (..., M, N) bool, in pairs, as for `shapley_posterior`; likewise the rest.
+        values: (..., M, K) value of each coalition.
+        null_values: (..., K) value of the empty coalition.
+        full_values: (..., K) value of the full coalition.
 
     Returns:
-        (..., N, K) float64; they sum to `full_values - null_values`.
+        The posterior; its mean sums to `full_values - null_values`. The standard errors are those of `shapley_posterior`,
+        which are somewhat too large where only a share of its step was taken.
     """
+    players, pairs = predictions.shape[-3], coalitions.shape[-2] // 2
     null, full = null_values.double(), full_values.double()
-    equal = ((full - null) / predictors.shape[-3])[..., None, :]  # (..., 1, K)
-    centred = predictors.double() - predictors.double().mean(-3, keepdim=True)  # (..., N, K, F)
-    weights = weights.double().expand(*centred.shape[:-3], centred.shape[-2], -1)[..., None]  # (..., K, F, 1)
-    if coalitions.shape[-2]:
-        design, gaps = _rows(equal.expand(*centred.shape[:-1]), coalitions, values, null)  # (..., P, N), (..., P, K)
+    equal = ((full - null) / players)[..., None, :].expand(predictions.shape[:-1])  # (..., N, K)
+    centred = predictions.double() - predictions.double().mean(-3, keepdim=True)  # (..., N, K, F)
+    chosen = weights.double().expand(*centred.shape[:-3], *centred.shape[-2:])[..., None]  # (..., K, F, 1)
+    if pairs:
+        design, gaps = _rows(equal, coalitions, values, null)  # (..., P, N), (..., P, K)
         said = torch.einsum("...pn,...nkf->...kpf", design, centred)  # (..., K, P, F)
-        left = gaps.mT[..., None] - said @ weights  # (..., K, P, 1)
-        ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1], dtype=torch.float64)
-        # `lstsq` would do without the ridge; with it the matrix is regular unless everything is zero.
-        weights = weights + torch.linalg.pinv(said.mT @ said + ridge, hermitian=True) @ said.mT @ left
-    return equal + torch.einsum("...nkf,...kf->...nk", centred, weights[..., 0])  # (..., N, K)
+        left = gaps.mT[..., None] - said @ chosen  # (..., K, P, 1)
+        # Each weight is taken to be right to 1 / STIFFNESS, in the unit of the noise.
+        ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1]).to(left)
+        # Predictions may be alike, or all zero.
+        chosen = chosen + torch.linalg.pinv(said.mT @ said + ridge, hermitian=True) @ (said.mT @ left)
+    together = equal + torch.einsum("...nkf,...kf->...nk", centred, chosen[..., 0])  # (..., N, K)
+    found = shapley_posterior(together, coalitions, values, null, full)
+    trust = max(0.0, 1 - players / pairs) if pairs else 0.0
+    return Posterior(torch.lerp(together, found.mean, trust), found.standard_error)
 
 
 def exact_posterior(values: Tensor) -> Posterior:
@@ -179,7 +189,7 @@ class _Fit:
     noise: Tensor  # (..., G, K), the expected sigma^2 given the ratio
 
     @classmethod
-    def of(cls, design: Tensor, gaps: Tensor, ratio: float) -> "_Fit":
+    def of(cls, design: Tensor, gaps: Tensor) -> "_Fit":
         """Decompose the design (..., P, N) and weigh the ratios by the observations (..., P, K)."""
         pairs, players = design.shape[-2:]
         left, scales, right = torch.linalg.svd(design, full_matrices=False)
@@ -192,8 +202,7 @@ class _Fit:
         outside = (gaps.square().sum(-2) - seen.square().sum(-2)).clamp(min=0)  # (..., K)
         misfit = (1 / (1 + signal)).mT @ seen.square() + outside[..., None, :]  # (..., G, K)
         # Half-Cauchy for sqrt(R), as a density of log R.
-        steps = LOG_RATIOS - math.log(ratio)
-        prior = -torch.logaddexp(steps / 2, -steps / 2)  # (G,)
+        prior = -torch.logaddexp(LOG_RATIOS / 2, -LOG_RATIOS / 2)  # (G,)
         evidence = (prior - signal.log1p().sum(-2) / 2)[..., None] - pairs / 2 * misfit.clamp(min=1e-300).log()
         noise = misfit / max(pairs - 2, 1)
         return cls(left, scales, right, seen, gaps, ratios, evidence.softmax(-2), noise)
@@ -234,3 +243,81 @@ class _Fit:
         equal = (self.weights * self.noise).sum(-2) * gains.square().sum(-2)  # (..., K)
         spread = (own * (squares @ gains.square())).sum(-2) / equal  # (..., K)
         return spread.nan_to_num(1.0, posinf=1.0).clamp(min=1)  # 0 / 0 without any noise
+
+
+def exact_shapley_values(values: Tensor) -> Tensor:
+    """The Shapley values of a game whose every coalition has been evaluated.
+
+    `phi_n = sum over S without n of |S|! (N - 1 - |S|)! / N! * (v(S + n) - v(S))` (Shapley 1953), written as one
+    matrix product: each coalition enters with a positive weight for its members and a negative one for the others.
+
+    Args:
+        values: (2**N, ...) value of each coalition in the order of `all_coalitions`, N at least 1.
+
+    Returns:
+        (N, ...) float64 Shapley values, in the unit of the values.
+
+    Raises:
+        ValueError: The number of values is not a power of two from `2**1` to `2**16`.
+    """
+    players = len(values).bit_length() - 1
+    if players < 1 or len(values) != 2**players:
+        raise ValueError(f"expected the values of all 2**N coalitions of N >= 1 players, but got {len(values)} values")
+    present = all_coalitions(players).to(values.device)  # (2**N, N)
+    sizes = present.sum(1, keepdim=True)  # (2**N, 1)
+    law = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
+    joining = torch.tensor(law, dtype=torch.float64, device=values.device)  # (N,) by the size before joining
+    weights = torch.where(present, joining[(sizes - 1).clamp(min=0)], -joining[sizes.clamp(max=players - 1)])
+    return torch.tensordot(weights, values.double(), dims=([0], [0]))  # (2**N, N), (2**N, ...) -> (N, ...)
+
+
+def kernel_shap(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
+    """Estimate Shapley values by least squares on sampled coalitions, with efficiency as an exact constraint.
+
+    KernelSHAP (Lundberg & Lee 2017) for coalitions drawn *from* the kernel law, which therefore all count the same.
+    Written as deviations from equal shares of `v(all) - v(empty)`, the constraint says that the deviations sum to
+    zero, and centring the rows of the design matrix enforces it. Where the coalitions do not determine the values
+    (fewer than N - 1 independent ones; a pair counts once), the solution nearest to equal shares is returned.
+
+    Args:
+        coalitions: (..., M, N) bool, True = present, drawn from the kernel law (`sample_paired_coalitions`).
+        values: (..., M, K) value of each coalition for each of K classes. Leading dimensions broadcast.
+        null_values: (..., K) value of the empty coalition.
+        full_values: (..., K) value of the full coalition.
+
+    Returns:
+        (..., N, K) float64 estimates in the unit of the values; they sum to `full_values - null_values`.
+    """
+    present = coalitions.double()  # (..., M, N)
+    shares = present.mean(-1, keepdim=True)  # (..., M, 1): |S| / N
+    null, total = null_values.double()[..., None, :], (full_values.double() - null_values.double())[..., None, :]
+    surplus = values.double() - null - shares * total  # (..., M, K): what equal shares leave unexplained
+    # The centred rows have no component along (1, ..., 1): its singular value is rounding and must be cut off.
+    inverse = torch.linalg.pinv(present - shares, rtol=1e-10)  # (..., N, M)
+    return total / coalitions.shape[-1] + inverse @ surplus  # (..., N, K)
+
+
+def kernel_shap_error(coalitions: Tensor, values: Tensor, null_values: Tensor, full_values: Tensor) -> Tensor:
+    """Estimate the relative L2 error of `kernel_shap` on the same arguments, without knowing the truth.
+
+    Half of the pairs gives one estimate, the other half an independent one with the same law. The squared distance
+    of the two is on average four times the squared error of the estimate from all pairs, as long as the error
+    falls with the square root of M. With few coalitions it falls faster, and this is on the safe side. The coalitions
+    must come in pairs (`sample_paired_coalitions`).
+
+    Returns:
+        (..., K) float64 estimate of `|estimate - truth| / |truth|` over the players, without a unit.
+
+    Raises:
+        ValueError: M is not a multiple of 4.
+    """
+    count = coalitions.shape[-2]
+    if count % 4:
+        raise ValueError(f"two halves of whole pairs need a multiple of 4 coalitions, but got {count}")
+    first = torch.arange(count, device="cpu") % 4 < 2  # (M,): every other pair
+    one, other = (
+        kernel_shap(coalitions[..., half, :], values[..., half, :], null_values, full_values)
+        for half in (first, ~first)
+    )  # (..., N, K) each
+    estimate = kernel_shap(coalitions, values, null_values, full_values)  # (..., N, K)
+    return torch.linalg.vector_norm(one - other, dim=-2) / 2 / torch.linalg.vector_norm(estimate, dim=-2)
