@@ -5,6 +5,7 @@ evaluation the posterior mean is the prediction, with many it tends to the Shapl
 counts as much as it has turned out to be worth on this very image and class.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
