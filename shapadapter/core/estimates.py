@@ -144,8 +144,8 @@ def calibrated_posterior(
         full_values: (..., K) value of the full coalition.
 
     Returns:
-        The posterior; its mean sums to `full_values - null_values`. The standard errors are those of `shapley_posterior`,
-        which are somewhat too large where only a share of its step was taken.
+        The posterior; its mean sums to `full_values - null_values`. Its errors are those of `shapley_posterior`, that of the
+        weights and, where only a share of the step was taken, some of that.
     """
     players, pairs = predictions.shape[-3], coalitions.shape[-2] // 2
     null, full = null_values.double(), full_values.double()
@@ -159,11 +159,18 @@ def calibrated_posterior(
         # Each weight is taken to be right to 1 / STIFFNESS, in the unit of the noise.
         ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1]).to(left)
         # Predictions may be alike, or all zero.
-        chosen = chosen + torch.linalg.pinv(said.mT @ said + ridge, hermitian=True) @ (said.mT @ left)
+        inverse = torch.linalg.pinv(said.mT @ said + ridge, hermitian=True)  # (..., K, F, F)
+        chosen = chosen + inverse @ (said.mT @ left)
     together = equal + torch.einsum("...nkf,...kf->...nk", centred, chosen[..., 0])  # (..., N, K)
     found = shapley_posterior(together, coalitions, values, null, full)
     trust = max(0.0, 1 - players / pairs) if pairs else 0.0
-    return Posterior(torch.lerp(together, found.mean, trust), found.standard_error)
+    mean, variance = torch.lerp(together, found.mean, trust), found.standard_error.square()
+    if pairs:
+        unexplained = (gaps.mT[..., None] - said @ chosen).square().mean(-2, keepdim=True)  # (..., K, 1, 1)
+        # Of the weights, and of how far to go.
+        variance = variance + torch.einsum("...nkf,...kfg,...nkg->...nk", centred, inverse * unexplained, centred)
+        variance = variance + trust * (1 - trust) * (found.mean - together).square().mean(-2, keepdim=True)
+    return Posterior(mean, variance.sqrt())
 
 
 def exact_posterior(values: Tensor) -> Posterior:
