@@ -57,12 +57,12 @@ def removals(name):
 def on(cases, arguments="name"):
     """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`.
 
-    With `--dist loadgroup` all tests of a family run in one process, which wraps it once.
+    All tests of a family run in one process, which wraps it once.
     """
     marked = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
-        marks = () if values[0] in DEFAULT else (pytest.mark.families, pytest.mark.xdist_group(values[0]))
+        marks = [pytest.mark.xdist_group(values[0])] + [pytest.mark.families] * (values[0] not in DEFAULT)
         marked.append(pytest.param(*values, marks=marks))
     return pytest.mark.parametrize(arguments, marked)
 
