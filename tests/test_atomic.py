@@ -160,7 +160,8 @@ def test_the_weights_of_an_adapter_are_the_old_or_the_new_ones(tmp_path):
     seen, step = set(), 0
     while killed_at(step := step + 1, tmp_path, lambda: model.save_pretrained(tmp_path)):
         seen.add((tmp_path / "adapter_model.safetensors").read_bytes())
-        type(model).from_pretrained(families.base("vit"), tmp_path)  # whole, whichever
+        if step % 4 == 0:
+            type(model).from_pretrained(families.base("vit"), tmp_path)  # whole, whichever
     new = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert old in seen
     assert seen <= {old, new}

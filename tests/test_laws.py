@@ -91,7 +91,9 @@ def test_efficiency_under_bf16_autocast(name, prediction):
 @on_removals()
 def test_absent_players_have_no_influence_at_all_and_present_ones_do(name, prediction, removal):
     model, inputs, grid = wrapped(name, prediction, removal=removal), zoo.inputs(name), players(name)
-    scales = (30.0, 1e4) if removal == "mask" else (30.0, 1e4, float("nan"))  # nothing times not-a-number is not nothing
+    scales = (
+        (30.0, 1e4) if removal == "mask" else (30.0, 1e4, float("nan"))
+    )  # nothing times not-a-number is not nothing
     for seed, scale in enumerate(scales if name in DEFAULT else scales[-1:]):
         assert deaf_to_absent(model, inputs, grid, coalitions(name, 3, seed=seed)[:, 1:2], scale, seed)
     for player in (0, count(name) - 1)[: 2 if name in DEFAULT else 1]:
