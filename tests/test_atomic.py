@@ -111,7 +111,9 @@ def test_a_space_is_the_old_or_the_new_one_whenever_its_writer_is_killed(
     assert set(new) - set(old) >= {"adapter/adapter_model.safetensors", "base/model.safetensors", "examples/001.png"}
     states, step = set(), -4
     while True:
-        step += 5 if step < 25 else 1  # of the first ones, which write file after file beside the old folder, every fifth
+        step += (
+            5 if step < 25 else 1
+        )  # of the first ones, which write file after file beside the old folder, every fifth
         if step == 1 or contents(space) == new:
             write_space("ada/birds", space)
         assert contents(space) == old

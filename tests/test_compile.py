@@ -76,22 +76,14 @@ def test_the_explanation_pass_is_one_graph(kind, prediction):
     torch.testing.assert_close(found.attributions, plain.attributions)
 
 
-@pytest.mark.families
-def test_the_training_step_is_one_graph():
+def test_a_few_graphs_serve_all_sizes_of_coalitions():
     """Of the classifier; the next test is of the vote."""
     model, pixels = KINDS["vit"]("classifier")
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(step(model, compiled, pixels, 1), step(model, model, pixels, 1), 1e-6)
-
-
-def test_a_few_graphs_serve_all_sizes_of_coalitions():
-    model, pixels = KINDS["vit"]("vote")
-    model.train()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for size in (5, 9, 7):
         assert_same(step(model, compiled, pixels, size), step(model, model, pixels, size), 1e-6)
-    # One for the first size, one for all (and one for a single player, above).
+    # One for the first size, one for all.
     assert counters["stats"]["unique_graphs"] <= 2
 
 
