@@ -37,7 +37,7 @@ PLAYERS, CLASSES = 16, 3
 
 def tiny_vit(classes=CLASSES, **options) -> ViTForImageClassification:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=classes, **options)
     return ViTForImageClassification(config)
 
