@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from test_trainer import images, tiny_vit, trainer_of, wrapped
+from test_trainer import images, tiny_vit, wrapped
+from test_trainer import trainer_of as without_pictures
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from shapadapter import ShapleyError, evaluate
@@ -22,6 +23,10 @@ from shapadapter.hub.card.document import untouched
 from shapadapter.training.checkpoints import damage_in
 
 NAMES = {0: "red <b>", 1: "green | x", 2: "blue"}
+
+
+def trainer_of(*given, **options):
+    return without_pictures(*given, **{"card_images": 4, **options})
 
 
 def card_of(folder) -> str:

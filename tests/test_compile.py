@@ -7,8 +7,9 @@ import pytest
 import torch
 import zoo
 from families import wrap
-from test_trainer import trained, trainer_of
+from test_trainer import trained, trainer_of, wrapped
 from torch._dynamo.utils import counters
+from transformers import ViTConfig, ViTForImageClassification
 
 from shapadapter.core.shapley import sample_pairs, shapley_loss_of_sums
 from shapadapter.explanation.game import active_layer
@@ -25,6 +26,7 @@ KINDS = {
         zoo.inputs(zoo.ZOO["resnet"], 3)["pixel_values"],
     ),
 }
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
@@ -60,7 +62,10 @@ def assert_same(one, other, tolerance):
         torch.testing.assert_close(value, other[1][name], atol=tolerance, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [("vit", "vote"), ("beit", "classifier"), ("resnet", "vote")])
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [("vit", "vote"), pytest.param("beit", "classifier", marks=pytest.mark.families), ("resnet", "vote")],
+)
 def test_the_explanation_pass_is_one_graph(kind, prediction):
     model, pixels = KINDS[kind](prediction)
     with torch.no_grad():
@@ -70,32 +75,24 @@ def test_the_explanation_pass_is_one_graph(kind, prediction):
     torch.testing.assert_close(found.attributions, plain.attributions)
 
 
-def test_the_training_step_is_one_graph():
+def test_a_few_graphs_serve_all_sizes_of_coalitions():
     """Of the classifier; the next test is of the vote."""
     model, pixels = KINDS["vit"]("classifier")
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(step(model, compiled, pixels, 1), step(model, model, pixels, 1), 1e-6)
-
-
-def test_a_few_graphs_serve_all_sizes_of_coalitions():
-    model, pixels = KINDS["vit"]("vote")
-    model.train()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for size in (5, 9, 7):
         assert_same(step(model, compiled, pixels, size), step(model, model, pixels, size), 1e-6)
-    # One for the first size, one for all (and one for a single player, above).
+    # One for the first size, one for all.
     assert counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.families
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_computes_the_same():
     model = wrap(families.build("vit", num_hidden_layers=1), "vote")
     pixels = families.images(3)
     compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(pixel_values=pixels).attributions, model(pixel_values=pixels).attributions)
     model.train()
     assert_same(step(model, compiled, pixels, 5), step(model, model, pixels, 5), 1e-5)
 
@@ -104,7 +101,8 @@ def test_the_trainer_compiles(tmp_path):
     ends = []
     for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
         torch.manual_seed(0)
-        trainer = trainer_of(tmp_path / name, max_steps=1, **options)
+        base = ViTForImageClassification(ViTConfig(**SIZES, image_size=32, patch_size=8, num_labels=3))
+        trainer = trainer_of(tmp_path / name, wrapped(base=base), max_steps=1, **options)
         trainer.train()
         trainer.save_model()
         ends.append(trained(trainer.model))

@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     processor = Processor(size={"height": 32, "width": 32}, image_std=[0.3, 0.4, 0.5])
-    families.base("vit").save_pretrained("base")
+    families.build("vit", num_hidden_layers=1).save_pretrained("base")
     families.wrap(AutoModelForImageClassification.from_pretrained("base")).save_pretrained("out")
     processor.save_pretrained("base")
     processor.save_pretrained("out")

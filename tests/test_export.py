@@ -45,7 +45,7 @@ def pictures(count=4):
 
 
 def vit():
-    model = families.wrap(families.build("vit", id2label=NAMES), "classifier")
+    model = families.wrap(families.build("vit", id2label=NAMES, num_hidden_layers=1), "classifier")
     return model, {"images": pictures(), "processor": PROCESSOR}
 
 
@@ -67,9 +67,8 @@ CASES = {
 }
 
 
-each_case = pytest.mark.parametrize(
-    "case", ["drop", *(pytest.param(case, marks=pytest.mark.families) for case in ("pixels", "texts"))]
-)
+def on(*cases):
+    return pytest.mark.parametrize("case", ["drop", *(pytest.param(one, marks=pytest.mark.families) for one in cases)])
 
 
 def in_onnxruntime(path):
@@ -128,7 +127,7 @@ def exported(tmp_path_factory):
 
 
 @needs_onnx
-@each_case
+@on("texts")
 def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     model, given, report = exported(case, export_onnx)
     assert capfd.readouterr().out == ""  # where --json prints
@@ -138,7 +137,7 @@ def test_onnx_computes_the_same_for_any_batch(case, exported, capfd):
     assert report.sizes == {path.name: path.stat().st_size for path in report.path.parent.iterdir()}
 
 
-@each_case
+@on("pixels")
 def test_a_program_computes_the_same_for_any_batch(case, exported):
     model, given, report = exported(case, export_program)
     assert_agrees(in_torch(report.path), model, given)
@@ -223,8 +222,12 @@ def test_the_model_stays_as_it_is_and_half_precision_is_exported_in_full(tmp_pat
 # -- nothing half-written --------------------------------------------------------------------------------------------
 
 
+def small():
+    return families.wrap(families.build("vit", num_hidden_layers=1))
+
+
 def test_a_difference_above_the_tolerance_leaves_nothing_behind(tmp_path):
-    model = families.wrap("vit")
+    model = small()
     with pytest.raises(ExportError, match=r"differs by .* more than tolerance=0 allows .* Nothing was written"):
         export_program(model, tmp_path / "program", images=pictures(1), processor=PROCESSOR, tolerance=0)
     assert list(tmp_path.iterdir()) == []
@@ -242,7 +245,7 @@ def test_a_file_that_computes_something_else_is_found_out(tmp_path, monkeypatch)
 
     monkeypatch.setattr(formats, "_traced", wrong)
     with pytest.raises(ExportError, match=r"differs by .* in attributions"):
-        export_program(families.wrap("vit"), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
+        export_program(small(), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +256,7 @@ def test_an_opset_the_exporter_cannot_write_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.exporters.OnnxExporter.export", lambda *_, **__: wrote)
     given = {"images": pictures(1), "processor": PROCESSOR}
     with pytest.raises(ExportError, match="cannot write opset 9, it wrote 18"):
-        export_onnx(families.wrap("vit"), tmp_path / "onnx", **given, opset=9)
+        export_onnx(small(), tmp_path / "onnx", **given, opset=9)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,12 +266,12 @@ def test_a_file_for_one_batch_size_alone_is_found_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(formats, "_traced", fixed)
     with pytest.raises(ExportError, match="cannot run a batch of 1"):
-        export_program(families.wrap("vit"), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
+        export_program(small(), tmp_path / "program", images=pictures(1), processor=PROCESSOR)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_traced_is_named(tmp_path, monkeypatch):
-    model = families.wrap("vit")
+    model = small()
 
     def refuse(*_, **__):
         raise RuntimeError("This cannot be traced.\nA long story.")
@@ -298,7 +301,7 @@ def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
 
 
 def test_other_files_are_left_alone(tmp_path):
-    model = families.wrap("vit")
+    model = small()
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="file, which is no part of an export"):
@@ -311,7 +314,7 @@ def test_other_files_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("export", [pytest.param(export_onnx, marks=needs_onnx), export_program])
 def test_what_is_refused(export, tmp_path, monkeypatch):
-    model, folder = families.wrap("vit"), tmp_path / "out"
+    model, folder = small(), tmp_path / "out"
     with pytest.raises(ShapleyError, match="active Shapley adapter"):
         export(families.base("vit"), folder, images=pictures(1), processor=PROCESSOR)
     with pytest.raises(ShapleyError, match="leave texts out"):
@@ -334,7 +337,7 @@ def test_what_is_refused(export, tmp_path, monkeypatch):
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else True)
     with pytest.raises(ImportError, match=r'needs onnxruntime: pip install "shapadapter\[onnx\]"'):
-        export_onnx(families.wrap("vit"), tmp_path / "onnx", images=pictures(1), processor=PROCESSOR)
+        export_onnx(small(), tmp_path / "onnx", images=pictures(1), processor=PROCESSOR)
 
 
 # -- where nothing of ours is installed ------------------------------------------------------------------------------

@@ -299,9 +299,9 @@ def test_a_run_resumed_at_its_end_takes_no_step_more(saved, tmp_path):
 def test_killed_again_and_again_equals_an_undisturbed_run(tmp_path):
     # LoRA and the base drop out, two processes with a worker each read shuffled images and add noise to them, gradients are
     # accumulated, one checkpoint is kept.
-    printed = train_and_kill(tmp_path, seed=0, times=4)
+    printed = train_and_kill(tmp_path, seed=0, times=3)
     deaths = (tmp_path / "killed" / "deaths.txt").read_text().splitlines()
-    assert len(deaths) >= 3, deaths
+    assert len(deaths) >= 2, deaths
     assert {line.partition(":")[0] for line in deaths} == {"saving", "step"}
     assert "Skipping damaged" not in printed
     whole, killed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))

@@ -192,7 +192,7 @@ def influence(model, inputs, grid):
     return total / total.sum(0)
 
 
-@on([*TOKENS, *MAPS])
+@on([name for name in (*TOKENS, *MAPS) if name not in ("levit_teacher", "donut_swin")])  # the trunks of levit and swin
 def test_players_are_numbered_in_raster_order(name):
     """The further down or right a player is, the further down or right are the tiles that move it."""
     model, inputs, grid = placed(name)

@@ -52,7 +52,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+DEFAULT = ("resnet18", "efficientnet", "swin")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.families] * (name not in DEFAULT)) for name in MODELS]
+)
 def test_the_offset_is_that_of_the_paddings(name):
     """To a tenth of a cell, on average of the axes; random kernels look a little to one side by themselves."""
     make, pixels = MODELS[name]

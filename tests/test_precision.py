@@ -16,13 +16,10 @@ from shapadapter.core.shapley import sample_pairs, shapley_loss_of_sums
 
 FAMILIES = ("vit", "clip", "swin", "resnet")
 PREDICTIONS = ("vote", "classifier")
-HALVES = (torch.bfloat16, torch.float16)
 LABELS = torch.tensor([0, 1])
 
 every_family = pytest.mark.parametrize(("family", "prediction"), list(zip(FAMILIES, 2 * PREDICTIONS, strict=True)))
 two_ways = pytest.mark.parametrize(("half", "way"), [(torch.bfloat16, "autocast"), (torch.float16, "weights")])
-each_half = pytest.mark.parametrize("half", HALVES)
-each_way = pytest.mark.parametrize("way", ["autocast", "weights"])
 
 
 def base(family):
@@ -51,8 +48,14 @@ def off(one, other):
 
 
 @every_family
-@each_half
-@each_way
+@pytest.mark.parametrize(
+    ("half", "way"),
+    [
+        (torch.bfloat16, "autocast"),
+        (torch.float16, "weights"),
+        pytest.param(torch.float16, "autocast", marks=pytest.mark.families),
+    ],
+)
 @torch.no_grad()
 def test_attributions_add_up_exactly_and_removed_players_have_no_influence(family, prediction, half, way):
     model, precision, pixels = in_half(family, prediction, half, way)

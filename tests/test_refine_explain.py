@@ -135,14 +135,14 @@ def test_seeds(model):
 def test_until_spends_on_each_image_what_it_takes(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = explain(model, images(6), refine="until", relative_error=0.35, top_k=1)
+        found = explain(model, images(4), refine="until", relative_error=0.35, top_k=1)
     assert (found.relative_errors <= 0.35 * (1 + 1e-5)).all()
     assert len(found.evaluations.unique()) > 1
     assert (found.evaluations % 2 == 0).all()
     for index, spent in enumerate(found.evaluations.tolist()):
         # Not much more than needed: one round less was not enough.
         if spent > 64:
-            less = explain(model, images(6), refine="until", relative_error=1e-9, max_refine=spent // 4 * 2, top_k=1)
+            less = explain(model, images(4), refine="until", relative_error=1e-9, max_refine=spent // 4 * 2, top_k=1)
             assert less.relative_errors[index] > 0.35 / 2
 
 
@@ -153,7 +153,7 @@ def test_until_the_budget_ends(model):
 
 
 def test_until_few_players_are_enumerated(model, exact):
-    for most in (4096, 300, 254):  # from 254 on there is enough for all of them
+    for most in (4096, 254):  # from 254 on there is enough for all of them
         found = explain(
             model, images(3, 16, 32), refine="until", relative_error=0.01, max_refine=most, batch_size=2, **SMALL
         )
@@ -181,19 +181,20 @@ def evaluated(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 24), (16, 40)])  # 4, 9 and 10 players
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 24)])  # 4 and 9 players
 def test_until_evaluates_no_coalition_twice_and_ends_exactly(model, evaluated, height, width):
     players = height * width // 64
     pixels, everything = images(2, height, width), 2**players - 2
     truth = torch.stack([PatchGame(model, image, **SMALL).exact() for image in pixels])
-    for most in (everything, everything + 2, 4096):
+    few = players == 4
+    for most in (everything, everything + 2, 4096) if few else (everything,):
         evaluated.clear()
         found = explain(model, pixels, refine="until", relative_error=1e-6, max_refine=most, **SMALL)
         assert [len(several) for several in evaluated.values()] == found.evaluations.tolist() == [everything] * 2
         assert all(len(set(several)) == everything for several in evaluated.values())
         assert not found.standard_errors.any()
         assert (found.attributions.flatten(1, 2) - truth).abs().max() < 1e-5
-    for most in (2, 10, everything - 2):
+    for most in (2, 10, everything - 2) if few else (10,):
         evaluated.clear()
         with pytest.warns(UserWarning, match=f"after {most} evaluations"):
             found = explain(model, pixels, refine="until", relative_error=1e-6, max_refine=most, **SMALL)

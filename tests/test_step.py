@@ -33,7 +33,6 @@ KINDS = {
 }
 
 
-EACH = [(kind, prediction) for kind in KINDS for prediction in ("vote", "classifier")]
 FEW = [
     ("vit", "vote"),
     ("vit", "classifier"),
@@ -41,9 +40,12 @@ FEW = [
     ("resnet on a fine grid", "classifier"),
     ("clip", "vote"),
 ]
+MORE = [("vit on a coarse grid", "vote"), ("swin", "classifier"), ("clip", "classifier")]
 
 
-@pytest.fixture(params=[one if one in FEW else pytest.param(one, marks=pytest.mark.families) for one in EACH], ids=str)
+@pytest.fixture(
+    params=[*FEW, *(pytest.param(one, marks=pytest.mark.families) for one in MORE)], ids=str, scope="module"
+)
 def played(request):
     """A wrapped model, its inputs, and pairs of coalitions with their sizes."""
     kind, prediction = request.param

@@ -275,7 +275,7 @@ def sample_pictures(
         known = labels is not None and 0 <= labels[index] < len(explanation.labels)
         caption = f"labelled {explanation.labels[labels[index]]}" if labels is not None and known else ""
         name, file = f"explanation-{index + 1}.png", io.BytesIO()
-        draw_strip(explanation, index, max_classes=max_classes, caption=caption).save(file, "png", optimize=True)
+        draw_strip(explanation, index, max_classes=max_classes, caption=caption).save(file, "png")
         files[name] = file.getvalue()
         listed.append(
             {"file": name, "alt": describe_strip(explanation, index, max_classes=max_classes, caption=caption)}

@@ -192,7 +192,7 @@ def _data_uri(pixels: NDArray[np.uint8]) -> str:
     picture = Image.fromarray(pixels)
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     file, kind = io.BytesIO(), "png"
-    picture.save(file, kind, optimize=True)
+    picture.save(file, kind)
     if len(file.getvalue()) > _LOSSLESS_BYTES:
         file, kind = io.BytesIO(), "jpeg"
         picture.save(file, kind, quality=85, optimize=True)

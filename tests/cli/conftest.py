@@ -27,5 +27,5 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _here(folder, monkeypatch):
+def _here(folder, monkeypatch, quick_evaluation):
     monkeypatch.chdir(folder)

@@ -127,6 +127,8 @@ TINY = [
     "none",
     "--lora-rank",
     "4",
+    "--card-images",
+    "0",
 ]
 
 

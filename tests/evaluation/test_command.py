@@ -21,6 +21,8 @@ from shapadapter.evaluation.dataset import labelled_images
 from shapadapter.evaluation.plan import SALIENCY
 from shapadapter.hub import update_card
 
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

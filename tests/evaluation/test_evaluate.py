@@ -18,6 +18,7 @@ from shapadapter.evaluation.dataset import choose
 from shapadapter.evaluation.tables import column
 
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +287,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
 
 
 def test_a_cache_of_something_else_is_not_used(tmp_path):
-    model, options = wrapped(), settings(images=1)
+    model, options = wrapped(), settings(images=1, budgets=(16,), truth_evaluations=64)
     turned = [{**row, "image": row["image"].rotate(90)} for row in rows_of()]
 
     def coalitions(rows=None, **changes):

@@ -7,6 +7,7 @@ from small import SMALL, processor, rows_of, wrapped
 from shapadapter import Evaluator, ShapleyTrainer, ShapleyTrainingArguments, evaluate
 
 pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("quick_evaluation")
 
 EVALUATOR = Evaluator(images=2, truth_evaluations=256, budgets=(16, 64))
 

@@ -50,6 +50,7 @@ print("recorded", model.peft_config["default"].base_model_name_or_path, model.pe
 # A trainer that pushes while it trains, to a private repository.
 arguments = ShapleyTrainingArguments(
     "run",
+    card_images=1,
     max_steps=3,
     save_steps=1,
     save_total_limit=1,

@@ -70,5 +70,12 @@ def online(hub, monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _quickly(quick_evaluation):
-    """The models of these tests have 16 players."""
+def _quickly(quick_evaluation, monkeypatch):
+    """The models of these tests have 16 players; and what is exported is a matter of other tests."""
+    monkeypatch.setattr("shapadapter.export.export_program", _exported)
+
+
+def _exported(model, folder, *, images, **_):
+    from shapadapter.export import ExportReport
+
+    return ExportReport(folder / "model.pt2", {"logits": 1e-6}, len(images), None, {"model.pt2": 1})

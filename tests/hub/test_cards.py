@@ -88,7 +88,7 @@ def test_models_of_other_kinds_are_pushed_as_ever(online):
 def test_the_trainer_s_pushes_have_cards_and_pictures(online, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_strategy": "every_save", "hub_always_push": True}
     trainer = trainer_of(
-        tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=2, hub_token=TOKEN, **options
+        tmp_path / "out", card_images=4, save_strategy="steps", save_steps=1, max_steps=2, hub_token=TOKEN, **options
     )
     trainer.train()
     card = text_of("ada/run")
@@ -120,7 +120,7 @@ def test_the_trainer_pushes_the_adapter_that_it_trains(online, tmp_path):
     model.set_adapter("second")
     out = tmp_path / "out"
     options = {"push_to_hub": True, "hub_model_id": "ada/second", "hub_strategy": "every_save", "hub_token": TOKEN}
-    trainer = trainer_of(out, model, save_strategy="steps", save_steps=2, max_steps=2, **options)
+    trainer = trainer_of(out, model, card_images=4, save_strategy="steps", save_steps=2, max_steps=2, **options)
     trainer.train()
     assert online.files("ada/second")["adapter_model.safetensors"] == weights(out / "checkpoint-2" / "second")
     about = {"checkpoint": str(out), "folder": str(tmp_path / "images")}
