@@ -70,6 +70,28 @@ class BatchGame:
 
         return evaluate_coalitions(self.model, inputs, coalitions, _COALITIONS, shown)
 
+    def gradients(self, images: Tensor, presence: Tensor) -> Tensor:
+        """The soft game's gradient by presence (b, R, N) of some images (b,): (b, R, N, C) fp32, on the CPU.
+
+        Of players that are present at all; at 0 it is not asked for. A pass holds about `batch_size` samples, and needs the
+        whole image as well.
+        """
+        together = max(1, self.batch_size // presence.shape[1])
+        parts = zip(images.split(together), presence.split(together), strict=True)
+        return torch.cat([self._gradients(some, degrees) for some, degrees in parts])
+
+    def _gradients(self, images: Tensor, presence: Tensor) -> Tensor:
+        rows = images.to(self.classes.device)
+        inputs = {name: value[rows] if name in IMAGE_INPUTS else value for name, value in self.inputs.items()}
+        found = []
+        for part in presence.split(max(1, self.batch_size), dim=1):
+            degrees = part.to(rows.device).requires_grad_()  # (b, r, N)
+            with torch.enable_grad():
+                values = self.model(**inputs, coalitions=degrees, coalition_grad="present").coalition_values
+                classes = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, r, C)
+                found.append(presence_gradients(values.gather(2, classes), degrees).float().cpu())  # (b, r, N, C)
+        return torch.cat(found, dim=1)
+
 
 class PatchGame:
     """The game of one image: players are its patches, v(S) the logits with only S present.
