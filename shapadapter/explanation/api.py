@@ -15,7 +15,8 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame, active_layer
 from shapadapter.explanation.passes import embed_texts, join, one_pass, predictions
-from shapadapter.explanation.refine import UNTIL, Plan, refined
+from shapadapter.explanation.presence import LEVEL, full_gradients, gradient_level
+from shapadapter.explanation.refine import UNTIL, Plan, blocks_for, refined
 
 __all__ = ["embed_texts", "explain"]
 
@@ -29,16 +30,19 @@ def explain(
     top_k: int | None = None,
     targets: Sequence[str | int] | str | int | None = None,
     batch_size: int = 32,
-    refine: int | Literal["until"] = 0,
+    refine: int | Literal["until", "gradient"] = 0,
     relative_error: float | None = None,
     max_refine: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Explanation:
-    """Predict and explain images in one forward pass each, without gradients.
+    """Predict and explain images in one forward pass each; in one backward pass more, or in many, where that is asked for.
 
-    With `refine`, the attributions are improved by further evaluations of the model on coalitions of patches, and get
-    standard errors; see `shapadapter.core.estimates`. From 2^N - 2 evaluations on they are the exact Shapley values.
+    With `refine="gradient"`, a backward pass for each shown class tells what each patch adds to the prediction, also through
+    what the others make of it; the map is the mean of that and of what the head says. With a number of evaluations, these
+    go to the gradient, to gradients where patches are present to random degrees, and to coalitions of patches, which say how
+    much each of the others is worth: see `shapadapter.core.estimates`. Both come with standard errors. From 2^N - 2
+    evaluations on the attributions are the exact Shapley values.
 
     Args:
         model: a wrapped model; its training mode is left as it was.
@@ -50,7 +54,9 @@ def explain(
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
         batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
-        refine: further evaluations for each image, an even number, or "until" for as many as `relative_error` takes.
+        refine: "gradient"; or further evaluations for each image, an even number, or "until" for as many as `relative_error`
+            takes. A backward pass for one class counts as 1.75 evaluations, which is what it costs; where `refine` has no room
+            for those of all shown classes, and where a model has no gradient by presence, all go to coalitions.
         relative_error: with "until", the expected relative L2 error of each shown map of an image that is done; default 0.1.
         max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many are not done.
         seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
@@ -59,7 +65,8 @@ def explain(
     Raises:
         ImageError: no image, an unreadable one, or one of a kind the model cannot take.
         ClassNotFoundError: a target the model does not have.
-        ShapleyError: the model has no active adapter; texts are missing, too long, or of no use to it.
+        ShapleyError: the model has no active adapter; texts are missing, too long, or of no use to it; or, with "gradient",
+            it has no gradient by the presence of its patches.
         ValueError: arguments that exclude each other, `top_k` less than 1, or an odd `refine`.
         TypeError: an argument that neither this function nor the model's forward has.
     """
@@ -69,12 +76,18 @@ def explain(
     plan = Plan.of(refine, relative_error, max_refine, seed)
     parts: list[Explanation] = []
     bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)
-    with torch.inference_mode(), bar:
-        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
+    graph: Any = True if refine == LEVEL else "try" if plan is not None else False
+    # Inference mode forbids gradients, also the caller's.
+    with torch.inference_mode(not graph), torch.no_grad(), bar:
+        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options, graph):
             part = one_pass(batch)
+            if refine == LEVEL:
+                part = gradient_level(part, batch)
             if plan is not None:
                 game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
-                part = refined(part, game, plan, first=sum(map(len, parts)))
+                room = blocks_for(plan.totals[-1], batch.classes.shape[1]) >= 0
+                gradients = full_gradients(batch) if room and batch.presence is not None else None  # (B, N, C)
+                part = refined(part, game, plan, sum(map(len, parts)), gradients)
             parts.append(part)
     found = join(parts)
     if plan is not None and refine == UNTIL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,16 @@ from torch import Tensor, nn
 from shapadapter.adapter import CHILD, ShapleyLayer
 from shapadapter.adapter.coalitions import evaluate_coalitions
 from shapadapter.backbone import evaluation_view, reached
-from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.estimates import exact_shapley_values, kernel_shap, kernel_shap_error
 from shapadapter.core.shapley import all_coalitions, pays_for_all, sample_paired_coalitions
 from shapadapter.data.images import IMAGE_INPUTS
+
+GRADIENT_COST = 1.75
+"""What a backward pass for one class costs, in evaluations of coalitions, of which half of the patches is absent on average.
+
+A forward pass of the whole image costs about as much or a little more: so a sample for C classes costs (1 + C) of them.
+"""
 
 _COALITIONS = 32  # of an image in a call of the model, which also evaluates the whole image each time
 _PER_IMAGE = 8  # coalitions, of all images, in a call: so many times `batch_size`. Most are much smaller than an image
@@ -89,8 +96,34 @@ class BatchGame:
             with torch.enable_grad():
                 values = self.model(**inputs, coalitions=degrees, coalition_grad="present").coalition_values
                 classes = self.classes[rows][:, None].expand(-1, values.shape[1], -1)  # (b, C) -> (b, r, C)
+                self.count(math.ceil(part.shape[0] * part.shape[1] * GRADIENT_COST * (1 + classes.shape[-1])))
                 found.append(presence_gradients(values.gather(2, classes), degrees).float().cpu())  # (b, r, N, C)
         return torch.cat(found, dim=1)
+
+
+def presence_gradients(scores: Tensor, presence: Tensor) -> Tensor:
+    """The gradient of each class's scores by the presence of the players.
+
+    Args:
+        scores: (B, C) or (B, M, C), of which each row depends on the same row of presence alone.
+        presence: (B, N) or (B, M, N), from which the scores were computed. The graph is used up.
+
+    Returns:
+        (..., N, C) in the unit of the scores.
+
+    Raises:
+        UnsupportedModelError: no gradient reaches the players.
+    """
+    if not scores.requires_grad:
+        raise UnsupportedModelError(
+            "No gradient of the model's scores reaches its players: refine by coalitions, refine=256."
+        )
+    columns = scores.unbind(dim=-1)
+    maps = [
+        torch.autograd.grad(column.sum(), presence, retain_graph=number < len(columns))[0]
+        for number, column in enumerate(columns, start=1)
+    ]
+    return torch.stack(maps, dim=-1).detach()
 
 
 class PatchGame:

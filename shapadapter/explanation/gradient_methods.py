@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from shapadapter.backbone import attention_weights, cells_first, first_tensor, original_name
 from shapadapter.core.errors import ShapleyError
+from shapadapter.core.shapley import project_on_efficiency
 from shapadapter.data.images import unpatchify
 from shapadapter.explanation.case import Answer, Case
+from shapadapter.explanation.game import GRADIENT_COST
 from shapadapter.explanation.passes import base_of
+from shapadapter.explanation.presence import full_gradients
 
 
 def attention(case: Case) -> Answer:
@@ -55,6 +58,17 @@ def _read(case: Case, weights: Tensor) -> Answer:
     row = weights[:, 0, cells] if prefix else weights[:, cells, cells].mean(dim=1)  # (B, cells)
     maps = case.from_cells(row[..., None])  # (B, N, 1)
     return Answer(maps.expand(-1, -1, case.batch.classes.shape[1]))
+
+
+def presence_gradient(case: Case) -> Answer:
+    """The gradient by the players' presence, of the pass that predicted, moved to the sum of the logits.
+
+    It needs no training: the head has no say in it.
+    """
+    gradients = full_gradients(case.batch)  # (B, N, C)
+    null, full = case.ends  # (B, C) each
+    cost = math.ceil(GRADIENT_COST * gradients.shape[-1])
+    return Answer(project_on_efficiency(gradients, full.double(), null.double()), cost)
 
 
 def gradient_x_input(case: Case) -> Answer:

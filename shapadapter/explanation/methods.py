@@ -34,18 +34,21 @@ from shapadapter.explanation.gradient_methods import (
     grad_cam,
     gradient_x_input,
     integrated_gradients,
+    presence_gradient,
 )
 from shapadapter.explanation.passes import join, one_pass, predictions
+from shapadapter.explanation.presence import LEVEL
 from shapadapter.explanation.refine import in_pairs
 
 __all__ = ["METHODS", "attribute"]
 
-_OURS = ("shapadapter", "refined")
+_OURS = ("shapadapter", "refined", LEVEL)
 _PAIRED = ("refined", "kernel_shap")
 _OTHERS: dict[str, Callable[[Case], Answer]] = {
     "kernel_shap": kernel_shap,
     "permutation": permutation,
     "exact": exact,
+    "presence_gradient": presence_gradient,
     "leave_one_out": leave_one_out,
     "attention": attention,
     "attention_rollout": attention_rollout,
@@ -99,7 +102,7 @@ def attribute(
 
     Returns:
         As `explain`, with `method` and `evaluations` filled in, which are counted beyond the forward pass that predicts; a
-        gradient counts as one. Maps of attention, Grad-CAM, "random" and "centre" do not sum to the logits.
+        gradient counts as one, of "presence_gradient" and "refined" as much as it costs. Maps of attention, Grad-CAM, "random" and "centre" do not sum to the logits.
 
     Raises:
         ValueError: there is no such method, or it needs more evaluations or fewer players.
@@ -112,15 +115,17 @@ def attribute(
     if "refine" in options:
         raise TypeError("attribute refines with method='refined', evaluations=64; refine is an argument of explain.")
     check_options(model, options, attribute)
-    if method == "refined":
+    if method in ("refined", LEVEL):
+        refine: Any = LEVEL if method == LEVEL else evaluations
         wanted: Any = {"texts": texts, "top_k": top_k, "targets": targets, "batch_size": batch_size}
-        return explain(model, images, processor, refine=evaluations, seed=seed, **wanted, **options)
+        return explain(model, images, processor, refine=refine, seed=seed, **wanted, **options)
     parts: list[Explanation] = []
     model = evaluation_view(model, private=True)  # for methods that hook modules
     layer = active_layer(model)
     # The caller's inference mode would forbid the gradients that some methods ask for.
     with torch.inference_mode(False), torch.no_grad():
-        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options):
+        graph = method == "presence_gradient"
+        for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options, graph):
             case = Case(model, layer, batch, evaluations, seed, sum(map(len, parts)), batch_size)
             parts.append(_explained(case, method))
     return join(parts)

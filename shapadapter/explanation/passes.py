@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from shapadapter.backbone import Tiling, configured_size, evaluation_view, normalised
-from shapadapter.core.errors import ImageError, ShapleyError
+from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.phrases import argument
 from shapadapter.data.classes import class_names, find_classes
 from shapadapter.data.collator import prepare_texts, text_rules
@@ -48,11 +48,12 @@ def predictions(
     targets: Sequence[str | int] | str | int | None,
     batch_size: int,
     options: dict[str, Any],
-    graph: bool = False,
+    graph: Literal["try"] | bool = False,
 ) -> Iterator[Predicted]:
     """Prepare images, check what is asked of them, and run one forward pass on each batch; arguments as `explain`.
 
-    With `graph`, the pass keeps what the gradient by the players' presence takes. Not for inference mode.
+    With `graph`, the pass keeps what the gradient by the players' presence takes; to "try" it is to do without where the
+    model does not allow it. Not for inference mode.
     """
     layer = active_layer(model)
     if top_k is not None and (targets is not None or top_k < 1):
@@ -77,20 +78,33 @@ def predictions(
         tiling = layer.tiling(**inputs, **options)
         seen = as_pictures(_seen(inputs["pixel_values"], tiling), processor)
         given = {**inputs_on(inputs, model), "return_dict": True, **options}
-        presence = None
         if graph:
             # Clones, for tensors of an inference mode that is over cannot take part in a gradient.
             given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
-            pixels = given["pixel_values"]
-            presence = torch.ones(len(pixels), tiling.count, device=pixels.device, requires_grad=True)  # (B, N)
-        with torch.set_grad_enabled(graph):
-            output = _forward(model, given if presence is None else {**given, "presence": presence})
+        output, presence = _pass(model, given, tiling.count, graph)
         if top_k is None:
             kept = torch.tensor(chosen, device=output.logits.device).expand(len(output.logits), -1)  # (B, C)
         else:
             kept = output.logits.detach().topk(min(top_k, output.logits.shape[1]), dim=1).indices  # (B, C)
         places = frames(opened, processor, (seen.shape[1], seen.shape[2])) if opened else None
         yield Predicted(given, output, tiling, seen, kept, labels, _likelihood(model), places, presence)
+
+
+def _pass(
+    model: nn.Module, given: dict[str, Any], players: int, graph: Literal["try"] | bool
+) -> tuple[Any, Tensor | None]:
+    """What the model returns and, if it keeps the graph, the presence (B, N) of the players, all ones."""
+    if graph:
+        presence = torch.ones(
+            len(given["pixel_values"]), players, device=given["pixel_values"].device, requires_grad=True
+        )
+        try:
+            with torch.enable_grad():
+                return _forward(model, {**given, "presence": presence}), presence
+        except UnsupportedModelError:
+            if graph != "try":
+                raise
+    return _forward(model, given), None
 
 
 def _forward(model: nn.Module, given: dict[str, Any]) -> Any:

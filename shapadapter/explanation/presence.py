@@ -8,15 +8,16 @@ a Shapley value. Averages of gradients at random presence come nearer still.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from shapadapter.core.errors import UnsupportedModelError
 from shapadapter.core.shapley import project_on_efficiency
 from shapadapter.explanation.explanation import Explanation
+from shapadapter.explanation.game import GRADIENT_COST, presence_gradients
 from shapadapter.explanation.passes import Predicted
 
 LEVEL = "gradient"
@@ -27,29 +28,6 @@ GROUPS = 2
 
 BLOCK = 2 * GROUPS
 """Samples in which each player is live twice, at m and at 1 - m."""
-
-
-def presence_gradients(scores: Tensor, presence: Tensor) -> Tensor:
-    """The gradient of each class's scores by the presence of the players.
-
-    Args:
-        scores: (B, C) or (B, M, C), of which each row depends on the same row of presence alone.
-        presence: (B, N) or (B, M, N), from which the scores were computed. The graph is used up.
-
-    Returns:
-        (..., N, C) in the unit of the scores.
-
-    Raises:
-        UnsupportedModelError: no gradient reaches the players.
-    """
-    if not scores.requires_grad:
-        raise UnsupportedModelError("No gradient of the model's scores reaches its players: refine by coalitions, refine=256.")
-    columns = scores.unbind(dim=-1)
-    maps = [
-        torch.autograd.grad(column.sum(), presence, retain_graph=number < len(columns))[0]
-        for number, column in enumerate(columns, start=1)
-    ]
-    return torch.stack(maps, dim=-1).detach()
 
 
 def full_gradients(batch: Predicted) -> Tensor:
@@ -77,7 +55,9 @@ def gradient_level(explanation: Explanation, batch: Predicted) -> Explanation:
     """
     maps, gradients = explanation.attributions.flatten(1, 2).double(), full_gradients(batch)  # (B, N, C)
     share = share_of_head(maps, gradients)[:, None]  # (B, 1, C)
-    ends = [values.gather(1, explanation.classes) for values in (explanation.logits, explanation.null_values)]  # (B, C)
+    ends = [
+        values.gather(1, explanation.classes) for values in (explanation.logits, explanation.null_values)
+    ]  # (B, C)
     felt = project_on_efficiency(gradients, *(end.double() for end in ends))  # (B, N, C)
     together = share * maps + (1 - share) * felt
     apart = (felt - maps).square().mean(dim=1, keepdim=True).sqrt()  # (B, 1, C)
@@ -87,6 +67,7 @@ def gradient_level(explanation: Explanation, batch: Predicted) -> Explanation:
         explanation,
         attributions=together.float().unflatten(1, grid),
         standard_errors=errors.float().unflatten(1, grid),
+        evaluations=torch.full_like(explanation.evaluations, math.ceil(GRADIENT_COST * maps.shape[-1])),
         method=LEVEL,
     )
 
@@ -105,7 +86,9 @@ def sample_presence(
     """
     draws = blocks * GROUPS
     # One from each part of 0..1, so that many and few are there equally often; in random order, for groups take turns.
-    levels = (torch.randperm(draws, generator=sizes, device="cpu") + torch.rand(draws, generator=sizes, device="cpu")) / draws
+    levels = (
+        torch.randperm(draws, generator=sizes, device="cpu") + torch.rand(draws, generator=sizes, device="cpu")
+    ) / draws
     presence, live = [], []
     for source in sources:
         order = torch.rand(blocks, players, generator=source, device="cpu").argsort(dim=1)  # (blocks, N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapadapter.core.estimates import Posterior, exact_posterior, shapley_posterior
+from shapadapter.core.estimates import Posterior, calibrated_posterior, exact_posterior, shapley_posterior
 from shapadapter.core.shapley import (
     MAX_ENUMERATED_PLAYERS,
     all_coalitions,
@@ -19,7 +20,8 @@ from shapadapter.core.shapley import (
     sample_sizes,
 )
 from shapadapter.explanation.explanation import Explanation
-from shapadapter.explanation.game import BatchGame
+from shapadapter.explanation.game import GRADIENT_COST, BatchGame
+from shapadapter.explanation.presence import BLOCK, LEVEL, mean_of_live, sample_presence, share_of_head
 
 UNTIL = "until"
 
@@ -28,6 +30,13 @@ _RELATIVE_ERROR, _MAX_REFINE = 0.1, 4096
 
 # Evaluations of the first round of "until"; each later round adds half of what was spent before.
 _FIRST_ROUND = 64
+
+# The share of the evaluations that goes to gradients. Their mean has little noise and a bias, pairs of coalitions have none
+# and tell how large it is.
+_FOR_GRADIENTS = 0.4
+
+# From so many samples on their mean is thought better than what one pass says, before the pairs have a say.
+_TRUSTED = 32
 
 # With few players, how many times as many coalitions as a round evaluates are drawn, at most: repeats cost nothing.
 _REPEATS = 4
@@ -44,15 +53,15 @@ class Plan:
     @classmethod
     def of(cls, refine: int | str, relative_error: float | None, max_refine: int | None, seed: int) -> Plan | None:
         """The plan that arguments of `explain` ask for, None without refinement; refuses what it cannot follow."""
-        if refine != UNTIL and not in_pairs(refine):
+        if refine not in (UNTIL, LEVEL) and not in_pairs(refine):
             raise ValueError(
-                f"refine must be an even number of evaluations, 0 or more, or {UNTIL!r}, for coalitions come in pairs; got "
-                f"refine={refine!r}."
+                f"refine must be an even number of evaluations, 0 or more, for coalitions come in pairs, or {UNTIL!r}, or "
+                f"{LEVEL!r}; got refine={refine!r}."
             )
-        if not isinstance(refine, str):
+        if refine != UNTIL:
             if relative_error is not None or max_refine is not None:
                 raise ValueError(f"relative_error and max_refine are for refine={UNTIL!r}; got refine={refine!r}.")
-            return cls((refine,), 0.0, seed) if refine else None
+            return cls((int(refine),), 0.0, seed) if refine and refine != LEVEL else None
         wanted = _RELATIVE_ERROR if relative_error is None else relative_error
         most = _MAX_REFINE if max_refine is None else max_refine
         if not (most and in_pairs(most)):
@@ -73,10 +82,12 @@ def in_pairs(count: Any) -> bool:
     return isinstance(count, int | np.integer) and not isinstance(count, bool) and bool(count >= 0 and count % 2 == 0)
 
 
-def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -> Explanation:
-    """The explanation of a batch after more evaluations.
+def refined(
+    explanation: Explanation, game: BatchGame, plan: Plan, first: int, gradients: Tensor | None = None
+) -> Explanation:
+    """The explanation of a batch after more evaluations, and samples of gradients where `gradients` (B, N, C) are given.
 
-    `first` is the number of its first image among all that are explained: each image draws coalitions from a source of
+    These are those at full presence, of the shown classes. `first` is the number of its first image among all that are explained: each image draws coalitions from a source of
     its own, so that it does not matter with which others it is explained.
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
@@ -91,7 +102,7 @@ def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int) -
         mean, error = (torch.stack([getattr(one, part) for one, _ in alone]) for part in ("mean", "standard_error"))
         spent = torch.tensor([evaluations for _, evaluations in alone], device="cpu")
     else:
-        mean, error, spent = _in_rounds(game, prior, ends, plan, first)
+        mean, error, spent = _in_rounds(game, prior, gradients, ends, plan, first)
     grid = explanation.attributions.shape[1:3]
     maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
     return replace(explanation, attributions=maps, standard_errors=errors, evaluations=spent, method="refined")
@@ -105,29 +116,66 @@ def enumerated(game: BatchGame, images: Tensor, ends: Tensor, players: int) -> P
     return Posterior(found.mean.transpose(0, 1), found.standard_error.transpose(0, 1))
 
 
-def _in_rounds(game: BatchGame, prior: Tensor, ends: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def _in_rounds(
+    game: BatchGame, prior: Tensor, gradients: Tensor | None, ends: Tensor, plan: Plan, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and error (B, N, C) after as many rounds as each image takes, and what it has spent (B,)."""
     batch, players, shown = prior.shape
     mean, error = prior.double(), torch.full_like(prior, torch.nan, dtype=torch.float64)
     spent = torch.zeros(batch, dtype=torch.int64, device="cpu")
-    # Of the images that are not done yet, (b,): their coalitions and values so far.
+    # Of the images that are not done yet, (b,): their coalitions and values, samples of presence and gradients so far.
     images = torch.arange(batch, device="cpu")
     coalitions = torch.empty(batch, 0, players, dtype=torch.bool, device="cpu")
     values = torch.empty(batch, 0, shown, device="cpu")
+    live = torch.empty(batch, 0, players, dtype=torch.bool, device="cpu")
+    felt = torch.empty(batch, 0, players, shown, device="cpu")
     for turn, total in enumerate(plan.totals):
-        # The sizes are the same for all images, so that coalitions of one size are a rectangular batch.
-        sizes = sample_sizes(players, (total - coalitions.shape[1]) // 2, generator_of(plan.seed, turn, 0))  # (m / 2,)
         numbers = (first + images).tolist()
+        blocks = 0 if gradients is None else blocks_for(total, shown)
+        if blocks * BLOCK > live.shape[1]:
+            sources = [generator_of(plan.seed, turn, "presence", 1 + n) for n in numbers]
+            more = blocks - live.shape[1] // BLOCK
+            presence, new_live = sample_presence(players, more, generator_of(plan.seed, turn, "presence", 0), sources)
+            live = torch.cat([live, new_live], dim=1)  # (b, R, N)
+            felt = torch.cat([felt, game.gradients(images, presence)], dim=1)  # (b, R, N, C)
+        left = total - (0 if gradients is None else math.ceil(spent_on_gradients(blocks, shown)))
+        # The sizes are the same for all images, so that coalitions of one size are a rectangular batch.
+        sizes = sample_sizes(players, (left - coalitions.shape[1]) // 2, generator_of(plan.seed, turn, 0))  # (m / 2,)
         new = torch.stack([sample_in_turns(players, sizes, generator_of(plan.seed, turn, 1 + n)) for n in numbers])
         coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
         values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
-        found = shapley_posterior(prior[images], coalitions, values, *ends[images].unbind(1))
+        known = (coalitions, values, *ends[images].unbind(1))
+        if gradients is None:
+            found = shapley_posterior(prior[images], *known)
+        else:
+            found = calibrated_posterior(*_predictions(prior[images], gradients[images], felt, live), *known)
         mean[images], error[images], spent[images] = found.mean, found.standard_error, total
         unsure = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
-        images, coalitions, values = images[unsure], coalitions[unsure], values[unsure]
+        images, coalitions, values, live, felt = (part[unsure] for part in (images, coalitions, values, live, felt))
         if not len(images):
             break
     return mean, error, spent
+
+
+def _predictions(prior: Tensor, gradients: Tensor, felt: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """What head, gradient and mean of samples say, (b, N, C, F), and their weights (b, C, F) before anything else is known."""
+    share, trust = share_of_head(prior, gradients), min(1.0, live.shape[1] / _TRUSTED)  # (b, C)
+    parts, weights = [prior.double(), gradients], [(1 - trust) * share, (1 - trust) * (1 - share)]
+    if live.shape[1]:
+        parts.append(mean_of_live(felt, live))  # (b, N, C)
+        weights.append(torch.full_like(share, trust))
+    return torch.stack(parts, dim=-1), torch.stack(weights, dim=-1)
+
+
+def spent_on_gradients(blocks: int, shown: int) -> float:
+    """Evaluations that the gradient at full presence and so many blocks of samples cost, for C shown classes."""
+    return GRADIENT_COST * (shown + blocks * BLOCK * (1 + shown))
+
+
+def blocks_for(total: int, shown: int) -> int:
+    """How many blocks of samples so many evaluations have room for, or -1 if the gradient is too dear as well."""
+    room = _FOR_GRADIENTS * total - spent_on_gradients(0, shown)
+    return -1 if room < 0 else int(room / (spent_on_gradients(1, shown) - spent_on_gradients(0, shown)))
 
 
 def _each_once(
