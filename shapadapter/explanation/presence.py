@@ -67,7 +67,7 @@ def gradient_level(explanation: Explanation, batch: Predicted) -> Explanation:
         explanation,
         attributions=together.float().unflatten(1, grid),
         standard_errors=errors.float().unflatten(1, grid),
-        evaluations=torch.full_like(explanation.evaluations, math.ceil(GRADIENT_COST * maps.shape[-1])),
+        evaluations=torch.full((len(maps),), math.ceil(GRADIENT_COST * maps.shape[-1]), device="cpu"),
         method=LEVEL,
     )
 
