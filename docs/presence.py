@@ -33,7 +33,9 @@ def own_contributions(model, pixels: Tensor, target: int) -> Tensor:
 
 def main(demo: Path, output: Path) -> None:
     model, processor = load(str(demo / "adapter"))[0].eval(), AutoImageProcessor.from_pretrained(demo / "pretrained")
-    picture = sorted((demo / "test" / "eight").glob("*.png"))[0]
+    pictures = sorted((demo / "test" / "eight").glob("*.png"))
+    named = explain(model, pictures, processor, top_k=1).top(1)
+    picture = next(file for file, best in zip(pictures, named, strict=True) if best[0].label == "eight")
     options = {"top_k": 1, "seed": 0}
     felt = attribute(model, picture, processor, method="presence_gradient", **options)
     truth = attribute(model, picture, processor, method="permutation", evaluations=126 * 80, **options)
@@ -56,7 +58,7 @@ def main(demo: Path, output: Path) -> None:
     bound = float(max(values.abs().max() for values in maps.values()))
     figure, axes = plt.subplots(1, 1 + len(maps), figsize=(13, 2.7), layout="constrained")
     axes[0].imshow(felt.images[0].numpy())
-    axes[0].set_title(f"{felt.top(1)[0][0].label}?", fontsize=10)
+    axes[0].set_title(f"{felt.top(1)[0][0].label}", fontsize=10)
     for axis, (title, values) in zip(axes[1:], maps.items(), strict=True):
         axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
         axis.set_title(title, fontsize=10)
