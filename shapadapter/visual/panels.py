@@ -43,7 +43,7 @@ from shapadapter.visual.maps import (
     width_for_numbers,
     write_numbers,
 )
-from shapadapter.visual.wording import MINUS, Column, number, unit
+from shapadapter.visual.wording import MINUS, Column, level, number, unit
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
@@ -78,6 +78,7 @@ class Row:
     box: Box  # of the maps on the picture, in its pixels
     predicted: str
     notes: list[str]
+    level: str  # how the maps were made
     look: Look
 
     @property
@@ -122,6 +123,7 @@ def make_row(
         box=box,
         predicted=one_line(one.top(1)[0][0].label),
         notes=_notes(explanation, one, look, limit, original is not None),
+        level=level([one]),
         look=look,
     )
 
@@ -284,7 +286,8 @@ def draw_tiles(rows: Sequence[Row], limit: float | None) -> DescribedFigure:
         if limit is None:
             scale = f"scale ±{number(row.limit)}"
             canvas.text(left + _TILE / 2, top - panel[1] - 0.04, scale, _FONT - 0.5, va="top")
-    notes, ends = rows[0].notes, None
+    # There is no room for words below each tile.
+    notes, ends = [*rows[0].notes, *dict.fromkeys(row.level for row in rows)], None
     if limit is None:
         notes, ends = [*notes, "the limit of each image's own scale stands below it"], (MINUS, "+")
     draw_bar(canvas, width / 2, MARGIN + BAR, limit or 0.0, notes, ends)
