@@ -55,8 +55,6 @@ def _shown(model: Any, texts: Any = None, top_k: int | None = None, targets: Any
     """How many classes of an image are shown."""
     if targets is not None:
         return len(targets) if isinstance(targets, Sized) and not isinstance(targets, str) else 1
-    if texts is not None:
-        classes = 1 if isinstance(texts, str) else len(texts)
-    else:
-        classes = active_layer(model).classes
+    listed = (texts,) if isinstance(texts, str) else texts
+    classes = active_layer(model).classes if listed is None else len(listed)
     return classes if top_k is None else min(top_k, classes)
