@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Export model and explanations in one file: logits, attributions and null values, for any number of images.
 
-    What the file computes is compared with the model on the images, and nothing is written if it differs.
+    The file gives the attributions of one forward pass. What it computes is compared with the model on the images, and nothing is written if it differs.
     """
     from shapadapter.export import export_onnx, export_program
     from shapadapter.hub.load import load
