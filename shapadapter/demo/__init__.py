@@ -72,7 +72,7 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     print("\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line]))
     print("6/6  Pictures")
-    explanation = explain(model, images, processor, refine=LEVEL)
+    explanation = explain(model, images, processor, refine="gradient")
     gallery(explanation).savefig(output / "attributions.png")
     labels = scenes.labels[shown].tolist()
     write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=labels)

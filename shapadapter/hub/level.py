@@ -10,7 +10,6 @@ from shapadapter.core.phrases import one_line
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
-from shapadapter.explanation.presence import LEVEL
 
 MOST_CLASSES = 10
 """Classes shown of an image, each of which takes a backward pass; with more, one forward pass is the default."""
@@ -41,7 +40,7 @@ class Explainer:
         of_model, reason = False, f"{count} classes are shown, each of which would take a backward pass."
         if count <= MOST_CLASSES:
             try:
-                return explain(model, images, processor, refine=LEVEL, **options)
+                return explain(model, images, processor, refine="gradient", **options)
             except UnsupportedModelError as error:
                 of_model, reason = True, one_line(error)
         found = explain(model, images, processor, **options)
