@@ -144,11 +144,11 @@ def gallery(
     if not chosen:
         raise ValueError("There is no image to draw.")
     shown = [columns(explanation, i, max_classes=max_classes) for i in chosen]
-    limit = None
+    made, limit = level([explanation[i] for i in chosen]), None
     if shared_scale:
         limit = symmetric_limit(np.stack([column.values.numpy() for several in shown for column in several]))
     rows = [make_row(explanation, i, one, Look(smooth), limit=limit) for i, one in zip(chosen, shown, strict=True)]
-    figure = draw_rows(rows) if len(rows) <= _MOST_ROWS else draw_tiles(rows, limit)
+    figure = draw_rows(rows) if len(rows) <= _MOST_ROWS else draw_tiles(rows, limit, made)
     figure.alt_text = gallery_alt_text(explanation, chosen, max_classes)
     return figure
 
