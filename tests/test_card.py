@@ -130,6 +130,20 @@ def test_a_card_says_what_is_known_and_writing_it_again_changes_nothing():
     assert order == sorted(order)
 
 
+def test_a_card_names_the_level_of_its_pictures_and_how_to_get_the_others():
+    card = updated(None, facts())
+    assert "Their level: one forward pass." in card
+    assert "with a backward pass" not in card
+    assert '`explain(..., refine="gradient")`, a forward and a backward pass, and `refine=256`' in card
+    evaluation = copy.deepcopy(RECORD["evaluation"])
+    evaluation["methods"]["gradient"] = {"error": [0.31, 0.28, 0.34, 32]}
+    picture = {"file": "explanation-1.png", "alt": "Maps", "level": "forward and backward pass"}
+    card = updated(None, facts(evaluation=evaluation, pictures=[picture]))
+    assert "Their level: forward and backward pass." in card
+    assert "| ... with a backward pass, too ↓ | 0.310 (0.280 to 0.340) | 32 |" in card
+    assert '`explain(..., refine="gradient")`, a forward and a backward pass (31% here), and' in card
+
+
 def test_metadata_are_what_the_hub_reads():
     found = metadata_of(updated(None, facts()))
     assert found["base_model"] == "google/vit-base-patch16-224"
@@ -233,7 +247,10 @@ def test_hostile_words_do_nothing(tmp_path):
     config = filled_with(CONFIG, EVIL)
     config |= {"prediction": "vote", "tune": "lora", "removal": "drop", "mechanism": "sequence"}
     record = config["record"]
-    record["pictures"] = [{"file": "explanation-1.png", "alt": EVIL}, {"file": "../../evil.png", "alt": ""}]
+    record["pictures"] = [
+        {"file": "explanation-1.png", "alt": EVIL, "level": EVIL},
+        {"file": "../../evil.png", "alt": ""},
+    ]
     record["evaluation"]["methods"][EVIL] = {"error": [1.0, 0.0, 2.0, 3]}
     record["training"]["settings"][EVIL] = EVIL
     record["versions"][EVIL] = EVIL

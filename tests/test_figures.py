@@ -371,7 +371,7 @@ def test_curves_of_nothing_are_refused_and_others_described():
 def test_alt_text_says_where_the_strongest_patches_are():
     explanation = one_map([[0.0, 0.0, 3.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
     found = alt_text(explanation)
-    assert found.startswith("Image predicted as only, with maps of 3 by 3 patches. only, p=1.00")
+    assert found.startswith("Image predicted as only, with maps of 3 by 3 patches (one forward pass). only, p=1.00")
     assert "attributions sum to +2.00: strongest for it at the top right, row 1, column 3 (+3.00)" in found
     assert f"strongest against it at the bottom left, row 3, column 1 ({MINUS}1.00)" in found
     assert "all patches are zero" in alt_text(one_map([[0.0]]))

@@ -99,7 +99,10 @@ def test_page_of_maps_that_do_not_sum(tmp_path):
     text, page = read(refined().save_html(tmp_path / "refined.html"))
     assert "they sum to the logit" in text
     for image, spent in zip(page.images, (64, 128), strict=True):
-        assert all(c["check"].endswith(f"relative error 0.35 after {spent} evaluations") for c in image["classes"])
+        made = f"refined, {spent} evaluations\nexpected error about 35 %"
+        assert all(c["check"].endswith(made) for c in image["classes"])
+    assert "Method: refined, 64 to 128 evaluations." in text
+    assert "Method: one forward pass." in make().save_html(tmp_path / "pass.html").read_text()
 
 
 def test_page_lets_nothing_through_but_its_own_style_and_script(tmp_path):

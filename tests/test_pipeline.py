@@ -88,6 +88,21 @@ def test_numbers_are_those_of_explain_bit_for_bit(pipe, model, size):
     assert json.loads(json.dumps(answers)) == answers
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_backward_pass_where_it_is_asked_for(pipe, model, size):
+    answers = pipe(pictures(3), batch_size=size, top_k=2, refine="gradient")
+    expected = explain(model, pictures(3), OWN, top_k=2, refine="gradient", batch_size=size)
+    assert_as_explained(answers, expected)
+    errors = torch.tensor([[one["expected_error"] for one in answer] for answer in answers])
+    torch.testing.assert_close(errors.double(), expected.relative_errors, check_dtype=False, rtol=1e-5, atol=0)
+    assert "expected_error" not in pipe(pictures(1), refine=0)[0][0]
+    assert pipe_of(model=model, image_processor=OWN, refine="gradient")(pictures(1)) == pipe(
+        pictures(1), refine="gradient"
+    )
+    with pytest.raises(ValueError, match="refine=256"):
+        pipe(pictures(1), refine=16)
+
+
 def test_every_road_to_a_model_gives_the_same(pipe, folders, model):
     expected = pipe(pictures(2))
     assert len(expected[0]) == 5

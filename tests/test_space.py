@@ -33,6 +33,7 @@ from shapadapter.hub.space import push_space, write_space
 from shapadapter.hub.space.answers import (
     View,
     class_list,
+    how_made,
     map_picture,
     message,
     original,
@@ -342,8 +343,13 @@ def test_texts_take_the_place_of_classes(tmp_path):
     noise().save(tmp_path / "file", format="PNG")
     texts = ["a photo of a one", "a photo of a two"]
     view = see(model, processor, tmp_path / "file", "\n a photo of a one\n\na photo of a two \n")
-    expected = explain(model, noise(), processor, texts=texts)
+    expected = explain(model, noise(), processor, texts=texts, refine="gradient")
     assert view.explanation.labels == tuple(texts)
+    assert "forward and backward pass, expected error" in how_made(view)
+    single = see(model, processor, tmp_path / "file", "\n".join(texts), backward=False)
+    assert "one forward pass." in how_made(single)
+    many = see(model, processor, tmp_path / "file", "one\n" * 11)
+    assert many.explanation.method == "shapadapter"
     for text in texts:
         torch.testing.assert_close(view.explanation.for_label(text), expected.for_label(text))
     for wrong in ("", " \n ", "one\n" * (MAX_TEXTS + 1)):
@@ -365,8 +371,9 @@ def test_the_model_runs_once(explanation):
 
     made = page.Page(look, "Title", True, [])
     assert made.texts.visible
-    _, _, _, view, *_ = made._run({"path": "upload.png"}, "one\ntwo", 100, 100)
-    assert looked == [(Path("upload.png"), "one\ntwo")]
+    assert made.backward.value
+    _, _, _, view, *_ = made._run({"path": "upload.png"}, "one\ntwo", False, 100, 100)
+    assert looked == [(Path("upload.png"), "one\ntwo", False)]
     view, *_ = page._choose(view, 100, 100, gradio.EventData(None, {"place": 1}))
     view, *_ = page._point(view, 50, 100, gradio.SelectData(None, {"index": [200, 10], "value": None}))
     assert (view.place, view.patch) == (1, (0, 1))

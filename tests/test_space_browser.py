@@ -133,7 +133,7 @@ def drawn(visit, expected):
 def test_a_visitor(visit, tmp_path):
     page = visit.page
     model, processor = load(visit.folder / "adapter", base=visit.folder / "base", device="cpu")
-    explanation = explain(model, noise(), processor)
+    explanation = explain(model, noise(), processor, refine="gradient")
     best = explanation.top(3)[0]
     limit = float(explanation.attributions.abs().max())
 
@@ -152,6 +152,7 @@ def test_a_visitor(visit, tmp_path):
     check = page.locator(".check").inner_text().replace("\N{MINUS SIGN}", "-")
     assert f"{float(null):.3f} for an empty picture, and {float(total):+.3f} from all patches" in check
     assert f"The score the model gives is {best[1].logit:.3f}" in check
+    assert "forward and backward pass, expected error" in page.locator(".level").inner_text()
 
     slider = page.get_by_label("number input for Strongest patches (%)")
     slider.fill("25")
@@ -165,6 +166,13 @@ def test_a_visitor(visit, tmp_path):
     words = page.locator(".reading").inner_text().replace("\N{MINUS SIGN}", "-")
     found = re.match(r"Row 2, column 3: ([+-][\d.]+) for ", words)
     assert float(found[1]) == pytest.approx(value, abs=0.005 * limit)
+
+    page.get_by_label("Backward pass, too").click()
+    page.locator(".level", has_text="one forward pass.").wait_for()
+    single = explain(model, noise(), processor)
+    drawn(visit, expected_map(single, best[0].index, float(single.attributions.abs().max()), kept=4))
+    page.get_by_label("Backward pass, too").click()
+    page.locator(".level", has_text="backward").wait_for()
 
 
 def test_refused_uploads(visit):
@@ -200,7 +208,7 @@ def test_refused_uploads(visit):
 def test_a_sample_is_explained(visit):
     page = visit.page
     model, processor = load(visit.folder / "adapter", base=visit.folder / "base", device="cpu")
-    explanation = explain(model, noise(seed=1), processor)
+    explanation = explain(model, noise(seed=1), processor, refine="gradient")
     page.locator(".gallery img, .gallery-item img").first.click()
     page.locator("#map img").wait_for()
     limit = float(explanation.attributions.abs().max())
@@ -228,7 +236,7 @@ def test_only_uploads_are_opened(visit):
 
     def answer(path, session):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [given, "", 100, 100], "fn_index": run, "session_hash": session}
+        body = {"data": [given, "", True, 100, 100], "fn_index": run, "session_hash": session}
         assert request.post(f"{visit.address}/gradio_api/queue/join", data=body).ok
         return request.get(f"{visit.address}/gradio_api/queue/data?session_hash={session}").text()
 

@@ -150,7 +150,7 @@ def test_the_running_app(address, tmp_path):
             "elsewhere": "http://127.0.0.1:9/secret.png",
             "inside": "/etc/passwd",
         }.items():
-            data = [{"path": place, "meta": {"_type": "gradio.FileData"}}, "", 100, 100]
+            data = [{"path": place, "meta": {"_type": "gradio.FileData"}}, "", True, 100, 100]
             body = {"data": data, "fn_index": 0, "session_hash": name}
             assert client.post(f"{url}/queue/join", json=body).status_code == 200
             lines = client.get(f"{url}/queue/data", params={"session_hash": name}).text.splitlines()

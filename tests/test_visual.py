@@ -15,10 +15,11 @@ from shapadapter.visual import (
     draw_strip,
     gallery,
     overlay,
+    sample_pictures,
     signed_colors,
     symmetric_limit,
 )
-from shapadapter.visual.wording import MINUS, columns, number
+from shapadapter.visual.wording import MINUS, columns, expected_error, level, number
 
 RED, BLUE = (255, 13, 87), (30, 136, 229)
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "two", "a\u2028b\nc", "x" * 500)
@@ -151,11 +152,12 @@ def test_sum_check_adds_up():
         logits=torch.tensor([[3.98, 3.5, -9, 3.98, -9]]),
     )
     assert not one.sums_to_logits  # by its other classes
-    assert columns(one, 0, labels=["seven"], max_classes=9)[0].check == ""
+    assert columns(one, 0, labels=["seven"], max_classes=9)[0].check == "one forward pass"
     one = replace(one, attributions=one.attributions[..., :1], classes=one.classes[:, :1])
     (exact,) = columns(one, 0, labels=["seven"], max_classes=9)
     assert exact.total == "Σφ=+4.10"
-    first, second = exact.check.replace(MINUS, "-").split("\n")
+    first, second, made = exact.check.replace(MINUS, "-").split("\n")
+    assert made == "one forward pass"
     assert first == "v(∅) -0.12 + Σφ +4.10 = 3.98"
     assert re.fullmatch(r"\(logit 3\.98, gap \de-0[78]\)", second)
 
@@ -219,12 +221,38 @@ def test_maps_that_do_not_sum_claim_no_sum():
     assert any(text.startswith("seven  p=") and text.endswith("\nattention_rollout") for text in found)
 
 
-def test_methods_are_named_and_refinement_says_how_good_it_is():
+def gradients():
+    return replace(refined(), evaluations=torch.tensor([6, 6]), method="gradient")
+
+
+def test_levels_are_named_with_the_error_that_is_expected():
     found = texts(refined().figure(1, max_classes=2))
-    assert any(re.search(r"^seven  p=.*\nrefined, Σφ=", text) for text in found)
-    assert sum(text.endswith("\nrelative error 0.35 after 128 evaluations") for text in found) == 2
+    assert any(re.search(r"^seven  p=.*\nΣφ=", text) for text in found)
+    assert sum(text.endswith("\nrefined, 128 evaluations\nexpected error about 35 %") for text in found) == 2
+    found = texts(gradients().figure(1, max_classes=2))
+    assert sum(text.endswith("\nforward and backward pass\nexpected error about 35 %") for text in found) == 2
+    assert sum(text.endswith(")\none forward pass") for text in texts(make().figure(1, max_classes=2))) == 2
+    own = texts(replace(make(), method="presence_gradient").figure(1, max_classes=2))
+    assert any("presence gradient, Σφ=" in text for text in own)
     unknown = replace(refined(), standard_errors=torch.full((2, 4, 4, 3), torch.inf))
-    assert not any("relative" in text for text in texts(unknown.figure(0)))
+    assert not any("expected" in text for text in texts(unknown.figure(0)))
+
+
+def test_the_level_of_several_explanations():
+    assert level([make()]) == "one forward pass"
+    assert level([refined()]) == "refined, 64 to 128 evaluations"
+    assert level([refined()[1], gradients()]) == "refined, 128 evaluations or forward and backward pass"
+    exact = replace(refined(), standard_errors=torch.zeros(2, 4, 4, 3))
+    assert expected_error(exact[0], 3) == "exact Shapley values"
+    close = replace(refined(), standard_errors=0.001 * refined().attributions.abs())
+    assert expected_error(close[0], 3) == "expected error below 1 %"
+
+
+def test_tiles_and_strips_name_the_level():
+    many = gallery(replace(make(batch=8), method="gradient"), max_classes=1)
+    assert any("forward and backward pass" in text for text in texts(many))
+    _, listed = sample_pictures(gradients(), 2)
+    assert {one["level"] for one in listed} == {"forward and backward pass"}
 
 
 def test_gallery_gives_each_image_a_scale_of_its_own():
@@ -258,7 +286,7 @@ def test_comparison_gives_each_method_a_scale_of_its_own():
         expected = overlay(one.images[1].numpy(), one.heatmap("one", index=1), limit)
         assert any(np.array_equal(expected, axes.images[0].get_array()) for axes in figure.axes)
         assert (number(limit, sign=True) in found) == one.sums_to_logits
-        assert any(text.startswith(f"{one.method}\n") for text in found)
+        assert any(text.startswith(f"{level([one])}\n") for text in found)
     assert len(figure.axes) == 4 + 2  # the map without a sum has no scale
     assert found.count("contribution to the logit") == 2
     assert any(text.startswith("one  p=") for text in found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, command, quiet, without
+from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Refine, Say, command, quiet, warn, without
 from shapadapter.cli.outputs import printable
 from shapadapter.core.files import alone_in
 
@@ -66,6 +67,7 @@ def report(
     *,
     measured: dict[str, Any],
     shown: Annotated[int, typer.Option(help="How many images are on the page.", min=1, max=500)] = 12,
+    refine: Refine = None,
     output: Annotated[Path, typer.Option(help="Folder for report.html and the files of `evaluate`.", **OUTPUT)] = Path(
         "report"
     ),
@@ -73,11 +75,15 @@ def report(
 ) -> None:
     """Evaluate a fine-tuned model and write a page: its measures, and images with their explanations.
 
-    A second run with the same --output takes what has been measured from there.
+    The page names the level of its maps. A second run with the same --output takes what has been measured from there.
     """
+    from shapadapter.hub.level import Explainer
+
     with alone_in(output):
         model, processor, result = evaluate_checkpoint(checkpoint, output=output, place=place, **measured)
-        page = _page(model, processor, result, measured["data"], output / "report.html", shown, measured["seed"])
+        explain = partial(Explainer(refine, warn), model)
+        data, seed, file = measured["data"], measured["seed"], output / "report.html"
+        page = _page(partial(explain, processor=processor), model, result, data, file, shown, seed)
         say({"page": str(page), "metrics": result.metrics()}, f"{result.table()}\n\nWrote {page}.")
 
 
@@ -109,7 +115,9 @@ def evaluate_checkpoint(
     return model, processor, evaluate_folder(model, processor, data, masks, methods, output, about, **settings)
 
 
-def _page(model: Any, processor: Any, result: Evaluation, data: Path, file: Path, shown: int, seed: int) -> Path:
+def _page(
+    explain: Callable[..., Explanation], model: Any, result: Evaluation, data: Path, file: Path, shown: int, seed: int
+) -> Path:
     """Explain some of the images, and show them below the measures of the model card, the wrong predictions first."""
     from shapadapter.data.classes import class_names
     from shapadapter.evaluation.dataset import choose, labelled_images
@@ -122,7 +130,7 @@ def _page(model: Any, processor: Any, result: Evaluation, data: Path, file: Path
     listed = labelled_images(data, list(class_names(model.config.id2label, active_layer(model).classes)), None)
     chosen = [listed[index] for index in choose(len(listed), shown, seed)]
     # One by one, for they may differ in size.
-    explained = [(row, _explained(model, processor, row)) for row in chosen]
+    explained = [(row, _explained(explain, row)) for row in chosen]
     explained.sort(key=lambda pair: pair[1].top(1)[0][0].index == pair[0]["label"])
     notes = (summary(result.about), *result.notes)
     facts = Facts({"record": {"evaluation": compact(result.to_dict())}}, "")
@@ -137,12 +145,8 @@ def _page(model: Any, processor: Any, result: Evaluation, data: Path, file: Path
     )
 
 
-def _explained(model: Any, processor: Any, row: dict[str, Any]) -> Explanation:
+def _explained(explain: Callable[..., Explanation], row: dict[str, Any]) -> Explanation:
     """The likeliest classes of an image, and the true one: a wrong prediction is to be compared with it."""
-    from shapadapter.explanation.api import explain
-
-    found = explain(model, row["image"], processor, top_k=_CLASSES)
+    found = explain(row["image"], top_k=_CLASSES)
     shown = found.classes[0].tolist()
-    if row["label"] in shown:
-        return found
-    return explain(model, row["image"], processor, targets=[*shown, row["label"]])
+    return found if row["label"] in shown else explain(row["image"], targets=[*shown, row["label"]])

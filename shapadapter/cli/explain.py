@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Say, Texts, command, quiet, warn
+from shapadapter.cli.options import OUTPUT, PLACE, Checkpoint, Refine, Say, Texts, command, quiet, warn
 from shapadapter.cli.outputs import Written, find_images, printable
 from shapadapter.core.phrases import one_line
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 FORMATS = ("png", "html", "json", "npz")
+_BOTH = "forward and backward pass"
 
 
 @command("The pictures written so far are complete.", place=PLACE)
@@ -36,9 +38,7 @@ def explain(
         list[str] | None, typer.Option(help="A class to explain instead, by name or number; may be repeated.")
     ] = None,
     texts: Texts = None,
-    refine: Annotated[
-        int, typer.Option(help="Further evaluations for each image, for better maps with error bars.", min=0)
-    ] = 0,
+    refine: Refine = None,
     seed: Annotated[int, typer.Option(help="Seed of the refinement.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward pass.", min=1)] = 16,
     *,
@@ -46,23 +46,30 @@ def explain(
 ) -> None:
     """Predict images and explain why: pictures, a page, or numbers; folders are searched to the bottom.
 
+    What is written names the level of the maps: one forward pass, forward and backward pass, or refined.
+
     What cannot be read is named, the others are explained all the same, and the exit code is 1.
     """
     from shapadapter.cli.outputs import writing
+    from shapadapter.hub.level import Explainer
     from shapadapter.hub.load import called, load
 
     wanted, output = _formats(formats), output or (None if say.as_json else Path("explanations"))
     paths = find_images(images)
     quiet()
     model, processor = load(checkpoint, **place)
-    asked = {"texts": texts or None, "refine": refine, **_classes(model, texts, targets, top_k)}
+    asked = {"texts": texts or None, "seed": seed, **_classes(model, texts, targets, top_k)}
+    # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
+    size = batch_size if refine in (None, 0, "gradient") else 1
     stream = say.stream if say.as_json else None
     with writing(output, wanted, called(checkpoint, place["subfolder"]), stream) as written:
-        explained = _explained(model, processor, list(paths), batch_size, seed, asked)
+        explained = _explained(partial(Explainer(refine, warn), model), processor, list(paths), size, asked)
         _write(written, paths, explained, None if say.as_json else say)
         if output is not None:
             there = f" in {output}" if written.count else ""
-            warn(f"{written.count} of {len(paths)} images explained{there}.")
+            made = f": {' or '.join(sorted(written.levels))}" if written.count else ""
+            off = " (--refine 0 for one forward pass)" if refine is None and _BOTH in written.levels else ""
+            warn(f"{written.count} of {len(paths)} images explained{there}{made}{off}.")
     if written.errors:
         raise typer.Exit(1)
 
@@ -100,17 +107,14 @@ def _classes(model: Any, texts: list[str] | None, targets: list[str] | None, top
 
 
 def _explained(
-    model: Any, processor: Any, paths: list[Path], batch_size: int, seed: int, asked: dict[str, Any]
+    explain: Callable[..., Explanation], processor: Any, paths: list[Path], size: int, asked: dict[str, Any]
 ) -> Iterator[tuple[Path, Any, Explanation | Exception]]:
     """Each path with its image and explanation, or with what is wrong with it; never more than a batch in memory."""
     from tqdm.auto import tqdm
 
-    from shapadapter import explain as explained
     from shapadapter.core.errors import ImageError, UnreadableImageError
     from shapadapter.data.images import open_image
 
-    # Coalitions depend on an image's place: explained alone, an image gets the same ones whatever stands beside it.
-    size = 1 if asked["refine"] else batch_size
     with tqdm(total=len(paths), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(paths), size):
             opened: dict[Path, Any] = {}
@@ -123,12 +127,12 @@ def _explained(
                     yield path, None, error
             try:
                 listed = list(opened.values())
-                together: Any = explained(model, listed, processor, seed=seed, **asked) if listed else []
+                together: Any = explain(listed, processor, **asked) if listed else []
                 yield from ((path, image, together[index]) for index, (path, image) in enumerate(opened.items()))
             except ImageError:  # of different sizes, or one of them is of a kind the model cannot take
                 for path, image in opened.items():
                     try:
-                        yield path, image, explained(model, [image], processor, seed=seed, **asked)
+                        yield path, image, explain([image], processor, **asked)
                     except ImageError as error:
                         yield path, image, error
             bar.update(min(size, len(paths) - start))

@@ -95,6 +95,35 @@ Texts = Annotated[
     list[str] | None, typer.Option(help="A text, for a model that matches images with texts; may be repeated.")
 ]
 
+_LEVELS = ("gradient", "until")
+
+
+def _level(word: str | int | None) -> str | int | None:
+    """What `explain` takes as `refine`, from a word; None for the default."""
+    if word is None or word in _LEVELS:
+        return word
+    try:
+        number = int(word)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise typer.BadParameter(
+            f"Expected {', '.join(_LEVELS)}, or a number of evaluations, such as 0; got {word!r}."
+        )
+    return number
+
+
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        help="Level of the maps: 0 for one forward pass; gradient for a backward pass of each shown class, too, by default "
+        "where the model supports it and at most 10 classes are shown; a number of further evaluations, or until for as "
+        "many as an error of 10 % takes.",
+        metavar="gradient|until|N|0",
+        callback=_level,
+    ),
+]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that comes with the base model. Read it first.", **LOADING),

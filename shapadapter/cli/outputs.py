@@ -109,11 +109,14 @@ class Written:
         self.output, self.checkpoint, self.documents = output, checkpoint, documents
         self.formats = frozenset[str]() if output is None else formats
         self.count, self.errors, self.names = 0, list[dict[str, str]](), Names()
+        self.levels = set[str]()
         self.page: list[tuple[str, Explanation]] = []
         self.pages = 0
 
     def add(self, path: Path, place: Path, one: Explanation, image: Any) -> str | None:
         """Write what belongs to an image; returns what is wrong with its numbers, if they cannot be shown."""
+        from shapadapter.visual.wording import level, method_name
+
         name, shown = self.names.of(place), printable(path)
         contents: dict[str, bytes] = {}
         try:
@@ -126,7 +129,8 @@ class Written:
         if self.output is not None:
             write_together({self.output / file: content for file, content in contents.items()}, tidy=False)
         about = one.to_dict()
-        about |= about.pop("images")[0]
+        about |= {"level": level([one]), **about.pop("images")[0]}
+        self.levels.add(method_name(one.method))
         for document in self.documents:
             document.add({"path": shown, "files": sorted(contents), **about})
         self.count += 1

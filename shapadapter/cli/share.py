@@ -13,6 +13,7 @@ from shapadapter.cli.options import (
     PLACE,
     Checkpoint,
     Folder,
+    Refine,
     Revision,
     Say,
     Texts,
@@ -42,7 +43,7 @@ def export(
 ) -> None:
     """Export model and explanations in one file: logits, attributions and null values, for any number of images.
 
-    What the file computes is compared with the model on the images, and nothing is written if it differs.
+    The file gives the attributions of one forward pass. What it computes is compared with the model on the images, and nothing is written if it differs.
     """
     from shapadapter.export import export_onnx, export_program
     from shapadapter.hub.load import load
@@ -67,6 +68,7 @@ def card(
         typer.Option(help="An image, or a folder of them, for the pictures of the card; may be repeated."),
     ] = None,
     shown: Annotated[int, typer.Option(help="How many of the images are shown, spread evenly.", min=1)] = 4,
+    refine: Refine = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the model card of an adapter, with results and pictures; what you wrote in it stays."""
@@ -75,7 +77,8 @@ def card(
     quiet()
     found = list(find_images(images)) if images else None
     chosen = found and found[:: max(1, len(found) // shown)][:shown]
-    written = update_card(checkpoint, evaluation=evaluation, images=chosen, trust_remote_code=trust_remote_code)
+    told: dict[str, Any] = {"refine": refine, "trust_remote_code": trust_remote_code}
+    written = update_card(checkpoint, evaluation=evaluation, images=chosen, **told)
     say({"card": str(written)}, f"Wrote {written}.")
 
 

@@ -23,6 +23,13 @@ RANK = 1e-9
 STIFFNESS = 2.0
 """One over how well the weights of predictions are known beforehand, see `calibrated_posterior`."""
 
+POWER = 0.25
+"""Of the likelihood of R after calibration (a power posterior, Gruenwald & van Ommen 2017).
+
+What gradients leave open is uneven: much of it lies on a few players. At 1 the errors of a classifier that never saw a
+coalition were too small, at 0.25 they hold, and those of trained models hardly change.
+"""
+
 SMALLEST_REST = 0.05
 """The least `1 - leverage` to divide a squared residual by."""
 
@@ -66,6 +73,7 @@ def shapley_posterior(
     values: Tensor,
     null_values: Tensor,
     full_values: Tensor,
+    power: float = 1.0,
 ) -> Posterior:
     """Refine predicted Shapley values by evaluated coalitions.
 
@@ -88,6 +96,7 @@ def shapley_posterior(
         values: (..., M, K) value of each coalition.
         null_values: (..., K) value of the empty coalition.
         full_values: (..., K) value of the full coalition.
+        power: of the likelihood of R, less than 1 where a model of equal, normal noise would be too sure of it.
 
     Returns:
         The posterior. Its mean sums to `full_values - null_values`; with M = 0 it is `attributions` as they are.
@@ -100,7 +109,7 @@ def shapley_posterior(
     if not count:
         return Posterior(prior, torch.full_like(prior, torch.nan))
     prior = prior + ((full - null - prior.sum(-2)) / players)[..., None, :]  # (..., N, K), efficient in float64
-    fit = _Fit.of(*_rows(prior, coalitions, values, null))
+    fit = _Fit.of(*_rows(prior, coalitions, values, null), power)
     # The noise of one or two rows has no expectation under Jeffreys' prior.
     error = fit.variance().clamp(min=0).sqrt() if count > 4 else torch.full_like(prior, torch.inf)
     return Posterior(prior + fit.mean, error)
@@ -162,7 +171,7 @@ def calibrated_posterior(
         inverse = torch.linalg.pinv(said.mT @ said + ridge, hermitian=True)  # (..., K, F, F)
         chosen = chosen + inverse @ (said.mT @ left)
     together = equal + torch.einsum("...nkf,...kf->...nk", centred, chosen[..., 0])  # (..., N, K)
-    found = shapley_posterior(together, coalitions, values, null, full)
+    found = shapley_posterior(together, coalitions, values, null, full, POWER)
     trust = max(0.0, 1 - players / pairs) if pairs else 0.0
     mean, variance = torch.lerp(together, found.mean, trust), found.standard_error.square()
     if pairs:
@@ -197,7 +206,7 @@ class _Fit:
     noise: Tensor  # (..., G, K), the expected sigma^2 given the ratio
 
     @classmethod
-    def of(cls, design: Tensor, gaps: Tensor) -> "_Fit":
+    def of(cls, design: Tensor, gaps: Tensor, power: float) -> "_Fit":
         """Decompose the design (..., P, N) and weigh the ratios by the observations (..., P, K)."""
         pairs, players = design.shape[-2:]
         left, scales, right = torch.linalg.svd(design, full_matrices=False)
@@ -211,7 +220,8 @@ class _Fit:
         misfit = (1 / (1 + signal)).mT @ seen.square() + outside[..., None, :]  # (..., G, K)
         # Half-Cauchy for sqrt(R), as a density of log R.
         prior = -torch.logaddexp(LOG_RATIOS / 2, -LOG_RATIOS / 2)  # (G,)
-        evidence = (prior - signal.log1p().sum(-2) / 2)[..., None] - pairs / 2 * misfit.clamp(min=1e-300).log()
+        likelihood = -signal.log1p().sum(-2)[..., None] / 2 - pairs / 2 * misfit.clamp(min=1e-300).log()  # (..., G, K)
+        evidence = prior[:, None] + power * likelihood
         noise = misfit / max(pairs - 2, 1)
         return cls(left, scales, right, seen, gaps, ratios, evidence.softmax(-2), noise)
 

@@ -21,6 +21,7 @@ from shapadapter.demo.models import FULL, QUICK, Scale, claim, pretrain, save_pi
 from shapadapter.evaluation import evaluate
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
+from shapadapter.explanation.presence import LEVEL
 from shapadapter.visual import gallery, write_page
 
 SHOWN = 6
@@ -60,8 +61,8 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     print("4/6  The adapter is loaded again in a new process")
     processor = AutoImageProcessor.from_pretrained(output / "pretrained")
     shown = scenes.split()[1][:SHOWN]
-    explanation = explain(model, [Image.fromarray(scenes.images[index]) for index in shown], processor)
-    _check_reload(explanation, output)
+    images = [Image.fromarray(scenes.images[index]) for index in shown]
+    _check_reload(explain(model, images, processor), output)
     print("5/6  Compared with the truth")
     rows = [("accuracy of the base model", f"{base_accuracy:.3f}"), *_measure(model, processor, scenes, scale, seed)]
     write_together({output / "table.json": json.dumps({"seed": seed, "rows": rows}, indent=2).encode()})
@@ -71,6 +72,7 @@ def _run(output: Path, seed: int, scale: Scale) -> list[tuple[str, str]]:
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     print("\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line]))
     print("6/6  Pictures")
+    explanation = explain(model, images, processor, refine="gradient")
     gallery(explanation).savefig(output / "attributions.png")
     labels = scenes.labels[shown].tolist()
     write_page(explanation, output / "report.html", title="shapadapter demo", table=rows, true_labels=labels)
@@ -109,19 +111,20 @@ def _measure(model: PeftModel, processor: Any, scenes: DigitScenes, scale: Scale
         model,
         data,
         processor,
-        methods=(),
+        methods=(LEVEL,),
         images=scale.truth_images,
         truth_evaluations=scale.truth_evaluations,
         budgets=scale.budgets,
         seed=seed,
         batch_size=100,
     )
-    own, about = found.methods["shapadapter"], found.about
+    own, gradient, about = found.methods["shapadapter"], found.methods[LEVEL], found.about
     players = about["players"][0] * about["players"][1]
     return [
         ("accuracy of the adapted model", f"{found.task['accuracy'].mean:.3f}"),
         ("largest efficiency gap |null + sum - logit|", f"{found.task['largest_efficiency_gap'].mean:.0e}"),
         (f"relative L2 error on {scale.truth_images} images: one forward pass", f"{own['error'].mean:.2f}"),
+        ("... forward and backward pass", f"{gradient['error'].mean:.2f}"),
         *(
             # A pair of coalitions for each unknown determines the fit and leaves nothing over against noise.
             (
@@ -134,4 +137,5 @@ def _measure(model: PeftModel, processor: Any, scenes: DigitScenes, scale: Scale
         ("positive attribution inside the digit, on these images", f"{own['energy_inside'].mean:.0%}"),
         ("... by chance: the digit's share of the image", f"{about['area']:.0%}"),
         ("time to predict and explain / to predict (LoRA merged)", f"{own['time'].mean:.2f}x"),
+        ("... forward and backward pass, for one image and class", f"{gradient['time'].mean:.1f}x"),
     ]

@@ -29,6 +29,10 @@ from shapadapter.explanation.passes import base_of, embed_texts, prepared_batche
 OUTPUTS = ("logits", "attributions", "null_values")  # what an exported model returns: (B, K), (B, N, K) and (B, K)
 
 
+LEVEL = "one forward pass"
+"""What the attributions of an exported model are: a graph of forward operations has no backward pass and no coalitions."""
+
+
 class Deployed(nn.Module):
     """A model in eval mode that takes pixels and returns tensors by name; texts (T, P) and options are fixed."""
 
@@ -58,7 +62,7 @@ class Job:
     expected: dict[str, Tensor]  # what the user's own model says of them, by output
     labels: tuple[str, ...]  # the K names of the classes
     # Written into the file: the names of the classes, (rows, cols) of the players, (height, width) of the part of the
-    # image that they tile.
+    # image that they tile, the level of the attributions.
     about: dict[str, str]
 
     def two_images(self) -> Tensor:
@@ -115,6 +119,7 @@ def prepare(
         "players": json.dumps(tiling.players),
         "seen": json.dumps(tiling.seen),
         "prediction": rule.prediction,
+        "level": LEVEL,
     }
     return Job(deployed, pixels, expected, labels, about)
 

@@ -23,7 +23,7 @@ from shapadapter.core.errors import ExportError
 from shapadapter.core.files import atomic_folder
 from shapadapter.core.phrases import reason
 from shapadapter.data.images import image_side
-from shapadapter.export.deployed import OUTPUTS, Job, prepare, quiet
+from shapadapter.export.deployed import LEVEL, OUTPUTS, Job, prepare, quiet
 
 _ONNX, _PROGRAM = "model.onnx", "model.pt2"
 _COMPANIONS = ("config.json", "preprocessor_config.json")
@@ -61,7 +61,8 @@ class ExportReport:
         largest = ", ".join(f"{name} {difference:.1e}" for name, difference in self.differences.items())
         return (
             f"{self.path} ({kind}, {sum(self.sizes.values()) / 1e6:.1f} MB)\nlargest difference on {self.images} "
-            f"image{'s' * (self.images != 1)}, batches of {_BATCHES[0]} to {_BATCHES[-1]}: {largest}"
+            f"image{'s' * (self.images != 1)}, batches of {_BATCHES[0]} to {_BATCHES[-1]}: {largest}\n"
+            f"attributions: {LEVEL}; a backward pass and refinement need the model itself"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,8 +84,9 @@ def export_onnx(
     """Write a wrapped model as an ONNX file that predicts and explains, and compare the two.
 
     The file takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the processor makes, and
-    returns `logits` (B, K), `attributions` (B, N, K), players in raster order, and `null_values` (B, K). It runs where
-    onnxruntime does, without PyTorch. LoRA is folded into the weights; the model itself stays as it is.
+    returns `logits` (B, K), `attributions` (B, N, K), players in raster order, and `null_values` (B, K). The attributions are
+    those of one forward pass, which the file's metadata say as `level`: a backward pass and `refine` need the model itself.
+    It runs where onnxruntime does, without PyTorch. LoRA is folded into the weights; the model itself stays as it is.
 
     Args:
         model: a wrapped model.
@@ -129,8 +131,8 @@ def export_program(
     """Write a wrapped model as a program of `torch.export` that predicts and explains, and compare the two.
 
     `torch.export.load(path).module()` takes `pixel_values` (B, C, H, W) fp32, of any number of images of the size that the
-    processor makes, and returns a dict of `logits` (B, K), `attributions` (B, N, K) and `null_values` (B, K). It needs
-    PyTorch and nothing else. Arguments and errors are those of `export_onnx`; the model's file is `model.pt2`.
+    processor makes, and returns a dict of `logits` (B, K), `attributions` (B, N, K) of one forward pass, and `null_values`
+    (B, K). It needs PyTorch and nothing else. Arguments and errors are those of `export_onnx`; the model's file is `model.pt2`.
     """
     job = prepare(model, export_program, images, processor, texts, options)
     with _new_folder(folder, (_PROGRAM, *_COMPANIONS)) as place:

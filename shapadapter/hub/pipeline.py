@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -20,11 +20,13 @@ from shapadapter.data.processors import load_processor
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.presence import LEVEL
 from shapadapter.hub.tasks import TASK, LoadedCheckpoint
 from shapadapter.visual import overlay as laid_over
 from shapadapter.visual import symmetric_limit
 
 _FIELDS = ("attributions", "classes", "logits", "null_values", "probabilities", "images")
+_WITH_ERRORS = ("standard_errors", "evaluations")  # beside them, with a backward pass
 _FUNCTIONS = ("softmax", "sigmoid", "none")
 
 
@@ -77,20 +79,23 @@ class ImageAttributionPipeline(Pipeline):
                 classes to explain instead. `overlay`: whether to add each map as a picture. `function_to_apply`:
                 "softmax", "sigmoid" or "none", by default what the model was trained with. `candidate_labels`: for a
                 model that matches images with texts, what takes the place of classes, and `hypothesis_template`: the
-                text around each. `timeout`: seconds that an image from the web may take in all, 60 by default.
+                text around each. `refine`: "gradient" for a backward pass of each class, too, with maps that are nearer to
+                the Shapley values; 0, the default, for one forward pass. `timeout`: seconds that an image from the web may take in all, 60 by default.
                 `batch_size`: images in a pass.
 
         Returns:
             For each image a list with a dict for each class: `label`; `score`, the probability; `logit`;
             `null_value`, the logit with no patch present; `attributions`, rows x cols nested lists of what each patch adds
-            to the logit; with `overlay` a PIL image `overlay`. One list for one image, a list of lists for a list, an
+            to the logit; with `overlay` a PIL image `overlay`; with `refine="gradient"` the `expected_error` of the map, as
+            a share of its length (L2). One list for one image, a list of lists for a list, an
             iterator for a generator or data set.
 
         Raises:
             ImageError: an image cannot be read or fetched.
             ClassNotFoundError: a target the model does not have.
             ShapleyError: texts are missing, or of no use to the model.
-            ValueError: both `top_k` and `targets`, or no such function.
+            UnsupportedModelError: `refine="gradient"`, and the model has no gradient by the presence of its patches.
+            ValueError: both `top_k` and `targets`, no such function, or another `refine`.
         """
         if not isinstance(inputs, Dataset) and not is_one(inputs):
             inputs = as_list(inputs) if hasattr(inputs, "__len__") else each(inputs)
@@ -106,11 +111,17 @@ class ImageAttributionPipeline(Pipeline):
         candidate_labels: Sequence[str] | str | None = None,
         hypothesis_template: str | None = None,
         timeout: float | None = None,
+        refine: Literal["gradient", 0] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if top_k is not None and targets is not None:
             raise ValueError(f"Pass either targets or top_k, got top_k={top_k} and targets={targets}.")
         if function_to_apply not in (None, *_FUNCTIONS):
             raise ValueError(f"function_to_apply must be one of {list(_FUNCTIONS)}, got {function_to_apply!r}.")
+        if refine not in (None, 0, LEVEL):
+            raise ValueError(
+                f"refine must be {LEVEL!r} or 0 in a pipeline, got {refine!r}. More evaluations are spent by explain(model, "
+                "images, processor, refine=256)."
+            )
         labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
         named = {} if labels is None else {"candidate_labels": list(labels)}
         chosen = {} if top_k is None and targets is None else {"top_k": top_k, "targets": targets}
@@ -120,7 +131,7 @@ class ImageAttributionPipeline(Pipeline):
 
         return (
             given(timeout=timeout),
-            {**chosen, **named, **given(hypothesis_template=hypothesis_template)},
+            {**chosen, **named, **given(hypothesis_template=hypothesis_template, refine=refine)},
             {**named, **given(overlay=overlay, function_to_apply=function_to_apply)},
         )
 
@@ -138,6 +149,7 @@ class ImageAttributionPipeline(Pipeline):
         targets: Sequence[str | int] | str | int | None = None,
         candidate_labels: list[str] | None = None,
         hypothesis_template: str = "This is a photo of {}.",
+        refine: Literal["gradient", 0] = 0,
     ) -> dict[str, Tensor]:
         """The tensors of an `Explanation` of images (B, C, H, W)."""
         if self._matches != (candidate_labels is not None):
@@ -156,8 +168,9 @@ class ImageAttributionPipeline(Pipeline):
             top_k=top_k,
             targets=chosen,
             batch_size=len(input_tensors["pixel_values"]),
+            refine=refine,
         )
-        return {name: getattr(explanation, name) for name in _FIELDS}
+        return {name: getattr(explanation, name) for name in (*_FIELDS, *(_WITH_ERRORS if refine else ()))}
 
     def postprocess(  # type: ignore[override]
         self,
@@ -167,7 +180,9 @@ class ImageAttributionPipeline(Pipeline):
         candidate_labels: list[str] | None = None,
     ) -> list[dict[str, Any]]:
         """A dict for each shown class of one image."""
-        tensors: dict[str, Any] = {name: model_outputs[name] for name in _FIELDS}
+        tensors: dict[str, Any] = {
+            name: model_outputs[name] for name in (*_FIELDS, *_WITH_ERRORS) if name in model_outputs
+        }
         one = Explanation(**tensors, labels=self._labels(candidate_labels))
         logits, own = one.logits[0], one.probabilities[0]  # (K,) each
         functions = {"softmax": logits.softmax(dim=0), "sigmoid": logits.sigmoid(), "none": logits}
@@ -183,6 +198,9 @@ class ImageAttributionPipeline(Pipeline):
             }
             for column, index in enumerate(one.classes[0].tolist())
         ]
+        if one.relative_errors is not None:
+            for answer, error in zip(answers, one.relative_errors[0].tolist(), strict=True):
+                answer["expected_error"] = error
         if overlay:
             # One scale for all maps of an image, so that their colours can be compared.
             limit = symmetric_limit(one.attributions.numpy())

@@ -26,7 +26,7 @@ from shapadapter.visual.canvas import (
 )
 from shapadapter.visual.maps import symmetric_limit
 from shapadapter.visual.panels import Look, draw_map, draw_rows, draw_tiles, make_row
-from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text
+from shapadapter.visual.wording import Column, alt_text, columns, difference, gallery_alt_text, level, method_name
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
@@ -50,8 +50,8 @@ def draw_explanation(
 
     The maps share one color scale, symmetric about zero, with its limits printed. Patches that speak against a class bear
     a dash, so that a print in gray can be read. Under each map stands the sum of null value and attributions beside the
-    logit it must give, unless the attributions do not sum to the logits, and the relative error if it is known. The
-    figure carries `alt_text` into the files it is saved as.
+    logit it must give, unless the attributions do not sum to the logits; the level, such as "forward and backward pass"; and
+    the expected error if it is known. The figure carries `alt_text` into the files it is saved as.
 
     Args:
         explanation: Any explanation.
@@ -144,11 +144,11 @@ def gallery(
     if not chosen:
         raise ValueError("There is no image to draw.")
     shown = [columns(explanation, i, max_classes=max_classes) for i in chosen]
-    limit = None
+    made, limit = level([explanation[i] for i in chosen]), None
     if shared_scale:
         limit = symmetric_limit(np.stack([column.values.numpy() for several in shown for column in several]))
     rows = [make_row(explanation, i, one, Look(smooth), limit=limit) for i, one in zip(chosen, shown, strict=True)]
-    figure = draw_rows(rows) if len(rows) <= _MOST_ROWS else draw_tiles(rows, limit)
+    figure = draw_rows(rows) if len(rows) <= _MOST_ROWS else draw_tiles(rows, limit, made)
     figure.alt_text = gallery_alt_text(explanation, chosen, max_classes)
     return figure
 
@@ -188,13 +188,13 @@ def draw_comparison(
     draw_panel(canvas, MARGIN, top, panel, rows[0].picture, title)
     for place, (one, row) in enumerate(zip(explanations, rows, strict=True)):
         left, sums = MARGIN + (place + 1) * (PANEL + GAP), one.sums_to_logits
-        title = f"{fit(one_line(one.method))}\n{'Σφ=' + row.shown[0].sum if sums else ''}"
+        title = f"{fit(method_name(one.method))}\n{'Σφ=' + row.shown[0].sum if sums else ''}"
         draw_map(canvas, left, top, panel, row, 0, title)
         if sums:
             draw_bar(canvas, left + PANEL / 2, top - panel[1], row.limit, row.notes)
         else:
             canvas.text(left + PANEL / 2, top - panel[1] - 0.06, row.notes[0], SMALL, va="top")
-    methods = ", ".join(one_line(one.method) for one in explanations)
+    methods = ", ".join(method_name(one.method) for one in explanations)
     canvas.figure.alt_text = f"Maps by several methods ({methods}). {alt_text(first, index, labels=[best.index])}"
     return canvas.figure
 
@@ -219,11 +219,13 @@ def draw_strip(
 ) -> Image.Image:
     """Draw one image, and beside it the maps of its likeliest shown classes, which share their colors, as a small picture.
 
+    Below the image stands how the maps were made, such as "one forward pass".
+
     Args:
         explanation: Any explanation.
         index: Which image.
         max_classes: How many maps at most.
-        caption: A line below the image, such as what it shows.
+        caption: A line of its own below the image, such as what it shows.
         height: Of image and maps, in pixels.
         original: The image as it was given to `explain`, to draw the maps on; None draws them on what the model saw.
 
@@ -237,7 +239,8 @@ def draw_strip(
     shown = columns(explanation, index, max_classes=max_classes)
     row = make_row(explanation, index, shown, Look(), original=original, height=height)
     width = row.picture.shape[1]
-    lines = [(caption, ""), *map(_strip_lines, shown)]
+    made = level([explanation[index]]).replace(" and ", " + ")  # the image is narrow
+    lines = [(caption, made), *map(_strip_lines, shown)]
     across, down = len(lines) * (width + _GAP) + _GAP, height + 3 * _GAP + 2 * _LINE
     canvas = new_canvas(across / _DPI, down / _DPI, dpi=_DPI)
     panel, top = (width / _DPI, height / _DPI), (down - _GAP) / _DPI
@@ -269,7 +272,7 @@ def _strip_lines(column: Column) -> tuple[str, str]:
 def sample_pictures(
     explanation: Explanation, max_classes: int, labels: Sequence[int] | None = None
 ) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    """Draw every image of an explanation as a strip."""
+    """Draw every image of an explanation as a strip; files by name, and of each its name, description and level."""
     files, listed = {}, []
     for index in range(len(explanation)):
         known = labels is not None and 0 <= labels[index] < len(explanation.labels)
@@ -277,7 +280,6 @@ def sample_pictures(
         name, file = f"explanation-{index + 1}.png", io.BytesIO()
         draw_strip(explanation, index, max_classes=max_classes, caption=caption).save(file, "png")
         files[name] = file.getvalue()
-        listed.append(
-            {"file": name, "alt": describe_strip(explanation, index, max_classes=max_classes, caption=caption)}
-        )
+        said = describe_strip(explanation, index, max_classes=max_classes, caption=caption)
+        listed.append({"file": name, "alt": said, "level": level([explanation[index]])})
     return files, listed

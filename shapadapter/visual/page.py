@@ -23,7 +23,7 @@ from shapadapter.core.phrases import one_line
 from shapadapter.core.statistics import Interval
 from shapadapter.visual.charts import page_charts
 from shapadapter.visual.maps import BLUE, RED, WORTH_A_SIGN, symmetric_limit
-from shapadapter.visual.wording import Column, columns, likelihood, unit
+from shapadapter.visual.wording import Column, columns, level, likelihood, unit
 
 if TYPE_CHECKING:
     from shapadapter.explanation.explanation import Explanation
@@ -107,7 +107,7 @@ def write_page(
             "sums": all(part.sums_to_logits for part in parts),
         },
         unit=unit(parts[0]),
-        method=one_line(parts[0].method),
+        level=level(parts),
     )
     write_together({Path(path): page.encode()})
     return Path(path)

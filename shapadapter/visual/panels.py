@@ -260,8 +260,11 @@ _TILE, _BETWEEN, _APART, _ABOVE, _BELOW = 1.0, 0.06, 0.28, 0.34, 0.22
 _WIDEST, _FONT = 11.0, 6.5
 
 
-def draw_tiles(rows: Sequence[Row], limit: float | None) -> DescribedFigure:
-    """Draw images of one size as tiles, left to right and down; `limit` is of their common scale, None without one."""
+def draw_tiles(rows: Sequence[Row], limit: float | None, made: str) -> DescribedFigure:
+    """Draw images of one size as tiles, left to right and down.
+
+    `limit` is of their common scale, None without one; `made` says how the maps were made.
+    """
     most = max(len(row.pixels) for row in rows)
     panel = (_TILE, _TILE * rows[0].picture.shape[0] / rows[0].picture.shape[1])
     block = (1 + most) * (_TILE + _BETWEEN) - _BETWEEN
@@ -284,7 +287,8 @@ def draw_tiles(rows: Sequence[Row], limit: float | None) -> DescribedFigure:
         if limit is None:
             scale = f"scale ±{number(row.limit)}"
             canvas.text(left + _TILE / 2, top - panel[1] - 0.04, scale, _FONT - 0.5, va="top")
-    notes, ends = rows[0].notes, None
+    # There is no room for words below each tile.
+    notes, ends = [*rows[0].notes, made], None
     if limit is None:
         notes, ends = [*notes, "the limit of each image's own scale stands below it"], (MINUS, "+")
     draw_bar(canvas, width / 2, MARGIN + BAR, limit or 0.0, notes, ends)

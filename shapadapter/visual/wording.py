@@ -18,7 +18,8 @@ MINUS = "\N{MINUS SIGN}"
 UNIT = "contribution to the logit"
 NO_UNIT = "relevance, does not sum to the logit"
 
-# Left unclosed in a class name they would turn the words and numbers after it.
+_LEVELS = {"shapadapter": "one forward pass", "gradient": "forward and backward pass", "refined": "refined"}
+_METHODS = {**_LEVELS, "presence_gradient": "presence gradient"}
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Column:
     index: int  # of the class
     label: str  # its name on one line
     probability: str  # such as `p=0.83`; of a quantity its value
-    total: str  # the method, if it is another one, and the sum, such as `Σφ=+4.10`
+    total: str  # the method, if it is none of our levels, and the sum, such as `Σφ=+4.10`
     sum: str  # of the attributions alone, such as `+4.10`
     # Lines: null value plus attributions, then the logit and the distance between them; neither where the attributions do
-    # not sum to the logits; then the relative error where it is known.
+    # not sum to the logits; then the level, of our own maps; then the expected error where it is known.
     check: str
     values: Tensor  # (rows, cols) float32, the attributions, in logits if they sum to them
     errors: Tensor | None = None  # (rows, cols) float32, their standard errors, where all are known and finite
@@ -59,11 +60,11 @@ def _column(one: Explanation, class_id: int, sums: bool) -> Column:
     errors = None if one.standard_errors is None else one.column(one.standard_errors, class_id)[0]  # (rows, cols)
     if errors is not None and not errors.isfinite().all():
         errors = None
-    if errors is not None and one.relative_errors is not None:
-        error = float(one.relative_errors[0, one.classes[0].tolist().index(class_id)])
-        spent = "" if one.evaluations is None else f" after {int(one.evaluations[0])} evaluations"
-        lines.append(f"relative error {error:.2g}{spent}")
-    method = [] if one.method == "shapadapter" else [one_line(one.method)]
+    # The level stands below the map: beside the sum above it there is no room for its words.
+    method = [] if one.method in _LEVELS else [method_name(one.method)]
+    lines += [] if method else [level([one])]
+    if errors is not None:
+        lines.append(expected_error(one, class_id))
     return Column(
         index=class_id,
         label=one_line(one.labels[class_id]),
@@ -90,6 +91,37 @@ def difference(explanation: Explanation, index: int, first: Column, second: Colu
         check="\n".join(lines),
         values=first.values - second.values,
     )
+
+
+# -- levels -----------------------------------------------------------------------------------------------------------
+
+
+def method_name(method: str) -> str:
+    """What a method is called beside its maps, on one line."""
+    return _METHODS.get(method) or one_line(method)
+
+
+def level(explanations: Sequence[Explanation]) -> str:
+    """How the maps of some explanations were made: "one forward pass", "refined, 256 evaluations" or another method."""
+    names = list(dict.fromkeys(method_name(one.method) for one in explanations))
+    spent = [one.evaluations for one in explanations if one.method == "refined" and one.evaluations is not None]
+    counts = [int(count) for part in spent for count in part]
+    if counts:
+        low, high = min(counts), max(counts)
+        counted = f"refined, {low if low == high else f'{low} to {high}'} evaluations"
+        names = [counted if name == "refined" else name for name in names]
+    return " or ".join(names)
+
+
+def expected_error(one: Explanation, class_id: int) -> str:
+    """How far the map of a class is thought to be from the Shapley values, of one image with standard errors."""
+    assert one.relative_errors is not None
+    error = float(one.relative_errors[0, one.classes[0].tolist().index(class_id)])
+    if error == 0:
+        return "exact Shapley values"
+    if not math.isfinite(error):
+        return "expected error not known"
+    return f"expected error about {100 * error:.0f} %" if error >= 0.01 else "expected error below 1 %"
 
 
 def unit(explanation: Explanation) -> str:
@@ -174,7 +206,7 @@ def alt_text(
         max_classes: How many classes if `labels` is None.
 
     Returns:
-        The prediction, then for each class its probability, its sum, and where the patches that speak most for it and most
+        The prediction and the level, then for each class its probability, its sum, and where the patches that speak most for it and most
         against it are. One line.
 
     Raises:
@@ -184,8 +216,7 @@ def alt_text(
     """
     one = explanation[index]
     rows, cols = one.attributions.shape[1:3]
-    method = "" if one.method == "shapadapter" else f" by {one_line(one.method)}"
-    parts = [f"Image predicted as {_predicted(one)}, with maps{method} of {rows} by {cols} patches."]
+    parts = [f"Image predicted as {_predicted(one)}, with maps of {rows} by {cols} patches ({level([one])})."]
     for column in columns(explanation, index, labels=labels, max_classes=max_classes):
         total = f", attributions sum to {column.sum}" if explanation.sums_to_logits else ""
         ends = [
@@ -202,7 +233,8 @@ def alt_text(
 
 def gallery_alt_text(explanation: Explanation, indices: Sequence[int], max_classes: int) -> str:
     """The same of several images, shorter."""
-    parts = [f"Attribution maps of {len(indices)} {'image' if len(indices) == 1 else 'images'}."]
+    made = level([explanation[index] for index in indices])
+    parts = [f"Attribution maps of {len(indices)} {'image' if len(indices) == 1 else 'images'} ({made})."]
     for place, index in enumerate(indices):
         shown = columns(explanation, index, max_classes=max_classes)
         classes = ", ".join(f"{column.label} {column.probability}" for column in shown)

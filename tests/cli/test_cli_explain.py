@@ -17,9 +17,11 @@ from small import pictures
 from transformers import ViTImageProcessorPil
 
 import shapadapter.data.images as images_module
-from shapadapter import explain, load
+from shapadapter import UnsupportedModelError, explain, load
 from shapadapter.cli import outputs as writing
 from shapadapter.cli.outputs import Names, find_images
+from shapadapter.explanation import presence as presence_room
+from shapadapter.hub import level as level_room
 
 
 def test_pictures_a_page_and_numbers(tmp_path):
@@ -34,8 +36,9 @@ def test_pictures_a_page_and_numbers(tmp_path):
     )
     model, own = load("out")
     for image in document["images"]:
-        expected = explain(model, image["path"], own, top_k=3)
+        expected = explain(model, image["path"], own, top_k=3, refine="gradient")
         assert image["players"] == [3, 3]
+        assert image["level"] == "forward and backward pass"
         assert image["prediction"] == expected.top(1)[0][0].label
         best = image["classes"][0]
         np.testing.assert_allclose(best["attributions"], expected.for_label(best["label"])[0], atol=1e-5)
@@ -47,9 +50,43 @@ def test_pictures_a_page_and_numbers(tmp_path):
         with Image.open(tmp_path / figure) as drawn:
             assert drawn.format == "PNG"
             assert drawn.width > 400
+    assert f"in {tmp_path}: forward and backward pass (--refine 0 for one forward pass)." in " ".join(
+        found.stderr.split()
+    )
     page = (tmp_path / "explanations.html").read_text()
+    assert "Method: forward and backward pass." in page
     assert page.count("<li><button ") == 8
     assert ". photos/ant/4.png</b>" in page
+
+
+def test_the_level_can_be_chosen_and_is_named(tmp_path):
+    levels = {"0": "one forward pass", "gradient": "forward and backward pass", 16: "refined, 16 evaluations"}
+    for refine, named in levels.items():
+        found = run("explain", "out", "photos/ant/0.png", "--json", "--refine", refine)
+        (image,) = json.loads(found.stdout)["images"]
+        assert image["level"] == named
+    for refine in ("-2", "much"):
+        assert "or a number of evaluations" in error_of("explain", "out", "photos", "--refine", refine, code=2)
+
+
+def test_without_gradients_by_presence_the_default_is_one_pass_and_says_why(tmp_path, monkeypatch):
+    def refused(scores, presence):
+        raise UnsupportedModelError("No gradient reaches the players.")
+
+    monkeypatch.setattr(presence_room, "presence_gradients", refused)
+    found = run("explain", "out", "photos", "--batch-size", 3, "--json")
+    assert {image["level"] for image in json.loads(found.stdout)["images"]} == {"one forward pass"}
+    assert found.stderr.count("One forward pass, without gradients: No gradient reaches the players.") == 1
+    assert "No gradient" in error_of("explain", "out", "photos", "--refine", "gradient")
+
+
+def test_with_many_classes_the_default_is_one_pass(monkeypatch):
+    monkeypatch.setattr(level_room, "MOST_CLASSES", 2)
+    found = run("explain", "out", "photos/ant/0.png", "--json")
+    assert json.loads(found.stdout)["images"][0]["level"] == "one forward pass"
+    assert "3 classes are shown" in found.stderr
+    found = run("explain", "out", "photos/ant/0.png", "--top-k", 2, "--json")
+    assert json.loads(found.stdout)["images"][0]["level"] == "forward and backward pass"
 
 
 def test_classes_refinement_and_json_alone(tmp_path):

@@ -74,6 +74,7 @@ def markdown(facts: Facts) -> str:
         settings=[[code(name), code(value)] for name, value in sorted(training.get("settings", {}).items())],
         data=_data(facts),
         error=next((row.value for row in results if row.kind == "shapley_relative_error"), None),
+        gradient_error=evaluation.get("methods", {}).get("gradient", {}).get("error", [None])[0],
         versions=", ".join(
             f"{words(name, 20)} {code(one, 30)}" for name, one in versions.items() if isinstance(one, str)
         ),

@@ -18,7 +18,7 @@ MATCHING = "zero-shot-image-classification"
 
 # As huggingface_hub allows names of repositories.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
-_OWN = "shapadapter"
+_OWN, _GRADIENT = "shapadapter", "gradient"
 
 # -- words of others --------------------------------------------------------------------------------------------------
 
@@ -79,9 +79,14 @@ def _interval(value: Any) -> tuple[float, float | None, float | None, int | None
     return None if _number(mean) is None else (float(mean), _number(low), _number(high), _count(images))
 
 
-def _pictures(value: Any) -> list[tuple[str, Any]]:
+def _pictures(value: Any) -> list[tuple[str, Any, str]]:
     listed = [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-    return [(one["file"], one.get("alt", "")) for one in listed if OWN_PICTURE.fullmatch(str(one.get("file")))]
+    return [
+        # Those of earlier records were all made in one forward pass.
+        (one["file"], one.get("alt", ""), text(one.get("level")) or "one forward pass")
+        for one in listed
+        if OWN_PICTURE.fullmatch(str(one.get("file")))
+    ]
 
 
 # What is read of each value; `...` stands for any name.
@@ -196,7 +201,13 @@ class Facts:
     @property
     def shown_pictures(self) -> list[tuple[str, Any]]:
         """File and description of the pictures that the record lists and that are there."""
-        return [(file, alt) for file, alt in self.record.get("pictures", []) if file in self.pictures]
+        return [(file, alt) for file, alt, _ in self.record.get("pictures", []) if file in self.pictures]
+
+    @property
+    def levels(self) -> list[str]:
+        """How the maps of the shown pictures were made."""
+        shown = [made for file, _, made in self.record.get("pictures", []) if file in self.pictures]
+        return list(dict.fromkeys(shown))
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -266,14 +277,21 @@ def _evaluated(found: Mapping[str, Any]) -> Iterator[Row]:
         if mean is None:
             continue
         ratio = name in ("time", "memory")
-        shown = _short(mean) + (" times" if ratio else "")
-        if low is not None and high is not None and low != high:
-            shown += f" ({_short(low)} to {_short(high)})"
+        shown = _with_interval(mean, low, high, " times" if ratio else "")
         if name in ("insertion", "deletion") and name in chance:
             shown += f" · random order {_short(chance[name][0])}"
         yield Row(label, kind, mean, shown, None if ratio else images, of_task)  # a ratio is one, of a batch
+        if name == "error" and name in methods.get(_GRADIENT, {}):
+            mean, low, high, images = methods[_GRADIENT][name]
+            yield Row("... with a backward pass, too ↓", None, mean, _with_interval(mean, low, high), images)
         if name == "error":
             yield from _equivalent(found.get("equivalent", {}), images)
+
+
+def _with_interval(mean: float, low: float | None, high: float | None, unit: str = "") -> str:
+    """A mean, and its interval where there is one."""
+    interval = low is not None and high is not None and low != high
+    return _short(mean) + unit + (f" ({_short(low)} to {_short(high)})" if interval else "")  # type: ignore[arg-type]
 
 
 def _equivalent(found: Mapping[str, Any], images: int | None) -> Iterator[Row]:

@@ -19,9 +19,9 @@ from shapadapter.core.errors import ShapleyError
 from shapadapter.core.files import write_together
 from shapadapter.core.remote import CARD, PICTURES, warn_of_local_base
 from shapadapter.evaluation import Evaluation
-from shapadapter.explanation.api import explain
 from shapadapter.hub.card.document import card_metadata, read_card, renewed, untouched, write_card
 from shapadapter.hub.card.facts import compact
+from shapadapter.hub.level import Explainer
 from shapadapter.hub.load import AdapterFiles, load
 from shapadapter.visual import sample_pictures
 
@@ -132,6 +132,7 @@ def update_card(
     processor: Any = None,
     texts: list[str] | None = None,
     name: str | None = None,
+    refine: int | str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the card of an adapter's folder anew, with results and pictures; what the user wrote in it stays.
@@ -146,6 +147,8 @@ def update_card(
         processor: the image processor; by default the one in the folder, or the base model's.
         texts: what a model that matches images with texts compares the images with.
         name: by which the adapter is loaded in the card's code, such as `user/name`; by default the folder's own.
+        refine: level of the pictures' maps, as `explain` takes it; by default a forward and a backward pass where the model
+            has gradients by presence, else one forward pass. The card names it.
         trust_remote_code: whether a base with code of its own may run it here, where there are images to explain.
 
     Returns:
@@ -172,7 +175,7 @@ def update_card(
         record["pictures"] = []
     if images is not None and len(images):
         model, own = load(folder, trust_remote_code=trust_remote_code)
-        explanation = explain(model, images, processor or own, texts=texts, top_k=_CLASSES)
+        explanation = Explainer(refine)(model, images, processor or own, texts=texts, top_k=_CLASSES)
         pictures, record["pictures"] = sample_pictures(explanation, _CLASSES)
     write_together({folder / CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode()})
     write_pictures(folder, pictures, record)

@@ -1,4 +1,4 @@
-"""What a visitor sees of an explanation: pictures and words, made without the model and without a second pass."""
+"""What a visitor sees of an explanation: pictures and words, made without asking the model again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.visual import overlay, symmetric_limit
-from shapadapter.visual.wording import MINUS, Column, adding_up, columns, number
+from shapadapter.visual.wording import MINUS, Column, adding_up, columns, expected_error, level, number
 
 SIDE = 512  # pixels: pictures whose longer side is shorter are enlarged beyond it, so that patches have sharp edges
 
@@ -135,6 +135,13 @@ def sum_check(view: View) -> str:
         f'<p class="check"><strong>Sum check</strong> for <em>{_name(view.column)}</em>: {start} for an empty picture, and '
         f"{patches} from all patches together, make {end}. The score the model gives is {score}.</p>"
     )
+
+
+def how_made(view: View) -> str:
+    """The level of the map, and how near it is thought to be."""
+    one = view.explanation
+    error = "" if view.column.errors is None else f", {expected_error(one, view.column.index)}"
+    return f'<p class="quiet level"><strong>Level</strong>: {escape(level([one]))}{error}.</p>'
 
 
 def message(text: str) -> str:

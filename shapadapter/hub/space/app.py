@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shapadapter.core.errors import ShapleyError
-from shapadapter.explanation.api import explain
 from shapadapter.explanation.game import active_layer
+from shapadapter.hub.level import Explainer
 from shapadapter.hub.load import load
 from shapadapter.hub.space.answers import (
     View,
     class_list,
+    how_made,
     map_picture,
     message,
     original,
@@ -45,6 +46,10 @@ HOW_TO_READ = (
     "patches raise the score of the class, blue ones lower it, colourless ones do nothing. Together with the score of an "
     "empty picture, the numbers add up to the score the model gives. They say what the model goes by, right or wrong."
 )
+BACKWARD = "Backward pass, too"
+WHY_BACKWARD = (
+    "Maps come nearer to the Shapley values and say how near. It takes some times as long as the prediction alone."
+)
 INVITATION = f"# Drop a picture here, or click\nPNG, JPEG or WebP, up to {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 1_000_000} million pixels"
 
 # Class names can be anything. Gradio runs what a template's {{value}} leaves behind as JavaScript, a lone ${value} not.
@@ -56,7 +61,10 @@ ON_CLASS = """element.addEventListener("click", event => {
 
 
 class Page:
-    """Components and their events; `look` says what the model sees in an upload, and with `matching` in texts as well."""
+    """Components and their events.
+
+    `look` says what the model sees in an upload, with `matching` in texts as well, and with a backward pass if it is told so.
+    """
 
     def __init__(self, look: Callable[..., View], title: str, matching: bool, examples: Sequence[str | Path]) -> None:
         self.look = look
@@ -81,6 +89,7 @@ class Page:
             "a photo of a cat\na photo of a dog", lines=3, label="Texts, one on each line", visible=self.matching
         )
         self.compare = gr.Button("Compare", variant="primary", visible=self.matching)
+        self.backward = gr.Checkbox(True, label=BACKWARD, info=WHY_BACKWARD)
         if examples:
             gr.Examples([[str(path)] for path in examples], [self.upload], label="Samples", cache_examples=False)
         self.classes = _words(js_on_load=ON_CLASS)
@@ -103,9 +112,9 @@ class Page:
         sliders = [self.share, self.opacity]
         shown = [self.view, self.classes, self.map, self.reading, self.scale, self.check]
         gr.on(
-            [self.upload.change, self.compare.click],
+            [self.upload.change, self.compare.click, self.backward.input],
             self._run,
-            [self.upload, self.texts, *sliders],
+            [self.upload, self.texts, self.backward, *sliders],
             [self.trouble, self.found, self.original, *shown],
             preprocess=False,  # gradio would decode the file before anyone has looked at it
             concurrency_limit=1,
@@ -118,13 +127,15 @@ class Page:
         for slider in sliders:
             slider.change(_draw, [self.view, *sliders], self.map, trigger_mode="always_last", **quick)
 
-    def _run(self, upload: dict[str, Any] | None, texts: str, share: float, opacity: float) -> tuple[Any, ...]:
+    def _run(
+        self, upload: dict[str, Any] | None, texts: str, backward: bool, share: float, opacity: float
+    ) -> tuple[Any, ...]:
         nothing = (gr.update(visible=False), None, None, "", None, "", "", "")
         if upload is None or upload["path"] is None:
             return "", *nothing
         path = Path(upload["path"])  # gradio has checked that the file is an upload
         try:
-            view = self.look(path, texts) if self.matching else self.look(path)
+            view = self.look(path, texts if self.matching else None, backward)
         except ShapleyError as error:
             return message(str(error)), *nothing
         return "", gr.update(visible=True), original(view), *_shown(view, share, opacity)
@@ -151,7 +162,7 @@ def _words(value: str = "", js_on_load: str | None = None) -> Any:
 
 def _shown(view: View, share: float, opacity: float) -> tuple[Any, ...]:
     picture = map_picture(view, share / 100, opacity / 100)
-    return view, class_list(view), picture, reading(view), scale_bar(view), sum_check(view)
+    return view, class_list(view), picture, reading(view), scale_bar(view), sum_check(view) + how_made(view)
 
 
 def _draw(view: View | None, share: float, opacity: float) -> Any:
@@ -233,9 +244,12 @@ def launch(app: Blocks) -> None:
     )
 
 
-def see(model: Any, processor: Any, upload: Path, texts: str | None = None) -> View:
-    """Run the model once on an upload, which may be any file, and for a matching model on texts, one on each line."""
-    image = open_upload(upload)
+def see(model: Any, processor: Any, upload: Path, texts: str | None = None, backward: bool = True) -> View:
+    """What the model says of an upload, which may be any file, and for a matching model of texts, one on each line.
+
+    With `backward` by a forward and a backward pass, where the model can and there are not too many texts, else by one pass.
+    """
+    image, explain = open_upload(upload), Explainer(None if backward else 0)
     if texts is None:
         return View(explain(model, image, processor, top_k=SHOWN))
     lines = [line.strip() for line in texts.splitlines() if line.strip()]
