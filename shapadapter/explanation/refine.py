@@ -144,11 +144,12 @@ def _in_rounds(
         new = torch.stack([sample_in_turns(players, sizes, generator_of(plan.seed, turn, 1 + n)) for n in numbers])
         coalitions = torch.cat([coalitions, new], dim=1)  # (b, M, N)
         values = torch.cat([values, game.values(images, new)], dim=1)  # (b, M, C)
-        known = (coalitions, values, *ends[images].unbind(1))
+        null, full = ends[images].unbind(1)  # (b, C) each
         if gradients is None:
-            found = shapley_posterior(prior[images], *known)
+            found = shapley_posterior(prior[images], coalitions, values, null, full)
         else:
-            found = calibrated_posterior(*_predictions(prior[images], gradients[images], felt, live), *known)
+            said, weights = _predictions(prior[images], gradients[images], felt, live)
+            found = calibrated_posterior(said, weights, coalitions, values, null, full)
         mean[images], error[images], spent[images] = found.mean, found.standard_error, total
         unsure = found.relative_error.amax(dim=1) > plan.relative_error  # (b,)
         images, coalitions, values, live, felt = (part[unsure] for part in (images, coalitions, values, live, felt))
