@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shapadapter.core.errors import UnsupportedModelError
 from shapadapter.core.shapley import pays_for_all, seed_of
 from shapadapter.core.statistics import Interval, relative_l2
-from shapadapter.evaluation.cost import base_alone, seconds_of
+from shapadapter.evaluation.cost import base_alone, seconds_of, with_merged_lora
 from shapadapter.evaluation.plan import ONE_PASS, Plan, image_of, images_of
 from shapadapter.evaluation.records import Means, Record
 from shapadapter.explanation.methods import attribute
@@ -34,8 +34,8 @@ _LABELS = {
     "permutation": "permutation sampling",
 }
 
-_REPEATS = 3  # of what samples; three times as many of a few passes, whose times spread more
-_EVALUATIONS_TIMED = 1024  # in a timed call: of fewer images where each takes many
+_REPEATS = 3  # three times as many of what takes a few passes, whose times spread more
+_EVALUATIONS_TIMED = 2048  # in a timed call: of fewer images where each takes many, and only once beyond
 _TOGETHER, _TOGETHER_ON_DEVICE = 8, 32  # images in a timed pass; an accelerator is not busy with a few
 
 
@@ -79,9 +79,14 @@ def ways(budgets: Sequence[int], players: int) -> list[Way]:
 
 
 def errors_of(
-    model: nn.Module, plan: Plan, batch: Predicted, indices: Sequence[int], truth: Tensor, compared: Sequence[Way]
+    model: nn.Module, plan: Plan, batch: Predicted, indices: Sequence[int], truth: Tensor
 ) -> list[dict[str, float | None]]:
-    """The relative L2 error of each way that the model allows, to the truth (B, N), by the name of its row."""
+    """The relative L2 error of what no other part of a record measures, to the truth (B, N), by the name of its row.
+
+    Of a plan without a cost curve that of the untrained gradient alone; of one that is not thorough nothing.
+    """
+    every = ways(plan.budgets, batch.tiling.count) if plan.cost_curve else [(UNTRAINED, 0)] if plan.thorough else []
+    compared = [(method, budget) for method, budget in every if method not in (ONE_PASS, "kernel_shap")]
     return [
         _errors(model, plan, batch, place, indices[place], truth[place], compared) for place in range(len(indices))
     ]
@@ -138,8 +143,9 @@ def cost_points(
 ) -> tuple[CostPoint, ...]:
     """A point for each way that was measured on the images of the records; its time is taken on the images of `batch`."""
     every = ways(plan.budgets, batch.tiling.count)
-    known = [way for way in every if any(_row(*way) in record["cost_curve"] for record in records)]
-    columns = [[record["cost_curve"].get(_row(*way)) for way in known] for record in records]
+    found = [{way: _error(record, way, plan.budgets) for way in every} for record in records]
+    known = [way for way in every if any(errors[way] is not None for errors in found)]
+    columns = [[errors[way] for way in known] for errors in found]
     intervals, times = means.of_columns(columns), passes_of(model, plan, batch, known)
     return tuple(
         CostPoint(*way, times[way], tuple(row[place] for row in columns), intervals[place])
@@ -147,28 +153,39 @@ def cost_points(
     )
 
 
+def _error(record: Record, way: Way, budgets: Sequence[int]) -> float | None:
+    """The error of one way in a record; what other tables show, too, is one number."""
+    method, budget = way
+    if method == ONE_PASS:
+        return record["methods"][ONE_PASS].get("error")
+    if method == "kernel_shap":
+        return record["kernel_shap"][list(budgets).index(budget)]
+    return record["cost_curve"].get(_row(*way))
+
+
 def passes_of(model: nn.Module, plan: Plan, batch: Predicted, compared: Sequence[Way]) -> dict[Way, float]:
     """How long each way takes for an image, over a forward pass of the image through the base model: medians, in turns.
 
-    Both in batches, as one would explain many images: what a call costs beside its arithmetic counts little.
+    With LoRA merged, as one would deploy it, and both in batches, as one would explain many images: what a call costs beside
+    its arithmetic counts little.
     """
     together = min(plan.batch_size, _TOGETHER if device_of(model).type == "cpu" else _TOGETHER_ON_DEVICE)
-    plain, whole = base_alone(model), _several(batch, together)
+    plain, merged, whole = base_alone(model), with_merged_lora(model), _several(batch, together)
     passing = {name: value for name, value in batch.inputs.items() if name not in whole}
     found: dict[Way, float] = {}
     for (earlier, _), (method, budget) in pairwise([("", 0), *compared]):
-        count = min(together, max(1, _EVALUATIONS_TIMED // max(budget, 1)))
+        count = min(together, max(2, _EVALUATIONS_TIMED // max(budget, 1)))
         some = _several(batch, count)
 
         def once() -> None:
             plain(**whole, **passing)
 
         def explain(some: Any = some, method: str = method, budget: int = budget) -> None:
-            _explained(model, plan, some, method, budget, plan.seed, None)
+            _explained(merged, plan, some, method, budget, plan.seed, None)
 
         if method != earlier:
             explain()  # the first call of a method is slower
-        repeats = _REPEATS if budget else 3 * _REPEATS
+        repeats = 3 * _REPEATS if not budget else _REPEATS if 2 * budget < _EVALUATIONS_TIMED else 1
         times = [(_work_of(model, once) / together, _work_of(model, explain) / count) for _ in range(repeats)]
         found[method, budget] = median(ours for _, ours in times) / median(one for one, _ in times)
     return found

@@ -18,7 +18,7 @@ from shapadapter.core.statistics import Interval, relative_l2, spearman
 from shapadapter.data.labels import known_labels
 from shapadapter.evaluation.dataset import Rows, choose
 from shapadapter.evaluation.deletion import areas, follow, orders, road
-from shapadapter.evaluation.equal_cost import UNTRAINED, errors_of, ways
+from shapadapter.evaluation.equal_cost import errors_of
 from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, sensitivity
 from shapadapter.evaluation.localization import mask_measures, saliency, tiles_inside
 from shapadapter.evaluation.plan import SALIENCY, Explainer, Plan, has_unit, images_of, stacked
@@ -91,9 +91,7 @@ class Measurer:
             "kernel_shap": relative_l2(truth.estimates, truth.values[:, None]),  # (B, budgets)
             **area,
         }
-        single = [(UNTRAINED, 0)] if plan.thorough else []
-        compared = ways(plan.budgets, batch.tiling.count) if plan.cost_curve else single
-        spent = errors_of(self.model, plan, batch, indices, truth.values, compared)
+        against = errors_of(self.model, plan, batch, indices, truth.values)
         records: list[Record] = []
         for image, index in enumerate(indices):
             methods = _by_method(plan.names, measures, image)
@@ -101,8 +99,8 @@ class Measurer:
                 methods.setdefault(name, {}).update(found)
             numbers = {name: plain(value[image]) for name, value in common.items()}
             lines = _by_method(plan.names, curves, image)
-            against = {"cost_curve": plain(spent[image])}
-            records.append({"index": index, **numbers, **against, "methods": methods, "curves": lines})
+            numbers["cost_curve"] = plain(against[image])
+            records.append({"index": index, **numbers, "methods": methods, "curves": lines})
         return records
 
     def _sanity(self, batch: Predicted, maps: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ def _notes(evaluation: Evaluation) -> dict[str, str]:
         ),
         _EQUAL_COST: (
             "The number in a name is the evaluations that the method was given. Forward passes: measured time for an image "
-            "over that of a plain forward pass of the base model, both in batches, on the machine at hand "
+            "over that of a plain forward pass of the base model, in batches and with LoRA merged, on the machine at hand "
             f"({about.get('device', 'cpu')}). Errors below twice the truth's own, {2 * (about['truth_error'] or 0):.2g}, are "
             "for the most part the truth's."
         ),

@@ -28,6 +28,7 @@ _STYLES = {
 }
 _OTHER = Style("#cc79a7", (1, 1.65))
 _EXACT = 1e-5  # relative error; what is left is rounding, and would stretch a logarithmic axis
+_WORST = 2.0  # all zeros have an error of 1; near as many pairs as players that of KernelSHAP goes far beyond
 _APART = 0.055  # share of the height that two labels at one place keep between them
 
 
@@ -79,6 +80,7 @@ def _draw_way(axes: Axes, style: Style, line: Sequence[CostPoint]) -> None:
 def _frame(axes: Axes, points: Sequence[CostPoint], about: Mapping[str, Any]) -> None:
     """Axes, with room for labels on the right, and the truth's own error."""
     axes.set(xlabel="cost, in forward passes of the image (measured time)", ylabel="relative L2 error")
+    axes.set_ylim(top=min(axes.get_ylim()[1], _WORST))
     costs = [point.passes for point in points]
     axes.set_xlim(min(costs) / 1.5, max(costs) * (max(costs) / min(costs)) ** 0.35 * 1.5)
     axes.xaxis.set_major_formatter("{x:,g}")
@@ -107,9 +109,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[CostPoint, str]]) -> None:
         while near := [other for at, other in taken if abs(at - x) < 0.25 and abs(other - y) < _APART * 0.999]:
             y = max(near) + _APART
         taken.append((x, y))
-        axes.text(x + 0.015, y, point.label, transform=axes.transAxes, color=color, fontsize=9, va="center")
+        right = max(other for other, *_ in places if abs(other - x) < 0.06)  # ends that nearly meet, in one column
+        style: dict[str, Any] = {"transform": axes.transAxes, "color": color, "fontsize": 9, "va": "center"}
+        box = {"facecolor": axes.get_facecolor(), "alpha": 0.8, "linewidth": 0, "pad": 1.0}
+        axes.text(right + 0.018, y, point.label, bbox=box, zorder=5, **style)
 
 
 def _said(line: Sequence[CostPoint]) -> str:
     steps = ", ".join(f"{point.error.mean:.2g} at {point.passes:.3g}" for point in line)
-    return f"{line[0].label.capitalize()}: {steps}."
+    return f"{line[0].label}: {steps}."
