@@ -51,8 +51,8 @@ def test_every_block_runs(folder, capsys):
     assert "Error to the true Shapley values" in printed
     assert list(Evaluation.load("evaluation.json").methods)[1:3] == ["leave_one_out", "kernel_shap"]
     assert names["masked"][0]["mask"].mode == "L"
-    assert "refined by 64" in names["methods"]
-    assert names["result"].cost_curve
+    assert "refined by 64" in names["result"].methods
+    assert names["at_cost"].cost_curve
     for name in ("curves", "cost_curve"):
         with Image.open(f"{name}.png") as figure:
             assert figure.width > 100
