@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pages
@@ -19,6 +20,7 @@ from PIL import Image
 
 from shapadapter import Evaluation, ShapleyTrainer, ShapleyTrainingArguments
 from shapadapter.core.statistics import Interval
+from shapadapter.evaluation import CostPoint
 
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
@@ -152,7 +154,10 @@ def test_figures(capsys):
     several = tuple(Interval(1 - step / 16, 0.9 - step / 16, 1, 8) for step in range(17))
     curves = {name: {"insertion": several, "deletion": several} for name in ("shapadapter", "random")}
     Path("evaluation").mkdir()
-    Evaluation({"curves_read": "probability"}, {}, {}, {}, {}, curves).save("evaluation/evaluation.json")
+    saved = Evaluation({"curves_read": "probability"}, {}, {}, {}, {}, curves)
+    saved.save("evaluation/evaluation.json")
+    points = tuple(CostPoint(name, 0, 2.0, (0.5,), several[0]) for name in ("shapadapter", "gradient"))
+    replace(saved, cost_curve=points).save("at-cost/evaluation.json")
     here = {
         "files[32]": "files[3]",
         "(32)": "(3)",

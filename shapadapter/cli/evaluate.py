@@ -38,6 +38,10 @@ _MEASURED: dict[str, tuple[Any, Any]] = {
         Annotated[str, typer.Option(help="Methods to compare with, separated by commas.", callback=_names)],
         "",
     ),
+    "cost_curve": (
+        Annotated[bool, typer.Option("--cost-curve", help="Measure errors at equal cost, too: twice as much work.")],
+        False,
+    ),
     "seed": (Annotated[int, typer.Option(help="Seed of all that is drawn.")], 0),
     "batch_size": (Annotated[int, typer.Option(help="Images in a forward pass.", min=1)], 32),
 }
@@ -50,7 +54,7 @@ def evaluate(
     *,
     measured: dict[str, Any],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json, table.md and curves.png.", **OUTPUT)
+        Path | None, typer.Option(help="Folder for evaluation.json, table.md and the figures.", **OUTPUT)
     ] = None,
     place: dict[str, Any],
 ) -> None:

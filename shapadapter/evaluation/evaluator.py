@@ -25,6 +25,7 @@ from shapadapter.data.classes import class_names
 from shapadapter.data.labels import LabelRules, known_labels
 from shapadapter.evaluation.cost import costs
 from shapadapter.evaluation.dataset import Rows, choose, labelled_images
+from shapadapter.evaluation.equal_cost import CostPoint, cost_points, smoothness
 from shapadapter.evaluation.localization import play_montages
 from shapadapter.evaluation.measure import Measurer
 from shapadapter.evaluation.plan import BUDGETS, METHODS, ONE_PASS, Explainer, Plan, check_known
@@ -52,6 +53,7 @@ def evaluate(
     masks: str | None = None,
     groups: str | None = None,
     cache: str | Path | None = None,
+    cost_curve: bool = False,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = True,
@@ -76,6 +78,8 @@ def evaluate(
         masks: the column of pixel masks (not 0 on the object, as large as the images), "mask" if there is one.
         groups: the column that says which images belong together, for the intervals: one animal, one film.
         cache: a folder for what has been measured; a second run does what is missing. Functions are known by name.
+        cost_curve: whether to measure errors at equal cost as well: of one pass, gradient, refinement, KernelSHAP and
+            permutation sampling with each of the budgets, with the time that each takes.
         seed: of all that is drawn. Results do not depend on `batch_size`, except by rounding.
         batch_size: images in a forward pass; of coalitions, 8 times as many.
         progress: whether to show progress bars.
@@ -88,7 +92,7 @@ def evaluate(
         ValueError: numbers of images or evaluations that make no sense.
     """
     effort = {"images": images, "truth_evaluations": truth_evaluations, "batch_size": batch_size, "progress": progress}
-    plan = Plan.of(methods, seed, options, budgets=tuple(budgets), **effort)
+    plan = Plan.of(methods, seed, options, budgets=tuple(budgets), cost_curve=cost_curve, **effort)
     check_options(_checked(model), options, evaluate)
     rows = Rows(dataset, processor, *_label_rules(model))
     grouped, masked = rows.groups(groups), rows.masks(masks)
@@ -176,7 +180,7 @@ def _study(
     records = _measured(Measurer(model, rows, plan, masks), kept, chosen)
     own = None if groups is None else groups[torch.tensor(chosen, device="cpu")]
     means = Means(own, plan.seed)
-    methods, notes = means.of_methods(records), []
+    methods, notes, points = means.of_methods(records), list[str](), tuple[CostPoint, ...]()
     if plan.thorough:  # what is not measured image by image
         montages, reason = play_montages(model, rows, plan, kept, records)
         few = plan.predict(model, rows.batch(chosen[:_IMAGES_TIMED]).inputs)
@@ -184,6 +188,7 @@ def _study(
         for name, values in (*played.items(), *costs(model, plan, few).items()):
             methods[name].update(values)
         notes += [] if reason is None else [reason]
+        points = cost_points(model, plan, few, records, means) if plan.cost_curve else ()
     truth = sum(record["truth_error"] for record in records) / len(records)
     notes += _doubts(truth, methods[ONE_PASS].get("error"), math.prod(records[0]["players"]))
     equivalents = {name: means.equivalent(records, name, plan.budgets) for name in plan.names}
@@ -202,6 +207,8 @@ def _study(
         equivalents={name: found for name, found in equivalents.items() if found is not None},
         curves=means.of_curves(records),
         notes=tuple(notes),
+        cost_curve=points,
+        smoothness=smoothness(records, means),
     )
 
 
@@ -317,8 +324,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """Evaluate on a folder with a subfolder of images for each class, and masks at the same places in another.
 
-    Writes `evaluation.json`, with `about` in it, `table.md`, `curves.png`, and the records with which an interrupted run
-    goes on, to `output`; nothing without.
+    Writes `evaluation.json`, with `about` in it, `table.md`, `curves.png`, `cost_curve.png` if that was measured, and the
+    records with which an interrupted run goes on, to `output`; nothing without.
     """
     config: Any = model.config
     rows = labelled_images(data, list(class_names(config.id2label, active_layer(model).classes)), masks)
@@ -326,8 +333,16 @@ def evaluate_folder(
     result = evaluate(model, rows, processor, methods=methods or METHODS, cache=cache, **settings)
     result = replace(result, about={**result.about, **about})
     if output is not None:
-        picture = io.BytesIO()
-        result.figure().savefig(picture, format="png")
+        figures = {"curves.png": result.figure()}
+        if result.cost_curve:
+            figures["cost_curve.png"] = result.cost_figure()
         result.save(output / "evaluation.json")
-        write_together({output / "table.md": result.markdown().encode(), output / "curves.png": picture.getvalue()})
+        drawn = {output / name: _png(figure) for name, figure in figures.items()}
+        write_together({output / "table.md": result.markdown().encode(), **drawn})
     return result
+
+
+def _png(figure: Any) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

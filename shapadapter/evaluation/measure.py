@@ -18,6 +18,7 @@ from shapadapter.core.statistics import Interval, relative_l2, spearman
 from shapadapter.data.labels import known_labels
 from shapadapter.evaluation.dataset import Rows, choose
 from shapadapter.evaluation.deletion import areas, follow, orders, road
+from shapadapter.evaluation.equal_cost import errors_of
 from shapadapter.evaluation.faithfulness import Games, agreement, find_truth, sensitivity
 from shapadapter.evaluation.localization import mask_measures, saliency, tiles_inside
 from shapadapter.evaluation.plan import SALIENCY, Explainer, Plan, has_unit, images_of, stacked
@@ -90,6 +91,7 @@ class Measurer:
             "kernel_shap": relative_l2(truth.estimates, truth.values[:, None]),  # (B, budgets)
             **area,
         }
+        against = errors_of(self.model, plan, batch, indices, truth.values)
         records: list[Record] = []
         for image, index in enumerate(indices):
             methods = _by_method(plan.names, measures, image)
@@ -97,6 +99,7 @@ class Measurer:
                 methods.setdefault(name, {}).update(found)
             numbers = {name: plain(value[image]) for name, value in common.items()}
             lines = _by_method(plan.names, curves, image)
+            numbers["cost_curve"] = plain(against[image])
             records.append({"index": index, **numbers, "methods": methods, "curves": lines})
         return records
 

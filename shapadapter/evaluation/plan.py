@@ -54,6 +54,7 @@ class Plan:
         batch_size: images in a forward pass.
         progress: whether to show progress bars.
         thorough: whether sanity, ROAD, montages and cost are measured, too.
+        cost_curve: whether errors are measured against cost, with every budget.
     """
 
     explainers: dict[str, str | Explainer]
@@ -65,6 +66,7 @@ class Plan:
     batch_size: int = 32
     progress: bool = True
     thorough: bool = True
+    cost_curve: bool = False
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.batch_size < 1:
@@ -146,6 +148,7 @@ class Plan:
             "truth_evaluations": self.truth_evaluations,
             "budgets": list(self.budgets),
             "thorough": self.thorough,
+            **({"cost_curve": True} if self.cost_curve else {}),  # without it as before there was one
             "masks": masks is not None,
             "seed": self.seed,
             "versions": versions(),

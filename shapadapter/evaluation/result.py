@@ -13,6 +13,7 @@ from shapadapter.core.documents import Between, FileName, checked, fault, read_j
 from shapadapter.core.errors import CheckpointError, FieldError
 from shapadapter.core.files import write_together
 from shapadapter.core.statistics import Interval
+from shapadapter.evaluation.equal_cost import CostPoint
 from shapadapter.evaluation.records import Equivalent, plain
 from shapadapter.evaluation.tables import as_markdown, as_text, blocks, summary
 
@@ -73,6 +74,16 @@ class About(Named):
     methods: NotRequired[list[str]]
 
 
+class SavedPoint(TypedDict):
+    """A `CostPoint` in json."""
+
+    method: str
+    budget: Annotated[int, Between(0)]
+    passes: float
+    errors: list[float | None]
+    error: SavedInterval
+
+
 class Saved(TypedDict):
     """What a file with an evaluation holds."""
 
@@ -85,6 +96,8 @@ class Saved(TypedDict):
     equivalents: dict[str, SavedEquivalent]
     curves: dict[str, dict[str, list[SavedInterval]]]
     notes: list[str]
+    cost_curve: NotRequired[list[SavedPoint]]
+    smoothness: NotRequired[SavedInterval | None]
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,9 @@ class Evaluation:
         equivalents: of each method with a unit, the KernelSHAP budget that has its error.
         curves: of each method `insertion`, `deletion` (N + 1 points), `road_morf`, `road_lerf` (10 % to 90 % removed).
         notes: what could not be measured, and what to be careful with.
+        cost_curve: of each method and budget the error and the cost, if they were asked for.
+        smoothness: relative L2 error of the untrained gradient, `attribute(method="presence_gradient")`: a property of the
+            model. 0 is a perfectly smooth game, in which the gradient is exact; None where it was not measured.
     """
 
     about: Mapping[str, Any]
@@ -108,6 +124,8 @@ class Evaluation:
     equivalents: Mapping[str, Equivalent]
     curves: Mapping[str, Mapping[str, tuple[Interval, ...]]]
     notes: tuple[str, ...] = ()
+    cost_curve: tuple[CostPoint, ...] = ()
+    smoothness: Interval | None = None
 
     def check_whole(self) -> None:
         """Refuse what lacks a part that every evaluation has, or holds another thing in its place.
@@ -152,6 +170,12 @@ class Evaluation:
 
         return draw_curves(self.curves, value=str(self.about.get("curves_read")))
 
+    def cost_figure(self) -> Figure:
+        """Error against cost as a matplotlib figure; see `shapadapter.visual.draw_cost_curve`."""
+        from shapadapter.visual import draw_cost_curve
+
+        return draw_cost_curve(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, with None for what is not finite."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(asdict(self))}
@@ -188,6 +212,8 @@ class Evaluation:
                     for method, lines in found["curves"].items()
                 },
                 notes=tuple(found["notes"]),
+                cost_curve=tuple(_point(**point) for point in found.get("cost_curve", ())),
+                smoothness=None if found.get("smoothness") is None else _interval(found["smoothness"]),
             )
 
     def _headline(self) -> str:
@@ -199,6 +225,15 @@ class Evaluation:
         parts += [f"{own['time'].mean:.1f} times the plain pass's time"] if "time" in own else []
         parts += [f"accuracy {self.task['accuracy'].mean:.3f}"] if "accuracy" in self.task else []
         return f"One pass: {'; '.join(parts)}." if parts else ""
+
+
+def _point(error: Mapping[str, Any], errors: list[float | None], **others: Any) -> CostPoint:
+    """A saved point of the cost curve."""
+    return CostPoint(**others, errors=tuple(errors), error=_interval(error))
+
+
+def _interval(saved: Mapping[str, Any]) -> Interval:
+    return _read({"": saved})[""]
 
 
 def _read(values: Mapping[Any, Mapping[str, Any]], kind: Any = Interval) -> dict[Any, Any]:

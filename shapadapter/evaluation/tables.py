@@ -67,6 +67,9 @@ _MEASURES = {
 """The measures of methods by block, with the heads of their columns."""
 
 
+_EQUAL_COST = "Error at equal cost"
+
+
 @dataclass(frozen=True)
 class Block:
     """One table.
@@ -102,6 +105,7 @@ def blocks(evaluation: Evaluation) -> list[Block]:
         rows = tuple(zip(having, zip(*columns, strict=True), strict=True))
         block = Block(title, tuple(shown.values()), rows, notes[title])
         found.append(_with_baseline(evaluation, block) if "error" in shown else block)
+    found.append(_against_cost(evaluation, notes[_EQUAL_COST]))
     return [block for block in found if block.rows]
 
 
@@ -130,6 +134,20 @@ def _with_baseline(evaluation: Evaluation, block: Block) -> Block:
     )
     note = block.note + (peak if peaks else "")
     return replace(block, columns=(*block.columns, "= KernelSHAP with"), rows=tuple(rows), note=note)
+
+
+def _against_cost(evaluation: Evaluation, note: str) -> Block:
+    """A row for each point of the cost curve."""
+    points = evaluation.cost_curve
+    errors = column([point.error for point in points])
+    rows = tuple(
+        (
+            f"{point.label} {point.budget or ''}".rstrip(),
+            (f"{point.passes:.3g}" if point.passes < 100 else f"{point.passes:,.0f}", error),
+        )
+        for point, error in zip(points, errors, strict=True)
+    )
+    return Block(_EQUAL_COST, ("forward passes ↓", "relative L2 ↓"), rows, note)
 
 
 def _equivalent(found: Equivalent | None) -> str:
@@ -184,7 +202,13 @@ def _notes(evaluation: Evaluation) -> dict[str, str]:
     pointing = "Grid pointing on 2 x 2 montages: chance 0.25." if _has(evaluation, "grid_pointing") else ""
     return {
         "Error to the true Shapley values": (
-            f"{truth} Top-k: k = {about['top_k']}. Methods without a unit have no L2 error."
+            f"{truth} Top-k: k = {about['top_k']}. Methods without a unit have no L2 error.{_smoothness(evaluation)}"
+        ),
+        _EQUAL_COST: (
+            "The number in a name is the evaluations that the method was given. Forward passes: measured time for an image "
+            "over that of a plain forward pass of the base model, in batches and with LoRA merged, on the machine at hand "
+            f"({about.get('device', 'cpu')}). Errors below twice the truth's own, {2 * (about['truth_error'] or 0):.2g}, are "
+            "for the most part the truth's."
         ),
         "Curves": (
             f"Read as the explained class's {about['curves_read']}, by this model, with the removal of its game. MoRF: "
@@ -206,6 +230,16 @@ def _notes(evaluation: Evaluation) -> dict[str, str]:
             "of the base model's plain forward pass, measured side by side; of the one pass with LoRA merged."
         ),
     }
+
+
+def _smoothness(evaluation: Evaluation) -> str:
+    """A property of the model, to be read beside the errors of its explanations."""
+    if evaluation.smoothness is None:
+        return ""
+    return (
+        f" Error of the untrained gradient: {evaluation.smoothness.mean:.2f} (0 is a perfectly smooth game, where it is "
+        "exact)."
+    )
 
 
 def as_text(blocks: Sequence[Block], summary: Sequence[str], notes: Sequence[str]) -> str:

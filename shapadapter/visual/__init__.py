@@ -2,6 +2,7 @@
 
 from shapadapter.visual.charts import draw_curves, draw_history, draw_scatter
 from shapadapter.visual.class_means import MeanMaps, draw_class_means, mean_maps
+from shapadapter.visual.costs import draw_cost_curve
 from shapadapter.visual.figures import (
     draw_comparison,
     draw_contrast,
@@ -20,6 +21,7 @@ __all__ = [
     "draw_class_means",
     "draw_comparison",
     "draw_contrast",
+    "draw_cost_curve",
     "draw_curves",
     "draw_explanation",
     "draw_history",

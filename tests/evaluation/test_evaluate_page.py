@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 HERE = {
     'cache="records")\nprint': 'cache="records", images=2, budgets=(16, 64))\nprint',
     "images=8,": "images=2,",
+    "images=4, cost_curve": "images=1, truth_evaluations=256, budgets=(16, 64), cost_curve",
     'ShapleyTrainingArguments(\n        "out",': 'ShapleyTrainingArguments("out", use_cpu=True, report_to="none", disable_tqdm=True,',
 }
 
@@ -51,5 +52,7 @@ def test_every_block_runs(folder, capsys):
     assert list(Evaluation.load("evaluation.json").methods)[1:3] == ["leave_one_out", "kernel_shap"]
     assert names["masked"][0]["mask"].mode == "L"
     assert "refined by 64" in names["result"].methods
-    with Image.open("curves.png") as figure:
-        assert figure.width > 100
+    assert names["at_cost"].cost_curve
+    for name in ("curves", "cost_curve"):
+        with Image.open(f"{name}.png") as figure:
+            assert figure.width > 100
