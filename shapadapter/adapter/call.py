@@ -120,7 +120,7 @@ class ModelCall:
             _check_coalitions(coalitions, pixel_values.shape[0], tiling.players)
         presence = options.pop("presence", None)
         if presence is not None:
-            _check_coalitions(presence[:, None], pixel_values.shape[0], tiling.players)
+            _check_presence(presence, pixel_values.shape[0], tiling.players)
         return cls(
             pixel_values=pixel_values,
             tiling=tiling,
@@ -170,9 +170,32 @@ def _check_coalitions(coalitions: Any, images: int, players: tuple[int, int]) ->
             f"Expected coalitions ({images}, M, {rows * cols}) for {images} images of {rows} x {cols} players, got "
             f"{tuple(coalitions.shape)}."
         )
-    if coalitions.is_floating_point() and not torch.compiler.is_compiling():
+    _check_degrees(coalitions)
+
+
+def _check_presence(presence: Any, images: int, players: tuple[int, int]) -> None:
+    rows, cols = players
+    kind = isinstance(presence, Tensor) and (presence.dtype == torch.bool or presence.is_floating_point())
+    if not kind or tuple(presence.shape) != (images, rows * cols):
+        came = f"{presence.dtype} {tuple(presence.shape)}" if isinstance(presence, Tensor) else type(presence).__name__
+        raise ImageError(
+            f"Expected presence ({images}, {rows * cols}) as a float tensor from 0 to 1, for {images} images of {rows} x "
+            f"{cols} players, got {came}."
+        )
+    _check_degrees(presence)
+
+
+def _check_degrees(presence: Tensor) -> None:
+    """Refuse degrees of presence that are not from 0 to 1."""
+    if not presence.is_floating_point() or torch.compiler.is_compiling():
+        return
+    within = ((presence >= 0) & (presence <= 1)).all()
+    if presence.device.type != "cpu":
         # On the device, where they are: reading them here would halt it.
-        torch._assert_async(((coalitions >= 0) & (coalitions <= 1)).all(), "Presence must be from 0 to 1.")
+        torch._assert_async(within, "Presence must be from 0 to 1.")
+    elif not within:
+        low, high = presence.detach().aminmax()
+        raise ImageError(f"Expected players to be present to a degree from 0 to 1, got {low:.4g} to {high:.4g}.")
 
 
 def _checked_sizes(sizes: Any, coalitions: Tensor | None) -> tuple[int, ...] | None:

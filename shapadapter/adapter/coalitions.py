@@ -92,7 +92,8 @@ class CoalitionGame:
         `size` is how many are in every row; it is not needed where pixels are replaced, nor of players that are present to
         a degree, (R, N) in 0..1.
         """
-        inputs, current, weights = self.removed(self.call.inputs(images), present, size)
+        shorter = self.call.coalition_grad == "present"
+        inputs, current, weights = self.removed(self.call.inputs(images), present, size, shorter)
         with self.hooks.during(current):
             scores = score(self.model, self.anatomy, inputs)
         if self.rules.prediction == "classifier":
@@ -104,9 +105,12 @@ class CoalitionGame:
         return self.null.float().detach() + self.head.votes(current.features, self.call.tiling.cells, weights)
 
     def removed(
-        self, inputs: dict[str, Any], present: Tensor, size: int | None = None
+        self, inputs: dict[str, Any], present: Tensor, size: int | None = None, shorter: bool = False
     ) -> tuple[dict[str, Any], ForwardCall, Tensor | None]:
-        """Inputs of the base model without the absent players, the pass, and how much of each cell is present."""
+        """Inputs of the base model without the absent players, the pass, and how much of each cell is present.
+
+        With `shorter`, tokens at degree 0 are dropped where they can be; the features are those of the others, then.
+        """
         tiling = self.call.tiling
         cells = tiling.cells[0] * tiling.cells[1]
         without_token = not torch.is_grad_enabled()
@@ -125,7 +129,7 @@ class CoalitionGame:
         chosen = tiling.present_cells(present)  # (R, cells)
         if present.is_floating_point():
             index = None
-            if self.rules.removal == "drop" and self.call.coalition_grad == "present":
+            if self.rules.removal == "drop" and shorter:
                 most = int((chosen > 0).sum(dim=1).amax())
                 index = chosen.detach().argsort(dim=1, descending=True, stable=True)[:, :most]  # (R, s)
                 chosen = chosen.gather(1, index)  # (R, s)

@@ -262,6 +262,7 @@ class ShapleyLayer(nn.Module, BaseTunerLayer):
         inputs, current, weights = call.inputs(), ForwardCall(call.tiling.cells[0] * call.tiling.cells[1]), None
         if call.presence is not None:
             inputs, current, weights = game.removed(inputs, call.presence)
+            current.without_token = False  # which explains this very pass
         with self.hooks.during(current):
             output = base_forward(model)(**inputs, **texts, **call.extras, **self.anatomy.named_fields)
         if current.features is None:

@@ -120,7 +120,8 @@ def log_presence(presence: Tensor) -> Tensor:
     Its gradient is 1 / m down to the floor, where it stays finite: there, too, the product with the token's attention,
     about m, is the derivative by m.
     """
-    floor = 1e-20
+    floor = 1e-20  # which half precision does not know
+    presence = presence.to(torch.promote_types(presence.dtype, torch.float32))
     return (presence + (presence.clamp(min=floor) - presence).detach()).log()
 
 

@@ -128,9 +128,9 @@ def fill_absent(
     if blur:
         shown = _blurred(images, share, shown, players)
     if present.is_floating_point():
-        # Nothing of an absent pixel, and all of a present one, whatever the numbers are.
-        images, shown = torch.where(share > 0, images, 0), torch.where(share < 1, shown, 0)
-        return share * images + (1 - share) * shown
+        # Nothing of an absent pixel, whatever the numbers are; a present one as it is, and the slope right at both ends.
+        images = torch.where((share > 0) | images.isfinite(), images, 0)
+        return torch.lerp(shown, images, share)
     return torch.where(share.bool(), images, shown)
 
 

@@ -176,7 +176,9 @@ class PatchGame:
         adds, there: see `shapadapter.explanation.presence`.
         """
         with torch.inference_mode(False), torch.set_grad_enabled(presence.requires_grad):
-            inputs = {"pixel_values": self.pixel_values.clone(), **self.options}
+            # Clones, for tensors of an inference mode that is over cannot take part in a gradient.
+            given = {"pixel_values": self.pixel_values, **self.options}
+            inputs = {name: part.clone() if isinstance(part, Tensor) else part for name, part in given.items()}
             found = evaluation_view(self.model)(**inputs, coalitions=presence[None], coalition_grad=True)
             return found.coalition_values[0]
 

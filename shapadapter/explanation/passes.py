@@ -100,7 +100,9 @@ def _pass(
         )
         try:
             with torch.enable_grad():
-                return _forward(model, {**given, "presence": presence}), presence
+                output = _forward(model, {**given, "presence": presence})
+            if graph != "try" or output.logits.requires_grad:
+                return output, presence
         except UnsupportedModelError:
             if graph != "try":
                 raise
