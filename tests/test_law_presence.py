@@ -407,7 +407,10 @@ def other_kernel(name):
 
 def test_a_kernel_without_masks_has_no_gradient_and_is_refined_by_coalitions():
     model, pixels = other_kernel("vit"), images(2)
-    for call in (lambda: explain(model, pixels, refine="gradient"), lambda: attribute(model, pixels, method="gradient")):
+    for call in (
+        lambda: explain(model, pixels, refine="gradient"),
+        lambda: attribute(model, pixels, method="gradient"),
+    ):
         with pytest.raises(UnsupportedModelError, match=r"'sdpa'"):
             call()
     found = explain(model, pixels, refine=64, top_k=1)

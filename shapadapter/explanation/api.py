@@ -15,7 +15,7 @@ from shapadapter.backbone.forward import check_options
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame, active_layer
 from shapadapter.explanation.passes import embed_texts, join, one_pass, predictions
-from shapadapter.explanation.presence import LEVEL, full_gradients, gradient_level
+from shapadapter.explanation.presence import LEVEL, full_gradients, gradient_level, pays_off
 from shapadapter.explanation.refine import UNTIL, Plan, blocks_for, refined
 
 __all__ = ["embed_texts", "explain"]
@@ -56,7 +56,7 @@ def explain(
         batch_size: images in a forward pass; of the coalitions of `refine`, which are smaller, eight times as many.
         refine: "gradient"; or further evaluations for each image, an even number, or "until" for as many as `relative_error`
             takes. A backward pass for one class counts as 1.75 evaluations, which is what it costs; where `refine` has no room
-            for those of all shown classes, and where a model has no gradient by presence, all go to coalitions.
+            for those of all shown classes, and where patches are removed in the pixels, all go to coalitions.
         relative_error: with "until", the expected relative L2 error of each shown map of an image that is done; default 0.1.
         max_refine: with "until", the most evaluations for an image, 4,096 by default; a warning says how many are not done.
         seed: of the coalitions. They depend on it and on the image's place among the images, not on `batch_size`.
@@ -70,13 +70,13 @@ def explain(
         ValueError: arguments that exclude each other, `top_k` less than 1, or an odd `refine`.
         TypeError: an argument that neither this function nor the model's forward has.
     """
-    active_layer(model)
+    layer = active_layer(model)
     check_options(model, options, explain)
     model = evaluation_view(model)
     plan = Plan.of(refine, relative_error, max_refine, seed)
     parts: list[Explanation] = []
     bar = tqdm(desc="refining", unit=" evaluations", delay=5, leave=False, disable=plan is None)
-    graph: Any = True if refine == LEVEL else "try" if plan is not None else False
+    graph: Any = True if refine == LEVEL else "try" if plan is not None and pays_off(layer) else False
     # Inference mode forbids gradients, also the caller's.
     with torch.inference_mode(not graph), torch.no_grad(), bar:
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options, graph):

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shapadapter.adapter import ShapleyLayer
 from shapadapter.core.shapley import project_on_efficiency
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import GRADIENT_COST, presence_gradients
@@ -28,6 +29,14 @@ GROUPS = 2
 
 BLOCK = 2 * GROUPS
 """Samples in which each player is live twice, at m and at 1 - m."""
+
+
+def pays_off(layer: ShapleyLayer) -> bool:
+    """Whether the gradient tells enough to spend anything on it unasked: where presence is a matter of attention.
+
+    Where pixels are blended, as in convolutional networks, it was no nearer to the Shapley values than one forward pass.
+    """
+    return layer.active is not None and layer.rules[layer.active].removal != "pixels"
 
 
 def full_gradients(batch: Predicted) -> Tensor:

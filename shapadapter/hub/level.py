@@ -10,6 +10,7 @@ from shapadapter.core.phrases import one_line
 from shapadapter.explanation.api import explain
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import active_layer
+from shapadapter.explanation.presence import pays_off
 
 MOST_CLASSES = 10
 """Classes shown of an image, each of which takes a backward pass; with more, one forward pass is the default."""
@@ -18,7 +19,7 @@ MOST_CLASSES = 10
 class Explainer:
     """`explain` at the level that was asked for, or at the best one that costs about as much as the prediction.
 
-    That is a forward and a backward pass where the model has a gradient by the presence of its patches and at most
+    That is a forward and a backward pass where presence is a matter of the model's attention and at most
     `MOST_CLASSES` classes of an image are shown, else one forward pass; why is told once.
 
     Args:
@@ -38,7 +39,9 @@ class Explainer:
             return explain(model, images, processor, **options)
         count = _shown(model, **options)
         of_model, reason = False, f"{count} classes are shown, each of which would take a backward pass."
-        if count <= MOST_CLASSES:
+        if not pays_off(active_layer(model)):
+            of_model, reason = True, "patches are removed in the pixels, where a gradient tells little more."
+        elif count <= MOST_CLASSES:
             try:
                 return explain(model, images, processor, refine="gradient", **options)
             except UnsupportedModelError as error:
