@@ -10,6 +10,7 @@ from test_trainer import fixed_batch, gap, trained, trainer_of
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, TorchAoConfig
 
 from shapadapter import ShapleyConfig, ShapleyError, UnsupportedModelError, explain
+from shapadapter.hub.level import Explainer
 
 KINDS = ("bnb8", "bnb4", "ao8")
 
@@ -176,3 +177,19 @@ def test_four_bits_that_are_packed_for_a_cpu(tmp_path):
         pytest.skip("this CPU has no AVX512-BF16")
     with pytest.raises(UnsupportedModelError, match=r"passes on no gradient.*GPU"):
         get_peft_model(base, ShapleyConfig())
+
+
+@pytest.mark.parametrize("kind", ["bnb8", "ao8dynamic"])
+def test_a_gradient_by_presence_is_whole_or_refused(load, kind):
+    """Where weights pass on no gradient, one that reaches the patches by other ways alone would look like the whole one."""
+    model = wrapped(load(kind), tune="frozen", inference_mode=True)
+    images, said = {"pixel_values": families.images()}, []
+    found = Explainer(None, said.append)(model, images, top_k=2)
+    if kind == "bnb8":
+        assert (found.method, said) == ("gradient", [])
+        return
+    assert found.method == "shapadapter"
+    assert "passes on no gradient" in said[0]
+    with pytest.raises(UnsupportedModelError, match="passes on no gradient"):
+        explain(model, images, refine="gradient")
+    assert explain(model, images, top_k=1, refine=8).method == "refined"

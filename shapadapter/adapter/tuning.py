@@ -134,16 +134,20 @@ def check_trainable(model: nn.Module, config: ShapleyConfig) -> None:
                 f"llm_int8_skip_modules=[{path!r}]) or TorchAoConfig(modules_to_not_convert=[{path!r}])"
             )
             raise UnsupportedModelError(f"The weights of {path} are quantised, which cannot be trained, but {way}.")
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not is_quantised(module.weight):
-            continue
-        if _passes_gradient(module):
-            return  # the first of them stands for all
+    if path := end_of_gradients(model):
         raise UnsupportedModelError(
             f"The weights of {path} are quantised in a way that passes on no gradient here, so that nothing before them "
             "would be trained. Use BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) or TorchAoConfig("
             "Int8WeightOnlyConfig()); bitsandbytes' 4 bits can be trained on a GPU."
         )
+
+
+def end_of_gradients(model: nn.Module) -> str | None:
+    """The path of the first quantised layer where that passes on no gradient, else None."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            return None if _passes_gradient(module) else path  # the first of them stands for all
+    return None
 
 
 def _passes_gradient(linear: nn.Linear) -> bool:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from shapadapter.adapter.tuning import end_of_gradients
 from shapadapter.backbone import Tiling, configured_size, evaluation_view, normalised
 from shapadapter.core.errors import ImageError, ShapleyError, UnsupportedModelError
 from shapadapter.core.phrases import argument
@@ -99,6 +100,11 @@ def _pass(
             len(given["pixel_values"]), players, device=given["pixel_values"].device, requires_grad=True
         )
         try:
+            if path := end_of_gradients(model):
+                raise UnsupportedModelError(
+                    f"The weights of {path} are quantised in a way that passes on no gradient here, so that the gradient by "
+                    "presence would lack all that lies before them. Refine by coalitions, refine=256, or load the base in another way."
+                )
             with torch.enable_grad():
                 output = _forward(model, {**given, "presence": presence})
             if graph != "try" or output.logits.requires_grad:

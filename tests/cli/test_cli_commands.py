@@ -63,13 +63,18 @@ def test_a_report_is_an_evaluation_with_images(tmp_path):
     assert "Relative L2 error to the true Shapley values" in page
     assert "Insertion: most relevant first" in page
     assert "Compared:" in page
+    assert "Method: forward and backward pass." in page
+    run(*arguments, "--shown", 1, "--refine", 0)
+    assert "Method: one forward pass." in Path(found["page"]).read_text()
     assert json.loads((tmp_path / "evaluation.json").read_text())["about"]["folder"] == "photos"
     assert run("card", "out", "--evaluation", tmp_path / "evaluation.json", "--images", "photos/ant").exit_code == 0
     card = Path("out/README.md").read_text()
     assert "Relative L2 error" in card
     assert "![" in card
+    assert "Their level: forward and backward pass." in card
     # Of a large folder a few, spread over all of it.
-    assert run("card", "out", "--images", "photos", "--shown", 2).exit_code == 0
+    assert run("card", "out", "--images", "photos", "--shown", 2, "--refine", 0).exit_code == 0
+    assert "Their level: one forward pass." in Path("out/README.md").read_text()
     assert len(list(Path("out/explanations").glob("*.png"))) == 2
     lost = run("evaluate", "out", "--data", "photos", "--base", "nowhere/at/all", code=1)
     assert "--base nowhere/at/all holds no model" in lost.stderr
