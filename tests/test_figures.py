@@ -3,6 +3,7 @@
 import io
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from test_visual import HOSTILE, check_places, make, texts
 from shapadapter.core.errors import ClassNotFoundError
 from shapadapter.core.phrases import one_line
 from shapadapter.core.statistics import Interval
+from shapadapter.evaluation import CostPoint
 from shapadapter.visual import (
     alt_text,
     draw_class_means,
     draw_contrast,
+    draw_cost_curve,
     draw_curves,
     draw_explanation,
     draw_history,
@@ -411,3 +414,41 @@ def test_every_figure_is_described_and_none_belongs_to_a_window():
 def test_colours_of_the_scale_are_those_of_the_maps():
     figure = draw_explanation(make())
     assert np.array_equal(figure.axes[-1].images[0].get_array(), signed_colors(np.linspace(-1, 1, 255)[None], 1.0))
+
+
+# -- error against cost -------------------------------------------------------------------------------------------------
+
+
+def cost_point(method, budget, passes, error):
+    return CostPoint(method, budget, passes, (error,), Interval(error, 0.8 * error, 1.2 * error, 9))
+
+
+def at_cost(*points, truth=0.05):
+    return SimpleNamespace(cost_curve=points, about={"truth_error": truth})
+
+
+def test_names_of_lines_that_end_at_one_place_do_not_overlap():
+    ends = [
+        cost_point(name, 512, 500, 0.1 + i / 1000) for i, name in enumerate(("refined", "kernel_shap", "permutation"))
+    ]
+    starts = [cost_point(point.method, 128, 130, 0.5) for point in ends]
+    figure = draw_cost_curve(at_cost(*starts, *ends))
+    figure.canvas.draw()
+    boxes = [
+        text.get_window_extent() for text in figure.axes[0].texts if text.get_text() != "error of the truth itself"
+    ]
+    assert len(boxes) == 3
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(box.x1 < figure.bbox.width for box in boxes)
+    assert "refined: 0.5 at 130, 0.1 at 500." in figure.alt_text
+
+
+def test_what_is_exact_or_hopeless_does_not_stretch_the_axis():
+    points = [cost_point("kernel_shap", 64, 60, 300.0), cost_point("kernel_shap", 512, 500, 0.2)]
+    figure = draw_cost_curve(at_cost(*points, cost_point("kernel_shap", 1024, 1000, 1e-8), truth=0.0))
+    low, high = figure.axes[0].get_ylim()
+    assert low > 1e-3
+    assert high == 2
+    assert not figure.axes[0].texts[0].get_text().startswith("error of the truth")
+    with pytest.raises(ValueError, match="cost_curve=True"):
+        draw_cost_curve(at_cost())

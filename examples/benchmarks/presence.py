@@ -35,7 +35,7 @@ from compare import claim, kept, maps_of
 from compare_report import table
 from peft import get_peft_model
 from torch import Tensor
-from trainings import DEVICE, RECIPE, SCALES, Setting, demo_setting, objects_setting, ours, plain
+from trainings import DEVICE, RECIPE, SCALES, Setting, cast_once, demo_setting, objects_setting, ours, plain
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
@@ -48,6 +48,7 @@ from shapadapter.evaluation.plan import Plan
 BUDGETS = (64, 128, 256, 512, 1024)
 ROUND = 4096  # evaluations of the truth between two looks at its error
 DRAWS = 10_000
+FEW = 8  # pictures; of fewer a correlation says nothing
 NAMES = {
     "shapadapter": "one pass",
     "presence_gradient": "untrained gradient",
@@ -111,7 +112,8 @@ def model_of(setting: Setting, game: str, folder: Path, seed: int) -> Any:
         plain(setting, base, folder / "ours", seed)
     set_seed(seed)
     classifier = AutoModelForImageClassification.from_pretrained(base)
-    return get_peft_model(classifier, ShapleyConfig(prediction="classifier", tune="frozen")).eval().to(DEVICE)
+    model = get_peft_model(classifier, ShapleyConfig(prediction="classifier", tune="frozen")).eval().to(DEVICE)
+    return cast_once(model) if setting.bf16 else model
 
 
 def measured(setting: Setting, game: str, folder: Path, seed: int, pictures: int, most: int) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def described(runs: Sequence[dict[str, Any]]) -> str:
                 interval(errors[way]),
                 f"{of_seeds(runs, place, 'coverage').mean():.3f}" if covered else "",
                 *(f"{errors[way][part].mean():.3f}" if part.any() else "" for part in (~rough, rough)),
-                f"{rank_correlation(errors[way], smooth):.2f}",
+                f"{rank_correlation(errors[way], smooth):.2f}" if smooth.size >= FEW else "",
             )
         )
     heads = (
@@ -202,7 +204,7 @@ def described(runs: Sequence[dict[str, Any]]) -> str:
     least = min(values.mean() for values in errors.values())
     doubt = "" if own < least / 3 else " That is more than a third of the least error: raise --most."
     return (
-        f"{len(smooth)} seeds, {smooth.shape[1]} pictures; the truth's own error is {own:.3f}.{doubt} Error of the untrained "
+        f"Seeds: {len(smooth)}, pictures: {smooth.shape[1]}; the truth's own error is {own:.3f}.{doubt} Error of the untrained "
         f"gradient, 0 in a perfectly smooth game: {smooth.mean():.2f}. The halves of the pictures are those where it is small "
         f"and large; the last column is the rank correlation with it.\n\n{table(heads, rows)}\n\n{differences(errors)}"
     )

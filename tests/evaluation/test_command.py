@@ -67,6 +67,17 @@ def test_the_table_and_the_files(folders, tmp_path):
     assert "holds the evaluation of" in other.output
 
 
+def test_the_cost_curve_is_measured_where_it_is_asked_for(folders, tmp_path):
+    output = tmp_path / "report"
+    arguments = (folders / "adapter", "--data", folders / "data", "--images", 1, "--cost-curve", "--output", output)
+    found = run(*arguments)
+    assert found.exit_code == 0, found.output
+    assert "Error at equal cost" in found.output
+    assert Evaluation.load(output / "evaluation.json").cost_curve
+    with Image.open(output / "cost_curve.png") as picture:
+        assert picture.width > 500
+
+
 def test_json_goes_to_the_standard_output(folders):
     found = run(folders / "adapter", "--data", folders / "data", "--images", 1, "--json", "--methods", "equal")
     assert found.exit_code == 0, found.output
