@@ -344,9 +344,9 @@ def test_nothing_of_a_call_outlives_an_error(name):
     model, inputs = own(name), zoo.inputs(name)
     expected = run(model, inputs)
     last = [module for module in model.get_base_model().modules() if isinstance(module, torch.nn.Linear)][-1]
-    with last.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))):
-        with pytest.raises(RuntimeError, match="stop"):
-            model(**inputs, presence=degrees(name)[:, 0], coalitions=degrees(name))
+    hook = last.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with hook, pytest.raises(RuntimeError, match="stop"):
+        model(**inputs, presence=degrees(name)[:, 0], coalitions=degrees(name))
     assert shapley(model).hooks.call is None
     again = run(model, inputs)
     assert torch.equal(again.logits, expected.logits)
@@ -409,7 +409,10 @@ def other_kernel(name):
 
 def test_a_kernel_without_masks_has_no_gradient_and_is_refined_by_coalitions():
     model, pixels = other_kernel("vit"), images(2)
-    for call in (lambda: explain(model, pixels, refine="gradient"), lambda: attribute(model, pixels, method="gradient")):
+    for call in (
+        lambda: explain(model, pixels, refine="gradient"),
+        lambda: attribute(model, pixels, method="gradient"),
+    ):
         with pytest.raises(UnsupportedModelError, match=r"'sdpa'"):
             call()
     found = explain(model, pixels, refine=64, top_k=1)
