@@ -259,7 +259,9 @@ def test_errors_are_saved_and_shown(model, tmp_path):
 
 @pytest.mark.parametrize("refine", [-1, 7, 2.5, "64", None, True])
 def test_what_refine_must_be(model, refine):
-    with pytest.raises(ValueError, match="even number of evaluations, 0 or more, .*, or 'until', or 'gradient'") as refused:
+    with pytest.raises(
+        ValueError, match=r"even number of evaluations, 0 or more, .*, or 'until', or 'gradient'"
+    ) as refused:
         explain(model, images(), refine=refine)
     assert f"got refine={refine!r}." in str(refused.value)
     assert "max_refine" not in str(refused.value)
