@@ -1,5 +1,6 @@
 """The laws of the soft game, in which players are present to a degree (all families but ten with `-m families`)."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_gradients_along_the_diagonal_add_up_to_what_all_are_worth(name, predict
     edges = [low, 0.02, 0.1, 0.3, 0.6, 1.0]
     if removals(name) == ("pixels",):
         edges = [low, *(0.02 + 0.98 * part / 30 for part in range(31))]
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         places = start + (end - start) * (points + 1) / 2
         some = places[None, :, None].expand(2, -1, count(name)).clone().requires_grad_()
         values = model(**inputs, coalitions=some, coalition_grad=True).coalition_values[..., 0]
