@@ -1,5 +1,6 @@
 """The laws of the soft game, in which players are present to a degree (all families but ten with `-m families`)."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -154,9 +155,11 @@ def test_gradients_along_the_diagonal_add_up_to_what_all_are_worth(name, predict
     model, inputs = own(name, prediction).double(), doubled(zoo.inputs(name))
     points, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(24))
     low, total, size = 0.0 if prediction == "vote" else 0.01, 0.0, 0.0
-    # In pieces: attention to a class token changes fast where little else is there.
+    # In pieces: attention to a class token changes fast where little else is there, and nets of pixels have many kinks.
     edges = [low, 0.02, 0.1, 0.3, 0.6, 1.0]
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    if removals(name) == ("pixels",):
+        edges = [low, *(0.02 + 0.98 * part / 30 for part in range(31))]
+    for start, end in itertools.pairwise(edges):
         places = start + (end - start) * (points + 1) / 2
         some = places[None, :, None].expand(2, -1, count(name)).clone().requires_grad_()
         values = model(**inputs, coalitions=some, coalition_grad=True).coalition_values[..., 0]
@@ -167,7 +170,7 @@ def test_gradients_along_the_diagonal_add_up_to_what_all_are_worth(name, predict
     nobody, everybody = run(model, inputs, coalitions=ends, coalition_grad=True).coalition_values[0, :, 0]
     if low == 0:
         assert abs(nobody - run(model, inputs).null_values[0, 0]) < 1e-5
-    assert abs(total - (everybody - nobody)) < (0.05 if name in JUMPY else 5e-3) * max(0.1, size)
+    assert abs(total - (everybody - nobody)) < (0.05 if name in JUMPY else 1e-2) * max(0.1, size)
 
 
 @on_pairs(QUICK, both=())
@@ -342,9 +345,9 @@ def test_nothing_of_a_call_outlives_an_error(name):
     model, inputs = own(name), zoo.inputs(name)
     expected = run(model, inputs)
     last = [module for module in model.get_base_model().modules() if isinstance(module, torch.nn.Linear)][-1]
-    with last.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))):
-        with pytest.raises(RuntimeError, match="stop"):
-            model(**inputs, presence=degrees(name)[:, 0], coalitions=degrees(name))
+    hook = last.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with hook, pytest.raises(RuntimeError, match="stop"):
+        model(**inputs, presence=degrees(name)[:, 0], coalitions=degrees(name))
     assert shapley(model).hooks.call is None
     again = run(model, inputs)
     assert torch.equal(again.logits, expected.logits)

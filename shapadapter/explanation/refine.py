@@ -87,8 +87,9 @@ def refined(
 ) -> Explanation:
     """The explanation of a batch after more evaluations, and samples of gradients where `gradients` (B, N, C) are given.
 
-    These are those at full presence, of the shown classes. `first` is the number of its first image among all that are explained: each image draws coalitions from a source of
-    its own, so that it does not matter with which others it is explained.
+    These are those at full presence, of the shown classes. `first` is the number of its first image among all that are
+    explained: each image draws coalitions from a source of its own, so that it does not matter with which others it is
+    explained.
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
     batch, players = prior.shape[:2]
@@ -130,8 +131,10 @@ def _in_rounds(
     live = torch.empty(batch, 0, players, dtype=torch.bool, device="cpu")
     felt = torch.empty(batch, 0, players, shown, device="cpu")
     for turn, total in enumerate(plan.totals):
-        numbers = (first + images).tolist()
         blocks = 0 if gradients is None else blocks_for(total, shown)
+        if blocks < 0:  # the gradients at full presence alone would cost too much of it
+            continue
+        numbers = (first + images).tolist()
         if blocks * BLOCK > live.shape[1]:
             sources = [generator_of(plan.seed, turn, "presence", 1 + n) for n in numbers]
             more = blocks - live.shape[1] // BLOCK
