@@ -59,7 +59,7 @@ def test_a_perfect_prediction_is_returned():
     for evaluations in (16, 64):
         few = [(game, calibrated(game, (0.0,), evaluations, s)) for s, game in enumerate(games(12))]
         plain = [(game, game.refine(USELESS, evaluations, s)) for s, game in enumerate(games(12))]
-        assert mean_error(few) < 0.35 * mean_error(plain)
+        assert mean_error(few) < 0.4 * mean_error(plain)
 
 
 @pytest.mark.parametrize("qualities", [(GOOD,), (USELESS,), (MEDIOCRE, USELESS), (MEDIOCRE, MEDIOCRE, MEDIOCRE)])
@@ -73,7 +73,7 @@ def test_many_coalitions_tend_to_the_truth_from_anywhere(qualities):
 
 def test_useless_predictions_cost_less_and_less_and_good_ones_help():
     """While pairs are hardly more than the players, little of what they say is believed."""
-    for evaluations, most in ((48, 2.2), (100, 2.0), (400, 1.4)):
+    for evaluations, most in ((48, 1.7), (100, 1.5), (400, 1.3)):
         found = {"useless": [], "good": [], "plain": []}
         for seed, game in enumerate(games(12)):
             equal = ((game.full - game.null) / 12).expand(12, -1).double()

@@ -86,7 +86,7 @@ def test_texts():
     found = explain(model, matching.pictures(3), processor, refine=254, **options)
     plain = explain(model, matching.pictures(3), processor, **options)
     assert torch.equal(found.classes, plain.classes)
-    assert torch.equal(found.logits, plain.logits)
+    assert torch.allclose(found.logits, plain.logits, rtol=1e-5)  # through attention with a mask of zeros
     pixels = matching.images("clip", 3)["pixel_values"]
     ids = matching.tokens("clip", TEXTS)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_texts():
         exact = game.exact()[:, found.classes[index]]
         assert (found.attributions[index].flatten(0, 1) - exact).abs().max() < 1e-4 * exact.abs().max()
     some = explain(model, matching.pictures(3), processor, refine=100, **options)
-    assert (some.attributions - found.attributions).norm() < 0.5 * (plain.attributions - found.attributions).norm()
+    assert (some.attributions - found.attributions).norm() < 0.8 * (plain.attributions - found.attributions).norm()
 
 
 @pytest.mark.parametrize("refine", [40, "until"])
@@ -227,7 +227,8 @@ def test_a_game_is_exact_where_all_coalitions_are_paid_for(model):
     assert (game.kernel_shap(252, torch.Generator())[1] > 0).all()
 
 
-def test_coalitions_are_evaluated_together_and_the_mode_is_left(model):
+def test_coalitions_are_evaluated_together_and_the_mode_is_left(model, monkeypatch):
+    monkeypatch.setattr("shapadapter.explanation.refine._FOR_GRADIENTS", 0)  # all to coalitions
     shapes = []
     block = model.get_base_model().vit.layers[0]
     hook = block.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))

@@ -142,7 +142,8 @@ def calibrated_posterior(
 
     What pairs say beyond a few weights is worth little before they are more than the players: with P pairs of N players
     the least squares of KernelSHAP are worst at P = N. So of the step from the combination to its `shapley_posterior` the
-    share `1 - N / P` is taken, none at first and all in the end, where the estimate tends to the Shapley values.
+    share `1 - r min(1, N / P)` is taken, with r the correlation of the gaps with what the predictions say of them: all of it
+    where these say nothing, little where they say much, and all in the end, where the estimate tends to the Shapley values.
 
     Args:
         predictions: (..., N, K, F) of F predictions; what they add to all players alike has no say.
@@ -153,33 +154,34 @@ def calibrated_posterior(
         full_values: (..., K) value of the full coalition.
 
     Returns:
-        The posterior; its mean sums to `full_values - null_values`. Its errors are those of `shapley_posterior`, that of the
-        weights and, where only a share of the step was taken, some of that.
+        The posterior; its mean sums to `full_values - null_values`. Its errors hold those of `shapley_posterior` and of the
+        weights.
     """
     players, pairs = predictions.shape[-3], coalitions.shape[-2] // 2
     null, full = null_values.double(), full_values.double()
     equal = ((full - null) / players)[..., None, :].expand(predictions.shape[:-1])  # (..., N, K)
     centred = predictions.double() - predictions.double().mean(-3, keepdim=True)  # (..., N, K, F)
     chosen = weights.double().expand(*centred.shape[:-3], *centred.shape[-2:])[..., None]  # (..., K, F, 1)
-    if pairs:
-        design, gaps = _rows(equal, coalitions, values, null)  # (..., P, N), (..., P, K)
-        said = torch.einsum("...pn,...nkf->...kpf", design, centred)  # (..., K, P, F)
-        left = gaps.mT[..., None] - said @ chosen  # (..., K, P, 1)
-        # Each weight is taken to be right to 1 / STIFFNESS, in the unit of the noise.
-        ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1]).to(left)
-        # Predictions may be alike, or all zero.
-        inverse = torch.linalg.pinv(said.mT @ said + ridge, hermitian=True)  # (..., K, F, F)
-        chosen = chosen + inverse @ (said.mT @ left)
+    if not pairs:
+        together = equal + torch.einsum("...nkf,...kf->...nk", centred, chosen[..., 0])  # (..., N, K)
+        return Posterior(together, torch.full_like(together, torch.nan))
+    design, gaps = _rows(equal, coalitions, values, null)  # (..., P, N), (..., P, K)
+    said = torch.einsum("...pn,...nkf->...kpf", design, centred)  # (..., K, P, F)
+    left = gaps.mT[..., None] - said @ chosen  # (..., K, P, 1)
+    # Each weight is taken to be right to 1 / STIFFNESS, in the unit of the noise.
+    ridge = STIFFNESS**2 * left.square().mean(-2, keepdim=True) * torch.eye(said.shape[-1]).to(left)
+    # Predictions may be alike, or all zero.
+    inverse = torch.linalg.pinv(said.mT @ said + ridge, hermitian=True)  # (..., K, F, F)
+    chosen = chosen + inverse @ (said.mT @ left)
     together = equal + torch.einsum("...nkf,...kf->...nk", centred, chosen[..., 0])  # (..., N, K)
     found = shapley_posterior(together, coalitions, values, null, full, POWER)
-    trust = max(0.0, 1 - players / pairs) if pairs else 0.0
-    mean, variance = torch.lerp(together, found.mean, trust), found.standard_error.square()
-    if pairs:
-        unexplained = (gaps.mT[..., None] - said @ chosen).square().mean(-2, keepdim=True)  # (..., K, 1, 1)
-        # Of the weights, and of how far to go.
-        variance = variance + torch.einsum("...nkf,...kfg,...nkg->...nk", centred, inverse * unexplained, centred)
-        variance = variance + trust * (1 - trust) * (found.mean - together).square().mean(-2, keepdim=True)
-    return Posterior(mean, variance.sqrt())
+    unexplained = (gaps.mT[..., None] - said @ chosen).square().mean((-2, -1))  # (..., K)
+    explained = (1 - unexplained / gaps.square().mean(-2).clamp(min=1e-300)).clamp(0, 1)  # (..., K)
+    step = (1 - explained.sqrt() * min(1.0, players / pairs))[..., None, :]  # (..., 1, K)
+    # Of the weights.
+    doubt = torch.einsum("...nkf,...kfg,...nkg->...nk", centred, inverse * unexplained[..., None, None], centred)
+    variance = found.standard_error.square() + doubt  # (..., N, K)
+    return Posterior(together + step * (found.mean - together), variance.sqrt())
 
 
 def exact_posterior(values: Tensor) -> Posterior:

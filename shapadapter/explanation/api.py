@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from shapadapter.backbone import evaluation_view
 from shapadapter.backbone.forward import check_options
+from shapadapter.core.shapley import pays_for_all
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import BatchGame, active_layer
 from shapadapter.explanation.passes import embed_texts, join, one_pass, predictions
@@ -85,7 +86,8 @@ def explain(
                 part = gradient_level(part, batch)
             if plan is not None:
                 game = BatchGame(model, batch.inputs, batch.classes, batch_size, bar.update)
-                room = blocks_for(plan.totals[-1], batch.classes.shape[1]) >= 0
+                exact = pays_for_all(plan.totals[0], batch.tiling.count)
+                room = not exact and blocks_for(plan.totals[-1], batch.classes.shape[1]) >= 0
                 gradients = full_gradients(batch) if room and batch.presence is not None else None  # (B, N, C)
                 part = refined(part, game, plan, sum(map(len, parts)), gradients)
             parts.append(part)
