@@ -55,7 +55,16 @@ def by_patch(pixels, side=families.PATCH):
 
 
 def test_every_method_is_tested_here():
-    assert set(METHODS) == {"shapadapter", "refined", *VALUES, *ATTENTION, *GRADIENTS, *REFERENCES}
+    assert set(METHODS) == {
+        "shapadapter",
+        "gradient",
+        "refined",
+        "presence_gradient",
+        *VALUES,
+        *ATTENTION,
+        *GRADIENTS,
+        *REFERENCES,
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)

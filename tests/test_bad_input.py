@@ -37,7 +37,7 @@ def run(model, **kwargs):
 @pytest.mark.parametrize(
     "coalitions",
     [
-        torch.ones(2, 3, 16),
+        torch.full((2, 3, 16), 1.5),
         torch.ones(2, 3, 16, dtype=torch.long),
         torch.ones(2, 16, dtype=torch.bool),
         torch.ones(1, 3, 16, dtype=torch.bool),
@@ -48,7 +48,7 @@ def run(model, **kwargs):
     ids=lambda c: f"{c.dtype}-{tuple(c.shape)}" if isinstance(c, torch.Tensor) else "list",
 )
 def test_coalitions_of_the_wrong_kind(model, coalitions):
-    with pytest.raises(ImageError, match="coalitions"):
+    with pytest.raises(ImageError, match=r"coalitions|from 0 to 1, got 1\.5"):
         run(model, coalitions=coalitions)
     assert run(model).attributions is not None
 

@@ -129,7 +129,17 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
 
 def methods() -> dict[str, Any]:
     """Every method of `attribute` that 64 players allow; those that sample with 512 evaluations for each picture."""
-    names = ["shapadapter", "refined", "kernel_shap", "permutation", "leave_one_out", "attention", "attention_rollout"]
+    names = [
+        "shapadapter",
+        "gradient",
+        "refined",
+        "presence_gradient",
+        "kernel_shap",
+        "permutation",
+        "leave_one_out",
+        "attention",
+        "attention_rollout",
+    ]
     found: dict[str, Any] = {name: name for name in (*names, "grad_cam", "equal")}
     if find_spec("captum") is None:
         print("Without captum (pip install captum) there are no gradient methods.")

@@ -32,19 +32,19 @@ _TYPE = "SHAPLEY"
 # -- those who write cards and upload ---------------------------------------------------------------------------------
 
 
-_modules: dict[str, str] = {}
+_publishers: dict[str, str] = {}
 
 
 def register_publisher(**modules: str) -> None:
     """Say in which modules the functions are that write cards and upload; this room and training may not import them."""
-    _modules.update(modules)
+    _publishers.update(modules)
 
 
 class _Publisher:
     """The registered functions, each of whose modules is imported when it is first needed."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(_modules[name]), name)
+        return getattr(import_module(_publishers[name]), name)
 
 
 def publisher() -> Any:

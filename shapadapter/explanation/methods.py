@@ -42,13 +42,13 @@ from shapadapter.explanation.refine import in_pairs
 
 __all__ = ["METHODS", "attribute"]
 
-_OURS = ("shapadapter", "refined", LEVEL)
+_OURS = ("shapadapter", LEVEL, "refined")
 _PAIRED = ("refined", "kernel_shap")
 _OTHERS: dict[str, Callable[[Case], Answer]] = {
+    "presence_gradient": presence_gradient,
     "kernel_shap": kernel_shap,
     "permutation": permutation,
     "exact": exact,
-    "presence_gradient": presence_gradient,
     "leave_one_out": leave_one_out,
     "attention": attention,
     "attention_rollout": attention_rollout,
