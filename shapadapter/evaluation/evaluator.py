@@ -78,8 +78,7 @@ def evaluate(
         masks: the column of pixel masks (not 0 on the object, as large as the images), "mask" if there is one.
         groups: the column that says which images belong together, for the intervals: one animal, one film.
         cache: a folder for what has been measured; a second run does what is missing. Functions are known by name.
-        cost_curve: whether to measure errors at equal cost as well: of one pass, gradient, refinement, KernelSHAP and
-            permutation sampling with each of the budgets, with the time that each takes.
+        cost_curve: whether errors are measured against cost as well, with each of the budgets: `Evaluation.cost_curve`.
         seed: of all that is drawn. Results do not depend on `batch_size`, except by rounding.
         batch_size: images in a forward pass; of coalitions, 8 times as many.
         progress: whether to show progress bars.
