@@ -30,14 +30,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With `-n`, the tests of one file run in one process, or of one family: what they share is made once."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_there_is_kept():
     """The collector passes over what stands already, all the libraries' objects: every training collects at its end."""

@@ -57,12 +57,12 @@ def removals(name):
 def on(cases, arguments="name"):
     """Parametrises by `cases`, names or tuples that begin with one; those beyond `DEFAULT` are marked `families`.
 
-    All tests of a family run in one process, which wraps it once.
+    Each law file runs in one process, which wraps each family once.
     """
     marked = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
-        marks = [pytest.mark.xdist_group(values[0])] + [pytest.mark.families] * (values[0] not in DEFAULT)
+        marks = [pytest.mark.families] * (values[0] not in DEFAULT)
         marked.append(pytest.param(*values, marks=marks))
     return pytest.mark.parametrize(arguments, marked)
 

@@ -41,9 +41,6 @@ sys.addaudithook(watch)
 """
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"]
 
-# The tests are stations of one visit.
-pytestmark = pytest.mark.xdist_group("space_browser")
-
 
 def free_port():
     with socket.socket() as probe:
