@@ -197,3 +197,22 @@ def test_the_mode_and_the_random_state_are_left(model):
     finally:
         model.eval()
     assert torch.allclose(explain(model, images(), **options).attributions, found.attributions, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*relative_error")
+@pytest.mark.parametrize("shown", [1, 3, 5])
+def test_a_last_round_without_room_for_samples(shown):
+    """Pairs of earlier rounds may have taken what one more block of samples would cost."""
+    model, pixels = wrap("ijepa"), images(1, 40, 40)
+    for most in (66, 84, 100):
+        options = {"top_k": shown, "interpolate_pos_encoding": True}
+        found = explain(model, pixels, refine="until", relative_error=1e-9, max_refine=most, **options)
+        assert found.evaluations.tolist() == [most]
+        assert found.attributions.isfinite().all()
+
+
+def test_nobody_is_present_in_any_sample():
+    model, pixels = wrap("ijepa"), images(2)  # without a class token nothing is left to attend to
+    nobody = torch.zeros(2, 3, 16, requires_grad=True)
+    soft = model(pixel_values=pixels, coalitions=nobody, coalition_grad="present").coalition_values
+    assert torch.equal(soft, model(pixel_values=pixels, coalitions=nobody.bool()).coalition_values)

@@ -130,7 +130,7 @@ class CoalitionGame:
         if present.is_floating_point():
             index = None
             if self.rules.removal == "drop" and shorter:
-                most = int((chosen > 0).sum(dim=1).amax())
+                most = max(1, int((chosen > 0).sum(dim=1).amax()))  # attention wants a token
                 index = chosen.detach().argsort(dim=1, descending=True, stable=True)[:, :most]  # (R, s)
                 chosen = chosen.gather(1, index)  # (R, s)
             return inputs, ForwardCall(cells, index, presence=chosen, without_token=without_token), chosen

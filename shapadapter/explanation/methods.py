@@ -89,8 +89,7 @@ def attribute(
         processor: the image processor the model was trained with; with texts, the processor of both.
         method: one of `METHODS`, or a function `method(model, inputs, classes)` of your own: `model(**inputs).logits` are
             the logits (B, K), `inputs["pixel_values"]` the images (B, 3, H, W), `classes` (B, C) the classes to explain.
-            It returns (B, H, W, C), which is summed over the players' tiles, or (B, rows, cols, C), one number for each
-            player.
+            It returns (B, H, W, C), which is summed over the players' tiles, or (B, rows, cols, C), by player.
         texts: for a model that matches images with texts: what to compare the images with.
         top_k: keep the maps of the k likeliest classes of each image; all classes by default.
         targets: keep the maps of these classes (names or indices) instead.
@@ -101,8 +100,8 @@ def attribute(
         **options: further keyword arguments of the model's forward, e.g. `interpolate_pos_encoding=True`.
 
     Returns:
-        As `explain`, with `method` and `evaluations` filled in, which are counted beyond the forward pass that predicts; a
-        gradient counts as one, of "presence_gradient" and "refined" as much as it costs. Maps of attention, Grad-CAM, "random" and "centre" do not sum to the logits.
+        As `explain`, with `method` and `evaluations`, counted beyond the forward pass that predicts; a gradient counts as one,
+        by presence as 1.75. Maps of attention, Grad-CAM, "random" and "centre" do not sum to the logits.
 
     Raises:
         ValueError: there is no such method, or it needs more evaluations or fewer players.
@@ -121,10 +120,9 @@ def attribute(
         return explain(model, images, processor, refine=refine, seed=seed, **wanted, **options)
     parts: list[Explanation] = []
     model = evaluation_view(model, private=True)  # for methods that hook modules
-    layer = active_layer(model)
+    layer, graph = active_layer(model), method == "presence_gradient"
     # The caller's inference mode would forbid the gradients that some methods ask for.
     with torch.inference_mode(False), torch.no_grad():
-        graph = method == "presence_gradient"
         for batch in predictions(model, images, processor, texts, top_k, targets, batch_size, options, graph):
             case = Case(model, layer, batch, evaluations, seed, sum(map(len, parts)), batch_size)
             parts.append(_explained(case, method))

@@ -21,7 +21,15 @@ from shapadapter.core.shapley import (
 )
 from shapadapter.explanation.explanation import Explanation
 from shapadapter.explanation.game import GRADIENT_COST, BatchGame
-from shapadapter.explanation.presence import BLOCK, LEVEL, mean_of_live, sample_presence, share_of_head
+from shapadapter.explanation.passes import Predicted
+from shapadapter.explanation.presence import (
+    BLOCK,
+    LEVEL,
+    full_gradients,
+    mean_of_live,
+    sample_presence,
+    share_of_head,
+)
 
 UNTIL = "until"
 
@@ -82,14 +90,11 @@ def in_pairs(count: Any) -> bool:
     return isinstance(count, int | np.integer) and not isinstance(count, bool) and bool(count >= 0 and count % 2 == 0)
 
 
-def refined(
-    explanation: Explanation, game: BatchGame, plan: Plan, first: int, gradients: Tensor | None = None
-) -> Explanation:
-    """The explanation of a batch after more evaluations, and samples of gradients where `gradients` (B, N, C) are given.
+def refined(explanation: Explanation, game: BatchGame, plan: Plan, first: int, predicted: Predicted) -> Explanation:
+    """The explanation of a batch after more evaluations; some go to gradients where its pass has kept the graph for them.
 
-    These are those at full presence, of the shown classes. `first` is the number of its first image among all that are
-    explained: each image draws coalitions from a source of its own, so that it does not matter with which others it is
-    explained.
+    `first` is the number of the batch's first image among all that are explained:
+    each image draws from a source of its own, so that it does not matter with which others it is explained.
     """
     prior = explanation.attributions.flatten(1, 2)  # (B, N, C)
     batch, players = prior.shape[:2]
@@ -103,6 +108,8 @@ def refined(
         mean, error = (torch.stack([getattr(one, part) for one, _ in alone]) for part in ("mean", "standard_error"))
         spent = torch.tensor([evaluations for _, evaluations in alone], device="cpu")
     else:
+        room = predicted.presence is not None and blocks_for(plan.totals[-1], prior.shape[2]) >= 0
+        gradients = full_gradients(predicted) if room else None  # (B, N, C)
         mean, error, spent = _in_rounds(game, prior, gradients, ends, plan, first)
     grid = explanation.attributions.shape[1:3]
     maps, errors = (part.float().unflatten(1, grid) for part in (mean, error))  # (B, rows, cols, C) each
@@ -134,6 +141,8 @@ def _in_rounds(
         blocks = 0 if gradients is None else blocks_for(total, shown)
         if blocks < 0:  # the gradients at full presence alone would cost too much of it
             continue
+        if total - spent_on_gradients(blocks, shown) < coalitions.shape[1]:
+            blocks = live.shape[1] // BLOCK  # what went to pairs before leaves no room for more samples
         numbers = (first + images).tolist()
         if blocks * BLOCK > live.shape[1]:
             sources = [generator_of(plan.seed, turn, "presence", 1 + n) for n in numbers]
